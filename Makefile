@@ -1,0 +1,28 @@
+# The README's two commands. `make demo` learns a motion from the bundled clip and shows it in
+# another thing; `make test` runs every test that needs no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+demo: $(VENV)/ready
+	$(BIN)/python train.py --method vmc --video assets/hopping.mp4 \
+	    --preview-prompt "a pink star hopping on a grey background"
+	$(BIN)/python generate.py --adapter out/hopping-vmc/vmc.safetensors --out out/demo \
+	    --prompt "a pink star hopping on a grey background" --seeds 4
+	@echo "The clip, the untrained and the trained model side by side: out/hopping-vmc/samples/"
+	@echo "The new videos: out/demo/, all in one picture: out/demo/sheet.png"
+
+test: $(VENV)/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,236 @@
+"""Video, pictures and captions: in, out, and everything that can be wrong with them.
+
+    python -c "import data; print(data.read_video('clip.mp4', 16, (64, 64), 8).shape)"
+
+Timing is the signal here, so frames are chosen by their time stamps and never by counting.
+
+Axes: C colours, F frames, H W picture. Videos are float32 in [-1, 1].
+"""
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from model import BadInput, tokenize
+
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FEWEST_FRAMES = 4  # residuals and directions mean nothing below that
+
+
+def say(text):
+    """A line for the person at the terminal, apart from the program's results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# In
+
+
+def natural(path):
+    """Sort key by which 2.jpg comes before 10.jpg."""
+    return [int(p) if p.isdigit() else p.lower() for p in re.split(r"(\d+)", Path(path).name)]
+
+
+def read_video(path, frames, size, fps, start=0.0):
+    """A clip as (3, F, H, W): `frames` frames at `fps` from `start` seconds, or as many as it has.
+
+    path: a video file, or a folder of pictures in natural order (which are taken as they are).
+    size: (H, W); the picture is scaled to cover it and cropped at the centre, never stretched.
+    Raises BadInput for anything that is not a clip of at least four frames.
+    """
+    path = Path(path)
+    if path.is_dir():
+        times, pictures = read_folder(path)
+        times = [i / fps for i in range(len(pictures))]
+    else:
+        times, pictures = decode(path)
+    chosen = choose_frames(times, frames, fps, start)
+    if len(chosen) < FEWEST_FRAMES:
+        raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; wanted "
+                       f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher --fps.")
+    video = torch.stack([fit(pictures[i], size) for i in chosen], dim=1)
+    if len(chosen) < frames:
+        say(f"{path} has {len(chosen)} frames at {fps:g} fps, the model is used to {frames}: "
+            f"training at its own length")
+    if (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
+        say(f"warning: {path} hardly moves; there is little motion to learn from it")
+    return video
+
+
+def choose_frames(times, frames, fps, start=0.0):
+    """Indices of the frames nearest in time to start, start + 1/fps, … while the clip lasts."""
+    times = np.asarray(times) - times[0]
+    spacing = np.median(np.diff(times)) if len(times) > 1 else 1 / fps
+    end = times[-1] + spacing  # the last frame, too, is shown for a while
+    wanted = start + np.arange(frames) / fps
+    wanted = wanted[wanted < end - 1e-6]
+    return [int(np.abs(times - t).argmin()) for t in wanted]
+
+
+def decode(path):
+    """Time stamps in seconds and pictures (H, W, 3) uint8 of a video file, upright, square pixels."""
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; give a video file or a folder of pictures.")
+    if path.suffix.lower() in PICTURES:
+        raise BadInput(f"{path} is one picture; a motion needs a video, or a folder of pictures.")
+    times, pictures = [], []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise BadInput(f"{path} has no picture, only sound; give a video.")
+            stream = container.streams.video[0]
+            aspect = float(stream.codec_context.sample_aspect_ratio or 1)
+            for frame in container.decode(stream):
+                picture = np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90)
+                if aspect != 1:
+                    wide = round(picture.shape[1] * aspect), picture.shape[0]
+                    picture = np.asarray(Image.fromarray(picture).resize(wide))
+                times.append(len(times) if frame.time is None else frame.time)
+                pictures.append(np.ascontiguousarray(picture))
+    except (av.error.FFmpegError, ValueError, EOFError) as error:
+        if isinstance(error, BadInput):
+            raise
+        reason = "no video inside" if not pictures else f"broken after frame {len(pictures)}"
+        raise BadInput(f"{path} is not a video that can be read ({reason}); wanted one of "
+                       f"{', '.join(VIDEOS)}. Convert it, or save it again.") from None
+    if not pictures:
+        raise BadInput(f"{path} holds no frames; save it again.")
+    order = np.argsort(times, kind="stable")
+    return [times[i] for i in order], [pictures[i] for i in order]
+
+
+def read_folder(path):
+    """File names and pictures (H, W, 3) uint8 of a folder, in natural order."""
+    files = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES), key=natural)
+    if not files:
+        raise BadInput(f"{path} holds no pictures ({', '.join(PICTURES)}); give a video, or a folder "
+                       "of numbered pictures.")
+    pictures = [read_picture(p) for p in files]
+    sizes = {p.shape[:2] for p in pictures}
+    if len(sizes) > 1:
+        raise BadInput(f"{path} mixes pictures of {len(sizes)} sizes, such as "
+                       f"{' and '.join(f'{w}×{h}' for h, w in sorted(sizes)[:2])}; make them one size.")
+    return [p.name for p in files], pictures
+
+
+def read_picture(path):
+    """(H, W, 3) uint8, turned as its EXIF says. Raises BadInput."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError):
+        raise BadInput(f"{path} is not a picture that can be read; save it again.") from None
+
+
+def fit(picture, size):
+    """(H, W, 3) uint8 -> (3, *size) in [-1, 1]: scaled to cover the size, then cropped centrally."""
+    H, W = size
+    h, w = picture.shape[:2]
+    scale = max(H / h, W / w)
+    h, w = max(H, round(h * scale)), max(W, round(w * scale))
+    x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
+    if x.shape[-2:] != (h, w):
+        x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)
+    top, left = (h - H) // 2, (w - W) // 2
+    return x[0, :, top : top + H, left : left + W] / 127.5 - 1
+
+
+MOST_CHARACTERS = 256  # about what 77 tokens hold of English; the rest would be cut unseen
+
+
+def check_prompt(prompt):
+    """The prompt itself. Raises BadInput when the text encoder could not read all of it."""
+    tokens = int((tokenize([prompt], 1000)[0] != 0).sum())
+    if len(prompt) > MOST_CHARACTERS or tokens > 77:
+        raise BadInput(f"the prompt {prompt[:40]!r}… has {len(prompt)} characters, {tokens} tokens; the "
+                       f"text encoder reads {MOST_CHARACTERS} and 77 at most. Shorten it.")
+    return prompt
+
+
+def find_caption(video, prompt=None):
+    """The caption of a clip and where it came from: the prompt, else clip.txt beside the clip (or
+    inside a folder of pictures: caption.txt), else the file's name."""
+    video = Path(video)
+    if prompt is not None:
+        return check_prompt(prompt), "--prompt"
+    for path in (video.with_suffix(".txt"), video / "caption.txt"):
+        if path.is_file():
+            text = path.read_text(errors="replace").strip()
+            if not text:
+                raise BadInput(f"{path} is empty; write the clip's caption in it, or give --prompt.")
+            return check_prompt(text.splitlines()[0]), str(path)
+    return check_prompt(re.sub(r"[\W_]+", " ", video.stem).strip() or "a video"), "the file's name"
+
+
+# ------------------------------------------------------------------------------------------------
+# Out
+
+
+@contextlib.contextmanager
+def publish(path):
+    """A temporary path beside `path`; when the block ends well it is flushed to disk and takes the
+    name, so a reader meets the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~umask)  # temporary files, and safetensors', are private
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def to_pixels(video):
+    """(3, F, H, W) in [-1, 1] -> (F, H, W, 3) uint8."""
+    return ((video.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+
+def write_video(path, video, fps):
+    """(3, F, H, W) -> an H.264 mp4 that every player opens (yuv420p, even sides, at least 256 high)."""
+    pixels = to_pixels(video)
+    scale = max(1, round(256 / pixels.shape[1]))
+    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), "edge")
+    with publish(path) as part, av.open(str(part), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}
+        for picture in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def contact_sheet(path, videos, columns=8):
+    """One row a video (3, F, H, W), `columns` frames of each, as a PNG."""
+    rows = []
+    for video in videos:
+        picked = np.linspace(0, video.shape[1] - 1, min(columns, video.shape[1])).round().astype(int)
+        frames = to_pixels(video[:, picked])
+        scale = max(1, round(96 / frames.shape[1]))
+        frames = frames.repeat(scale, 1).repeat(scale, 2)
+        rows.append(np.concatenate(list(frames), axis=1))
+    width = max(r.shape[1] for r in rows)
+    rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
+    with publish(path) as part:
+        Image.fromarray(np.concatenate(rows)).save(part)
+
+
+def slug(text, longest=60):
+    """A file name from a prompt: letters, digits and dashes alone, so it cannot leave its folder."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest].strip("-") or "prompt"

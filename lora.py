@@ -1,0 +1,127 @@
+"""Which layers learn, and the small files that hold what they learned.
+
+    python -c "import lora; print(lora.read_adapter('out/clip-vmc/vmc.safetensors').meta)"
+
+A set of layers is a pattern over parameter names. An adapter is a .safetensors file with just the
+tensors that changed, the clip's latents (a start for sampling), and its story in the metadata.
+"""
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import data
+from model import BadInput, read_tensors
+
+# Sets of layers, as patterns that a parameter's whole name must match.
+LAYERS = {
+    # VMC Sec. 3.1: q, k, v of both attentions of the temporal transformers; not transformer_in.
+    "temporal-attention-qkv": r".*temp_attentions\..*\.attn[12]\.to_[qkv]\.weight",
+    # All of the temporal layers, and everything: what the papers' ablations compare with.
+    "temporal": r"transformer_in\..*|.*temp_(attentions|convs)\..*",
+    "all": r".*",
+}
+
+
+def select(unet, layers):
+    """{name: parameter} of a named set of layers, or of a pattern. Raises BadInput if none match."""
+    pattern = re.compile(LAYERS.get(layers, layers))
+    chosen = {n: p for n, p in unet.named_parameters() if pattern.fullmatch(n)}
+    if not chosen:
+        raise BadInput(f"no layer is called {layers!r}; known sets: {', '.join(LAYERS)}, "
+                       "or a pattern over parameter names.")
+    return chosen
+
+
+def train_only(unet, layers):
+    """Make one set of layers learn, in fp32, and freeze all else; {name: parameter}."""
+    for p in unet.parameters():
+        p.requires_grad_(False)
+    chosen = select(unet, layers)
+    for p in chosen.values():
+        p.data = p.data.float()
+        p.requires_grad_(True)
+    return chosen
+
+
+def groups(names):
+    """How many names of each kind of layer, as text: '48 temp_attentions attn1, …'."""
+    count = {}
+    for name in names:
+        owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets)", name)
+        inner = re.search(r"\.(attn[12]|ff)\.", name)
+        key = " ".join(m.group(1) for m in (owner, inner) if m) or "other"
+        count[key] = count.get(key, 0) + 1
+    return ", ".join(f"{n} {key}" for key, n in count.items())
+
+
+def fingerprint(unet):
+    """Twelve letters that tell one base model from another, whatever precision it is loaded in.
+    Taken from the configuration and from layers that no method trains."""
+    digest = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
+    for tensor in (unet.conv_in.weight, unet.conv_out.weight, unet.time_embedding.linear_1.weight):
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@dataclass
+class Adapter:
+    """What was learned: tensors by parameter name, the clip's latents (C, F, h, w), and meta, the
+    file's metadata (str to str): format, method, base, prompt, step, seed, fps and more."""
+
+    tensors: dict
+    latents: torch.Tensor
+    meta: dict
+    path: Path
+
+
+FORMAT = "motion-adapter-1"
+
+
+def save_adapter(path, tensors, latents, **meta):
+    """Write an adapter, atomically. Tensors keep their precision, so loading it is exact."""
+    state = {f"unet.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
+    state["clip.latents"] = latents.detach().cpu().contiguous()
+    with data.publish(path) as part:
+        save_file(state, part, {"format": FORMAT} | {k: str(v) for k, v in meta.items()})
+
+
+def read_adapter(path):
+    """Read an adapter's file. Raises BadInput when it is no adapter, or is damaged."""
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; give the .safetensors file in it.")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise BadInput(f"{path} is no .safetensors file; give the adapter that train.py wrote.")
+    state = read_tensors(path)
+    with safe_open(path, "pt") as file:
+        meta = file.metadata() or {}
+    if meta.get("format") != FORMAT:
+        raise BadInput(f"{path} is not an adapter (format {meta.get('format', 'missing')!r}, wanted "
+                       f"{FORMAT!r}); give the .safetensors that train.py wrote.")
+    latents = state.pop("clip.latents", None)
+    return Adapter({n.removeprefix("unet."): t for n, t in state.items()}, latents, meta, path)
+
+
+def apply_adapter(unet, adapter, method=None):
+    """Put the adapter's tensors into the UNet. Raises BadInput when it was made for another base or
+    by another method than the one asked for, or does not fit; then nothing is changed."""
+    if method and adapter.meta.get("method") != method:
+        raise BadInput(f"{adapter.path} was made by --method {adapter.meta.get('method')}, wanted "
+                       f"{method}; give that method, or another adapter.")
+    if adapter.meta.get("base") != fingerprint(unet):
+        raise BadInput(f"{adapter.path} was trained on {adapter.meta.get('base_name')} "
+                       f"({adapter.meta.get('base')}), these weights are {fingerprint(unet)}; "
+                       "give --weights the base it was trained on.")
+    own = dict(unet.named_parameters())
+    wrong = [n for n, t in adapter.tensors.items() if n not in own or own[n].shape != t.shape]
+    if wrong or not adapter.tensors:
+        raise BadInput(f"{adapter.path} does not fit the model: {len(wrong)} of "
+                       f"{len(adapter.tensors)} tensors, first {wrong[:5]}.")
+    for name, tensor in adapter.tensors.items():
+        own[name].data = tensor.to(own[name].device, own[name].dtype)

@@ -1,0 +1,70 @@
+"""What the methods minimise: each function is one equation of one paper.
+
+    python -m pytest tests/test_losses.py
+
+All take the predicted and the true noise, pred and eps (B, C, F, h, w), and give one number.
+`a` is ᾱ at the clip's timestep, shaped to multiply them; losses that need no ᾱ ignore it.
+
+Axes: B clips, C channels, F frames, h w latent; n counts frames, c is the frame stride.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def residual(x, stride=1):
+    """δxⁿ = xⁿ⁺ᶜ − xⁿ along time (VMC Eq. 9): (B, C, F, h, w) -> (B, C, F − c, h, w).
+
+    Raises ValueError when the clip is too short for the stride.
+    """
+    if not 0 < stride < x.shape[2]:
+        raise ValueError(f"frame stride {stride} needs more than {stride} frames, got {x.shape[2]}")
+    return x[:, :, stride:] - x[:, :, :-stride]
+
+
+def mse(pred, eps, a=None, stride=1):
+    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; VMC Eq. 2)."""
+    return F.mse_loss(pred, eps)
+
+
+def residual_cosine(pred, eps, a=None, stride=1):
+    """1 − cos(δε, δε̂) of whole-frame residuals, mean over the frame pairs (VMC Eq. 17)."""
+    per_frame = lambda x: residual(x, stride).transpose(1, 2).flatten(2)  # (B, F − c, C·h·w)
+    return (1 - F.cosine_similarity(per_frame(pred), per_frame(eps), dim=-1)).mean()
+
+
+def residual_l2(pred, eps, a=None, stride=1):
+    """‖δε − δε̂‖², mean over elements (VMC Eq. 16 without its weight)."""
+    return F.mse_loss(residual(pred, stride), residual(eps, stride))
+
+
+def residual_l2_weighted(pred, eps, a, stride=1):
+    """(1 − ᾱ)/ᾱ · ‖δε − δε̂‖² (VMC Eq. 16): the residuals of x̂0, by Tweedie's formula.
+
+    On ZeroScope's schedule the weight reaches 214 and 63 % of it lies at t ≥ 900.
+    """
+    return ((1 - a) / a * (residual(pred, stride) - residual(eps, stride)) ** 2).mean()
+
+
+def residual_cosine_official(pred, eps, a=None, stride=1):
+    """VMC's published code, which is not its Eq. 17: absolute differences, and the cosine along time
+    for each channel and pixel. The absolute value makes it blind to sign: it gives −ε̂ a 0."""
+    along_time = lambda x: residual(x, stride).abs()
+    return (1 - F.cosine_similarity(along_time(pred), along_time(eps), dim=2)).mean()
+
+
+LOSSES = {
+    "mse": mse,
+    "residual-cosine": residual_cosine,
+    "residual-l2": residual_l2,
+    "residual-l2-weighted": residual_l2_weighted,
+    "residual-cosine-official": residual_cosine_official,
+}
+
+
+@torch.no_grad()
+def unseen_by_cosine(pred, eps):
+    """What no cosine of residuals constrains: the prediction's scale, std(ε̂)/std(ε), and how far its
+    mean over time is off, per channel and pixel. Log both: a run can drift there at no cost."""
+    scale = pred.float().std() / eps.float().std()
+    offset = (pred.float().mean(2) - eps.float().mean(2)).square().mean().sqrt()
+    return {"scale": scale.item(), "offset": offset.item()}

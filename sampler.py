@@ -1,0 +1,249 @@
+"""The noise schedule, the forward process, the samplers and DDIM inversion.
+
+    python -c "import sampler; print(sampler.Schedule().timesteps(50))"
+
+A sampler walks from noise to latents by calling `predict(x, t)`, the UNet's raw prediction; one
+method, `Schedule.split`, turns that prediction, epsilon or v, into clean latents and noise.
+
+Symbols: ᾱ alpha_bar, the share of signal at a timestep; x latents (B, C, F, h, w); t in 0..T-1.
+"""
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Schedule:
+    """How fast the signal fades. Defaults are ZeroScope's; `read` takes scheduler_config.json.
+
+    alpha_bar (T,) is kept in fp64. timestep_spacing is 'leading', 'trailing' or 'linspace';
+    prediction_type 'epsilon' or 'v_prediction'. Raises ValueError on anything else.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    clip_sample: bool = False
+    rescale_betas_zero_snr: bool = False
+    alpha_bar: torch.Tensor = field(default=None, repr=False)
+
+    @classmethod
+    def read(cls, path):
+        """From a hub scheduler_config.json. Raises ValueError or FileNotFoundError."""
+        values = json.loads(Path(path).read_text())
+        names = {f.name for f in fields(cls)} - {"alpha_bar"}
+        return cls(**{k: v for k, v in values.items() if k in names})
+
+    def __post_init__(self):
+        for name, known in (
+            ("beta_schedule", ("linear", "scaled_linear")),
+            ("prediction_type", ("epsilon", "v_prediction")),
+            ("timestep_spacing", ("leading", "trailing", "linspace")),
+            ("clip_sample", (False,)),
+            ("rescale_betas_zero_snr", (False,)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"scheduler: {name} is {getattr(self, name)!r}, known: {known}")
+        if self.alpha_bar is None:
+            power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
+            ends = self.beta_start**power, self.beta_end**power
+            betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64) ** (1 / power)
+            self.alpha_bar = torch.cumprod(1 - betas, dim=0)
+
+    def at(self, t, like):
+        """ᾱ_t for timesteps t (B,), shaped to multiply `like` (B, …), on its device."""
+        a = self.alpha_bar[torch.as_tensor(t, device="cpu").long()]
+        return a.reshape(-1, *[1] * (like.dim() - 1)).to(like.device)
+
+    def before(self, t):
+        """ᾱ of the level that precedes timestep t, an int that may be below zero."""
+        if t >= 0:
+            return self.alpha_bar[t].item()
+        return 1.0 if self.set_alpha_to_one else self.alpha_bar[0].item()
+
+    def add_noise(self, x0, noise, t):
+        """The forward process, x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (Ho et al. 2020, Eq. 4). t (B,)."""
+        a = self.at(t, x0)
+        return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * noise
+
+    def target(self, x0, noise, t):
+        """What the network is asked for: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022, App. D)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        a = self.at(t, x0)
+        return a.sqrt().to(x0.dtype) * noise - (1 - a).sqrt().to(x0.dtype) * x0
+
+    def split(self, prediction, x, a):
+        """(x̂0, ε̂) from the network's prediction at x, whose level is ᾱ = a (a float, or a tensor
+        from `at`). The only place that knows epsilon from v; the x̂0 of epsilon is Tweedie's."""
+        a = torch.as_tensor(a, dtype=torch.float64, device=x.device)
+        signal, noise = a.sqrt().to(x.dtype), (1 - a).sqrt().to(x.dtype)
+        if self.prediction_type == "epsilon":
+            return (x - noise * prediction) / signal, prediction
+        return signal * x - noise * prediction, signal * prediction + noise * x
+
+    def epsilon(self, prediction, x, t):
+        """ε̂ for a batch at timesteps t (B,): what the papers' losses are written in."""
+        return self.split(prediction, x, self.at(t, x))[1]
+
+    def timesteps(self, steps):
+        """The descending timesteps of a sampler in `steps` steps; leading: 981, 961, …, 1 for 50.
+
+        Raises ValueError when steps is not within 1..T.
+        """
+        T = self.num_train_timesteps
+        if not 1 <= steps <= T:
+            raise ValueError(f"{steps} sampling steps; choose 1 to {T}")
+        if self.timestep_spacing == "leading":
+            t = torch.arange(steps) * (T // steps) + self.steps_offset
+            return t.flip(0).clamp(max=T - 1).tolist()
+        if self.timestep_spacing == "trailing":
+            return (torch.arange(T, 0, -T / steps, dtype=torch.float64).round() - 1).long().tolist()
+        return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# Randomness and timestep distributions
+
+
+def noise_like_shape(shape, seeds):
+    """Standard normal (len(seeds), *shape) in fp32 on the CPU; row i depends on seeds[i] alone, so
+    a sample does not change with the batch it is drawn in. Seeds are ints or Generators."""
+    draw = lambda g: torch.randn(shape, generator=g)
+    make = lambda s: s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s)
+    return torch.stack([draw(make(s)) for s in seeds])
+
+
+def timestep_weights(kind, T=1000, alpha=0.5):
+    """Probabilities (T,) of the training timesteps.
+
+    'uniform', or NewMove's 'coarse', f(t) = (1 − α·cos(πt/T))/T, which favours high noise, where
+    motion is decided (NewMove Sec. 3.3, α = 0.5: three times as likely at T as at 0).
+    """
+    t = torch.arange(T, dtype=torch.float64)
+    weights = {"uniform": torch.ones_like(t), "coarse": 1 - alpha * torch.cos(torch.pi * t / T)}[kind]
+    return weights / weights.sum()
+
+
+def draw_timesteps(weights, n, generator):
+    """n timesteps (n,) from the probabilities `weights` (T,)."""
+    return torch.multinomial(weights, n, replacement=True, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------
+# Guidance and samplers
+
+
+def guide(unet, text, empty=None, scale=1.0):
+    """predict(x, t) with classifier-free guidance, u + g·(c − u) (Ho & Salimans 2022, Eq. 6).
+
+    text and empty (B, N, D); both halves run as one batch. Scale 1 or no `empty`: one half only.
+    """
+    if empty is None or scale == 1.0:
+        return lambda x, t: unet(x, t, text)
+    both = torch.cat([empty, text])
+
+    def predict(x, t):
+        uncond, cond = unet(torch.cat([x, x]), t, both).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    return predict
+
+
+def ddim(schedule, predict, x, steps, eta=0.0, seeds=None, on_step=None):
+    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds fresh noise, drawn from `seeds`, one a sample."""
+    S, generators = schedule, _generators(seeds, eta > 0)
+    for t in S.timesteps(steps):
+        a, b = S.alpha_bar[t].item(), S.before(t - S.num_train_timesteps // steps)
+        x0, eps = S.split(predict(x, t), x, a)
+        sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+        x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps
+        if eta > 0:
+            x = x + sigma * noise_like_shape(x.shape[1:], generators).to(x)
+        if on_step:
+            on_step(t, x0)
+    return x
+
+
+def ddpm(schedule, predict, x, steps, seeds, on_step=None):
+    """Ancestral sampling (Ho et al. 2020, Eq. 6 and 7), with the small of the two variances."""
+    S, generators = schedule, _generators(seeds, True)
+    for t in S.timesteps(steps):
+        a, s = S.alpha_bar[t].item(), t - S.num_train_timesteps // steps
+        b = S.alpha_bar[s].item() if s >= 0 else 1.0
+        alpha = a / b  # of this step alone
+        x0, _ = S.split(predict(x, t), x, a)
+        mean = (b**0.5 * (1 - alpha) * x0 + alpha**0.5 * (1 - b) * x) / (1 - a)
+        variance = (1 - b) / (1 - a) * (1 - alpha)
+        x = mean + variance**0.5 * noise_like_shape(x.shape[1:], generators).to(x)
+        if on_step:
+            on_step(t, x0)
+    return x
+
+
+def dpm_timesteps(schedule, steps):
+    """DPM-Solver spaces its 'leading' timesteps over steps + 1 intervals."""
+    S = schedule
+    if S.timestep_spacing != "leading":
+        return S.timesteps(steps) if S.timestep_spacing == "trailing" else (
+            torch.linspace(S.num_train_timesteps - 1, 0, steps + 1, dtype=torch.float64)
+            .round().long()[:-1].tolist())
+    t = torch.arange(steps + 1) * (S.num_train_timesteps // (steps + 1)) + S.steps_offset
+    return t.flip(0)[:-1].tolist()
+
+
+def dpm_solver(schedule, predict, x, steps, on_step=None):
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), first order in the first and the last step."""
+    S, old, h_old = schedule, None, None
+    times = dpm_timesteps(S, steps)
+    levels = [S.alpha_bar[t].item() for t in times] + [1.0]
+    for i, t in enumerate(times):
+        a, b = levels[i], levels[i + 1]
+        x0, _ = S.split(predict(x, t), x, a)
+        if i == steps - 1:  # λ is infinite at the end; the first-order step there is x̂0 itself
+            x = x0
+        else:
+            log_snr = lambda level: 0.5 * math.log(level / (1 - level))
+            h = log_snr(b) - log_snr(a)  # the step in λ = log(√ᾱ/√(1−ᾱ))
+            D = x0 if old is None else x0 + 0.5 * (h / h_old) * (x0 - old)
+            x = ((1 - b) / (1 - a)) ** 0.5 * x - b**0.5 * math.expm1(-h) * D
+            old, h_old = x0, h
+        if on_step:
+            on_step(t, x0)
+    return x
+
+
+def ddim_inversion(schedule, predict, x, steps):
+    """The noise from which `ddim` in as many steps returns to the clean latents x (Song et al. 2021,
+    Sec. 4.3): each step climbs from level t − T/steps to t with the prediction made at t."""
+    S = schedule
+    for t in reversed(S.timesteps(steps)):
+        a, b = S.before(t - S.num_train_timesteps // steps), S.alpha_bar[t].item()
+        x0, eps = S.split(predict(x, t), x, a)
+        x = b**0.5 * x0 + (1 - b) ** 0.5 * eps
+    return x
+
+
+def blend_noise(inverted, noise, p):
+    """√p·inverted + √(1−p)·noise: p = 1 is VMC's start, 0.5 MotionDirector's noise prior, 0 none."""
+    return p**0.5 * inverted + (1 - p) ** 0.5 * noise
+
+
+def _generators(seeds, needed):
+    """One generator a sample, apart from those that drew the start (hence the offset)."""
+    if not needed:
+        return None
+    if seeds is None:
+        raise ValueError("this sampler adds noise at every step; give it one seed per sample")
+    return [torch.Generator().manual_seed(s + 2**32) for s in seeds]
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm_solver}

@@ -1,0 +1,303 @@
+"""model.py against diffusers and transformers: the same names, shapes and numbers."""
+import json
+
+import pytest
+import torch
+from conftest import ROOT, TINY, relative
+from safetensors.torch import load_file, save_file
+
+import model
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+HEAD = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
+FULL_UNET = HEAD | {
+    "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024,
+    "attention_head_dim": 64,
+    "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+}
+NARROW_UNET = HEAD | {
+    "block_out_channels": [32, 64, 64], "cross_attention_dim": 24, "attention_head_dim": 8,
+    "norm_num_groups": 8,
+    "down_block_types": ["CrossAttnDownBlock3D"] * 2 + ["DownBlock3D"],
+    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 2,
+}
+FULL_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+             "num_attention_heads": 16}
+
+
+def shapes(module):
+    return {n: list(t.shape) for n, t in module.state_dict().items()}
+
+
+def listed(name):
+    return json.loads((ROOT / "tests" / "reference" / f"{name}_keys.json").read_text())
+
+
+def unhide(module):
+    """Zero-initialised layers and fresh norms hide bugs: give every one of them a say."""
+    generator = torch.Generator().manual_seed(1)
+    for name, p in module.named_parameters():
+        if p.dim() == 1 or p.abs().sum() == 0:
+            p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p)
+    return module.eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# Names and shapes at full size
+
+
+def test_full_size_unet_has_the_released_names_and_shapes():
+    with torch.device("meta"):
+        unet = model.UNet(model.UNetConfig(**FULL_UNET))
+    assert shapes(unet) == listed("unet") and len(listed("unet")) == 1480
+    assert sum(p.numel() for p in unet.parameters()) == 1_411_233_860
+
+
+def test_full_size_vae_has_the_released_names_and_shapes():
+    with torch.device("meta"):
+        vae = model.VAE(model.VAEConfig([128, 256, 512, 512]))
+    assert shapes(vae) == listed("vae") and len(listed("vae")) == 248
+
+
+def test_full_size_text_encoder_maps_to_the_released_names_and_shapes():
+    with torch.device("meta"):
+        text = model.TextEncoder(model.TextConfig(**FULL_TEXT))
+    hub = model.text_to_hub(text.tower.state_dict())
+    got = {n: list(t.shape) for n, t in hub.items()}
+    want = listed("text")
+    assert len(want) == 373
+    want.pop("text_model.embeddings.position_ids")  # a constant, which we drop when reading
+    assert got == want
+
+
+# ------------------------------------------------------------------------------------------------
+# Numbers, in fp64 and narrow
+
+
+@pytest.fixture(scope="module")
+def unets():
+    torch.manual_seed(0)
+    theirs = unhide(diffusers.UNet3DConditionModel(**NARROW_UNET).double())
+    ours = model.UNet(model.UNetConfig(**NARROW_UNET)).double().eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("frames,h,w", [(3, 12, 18), (5, 9, 16)])
+def test_unet_equals_diffusers(unets, frames, h, w):
+    ours, theirs = unets
+    x = torch.randn(2, 4, frames, h, w, dtype=torch.float64)
+    t, text = torch.tensor([981, 3]), torch.randn(2, 7, 24, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(ours(x, t, text), theirs(x, t, text).sample) <= 1e-10
+
+
+def test_unet_gradients_equal_diffusers(unets):
+    """The plain attention that training takes on a CPU, and its gradient, are the same too."""
+    ours, theirs = unets
+    x, text = torch.randn(1, 4, 3, 8, 8).double(), torch.randn(1, 5, 24).double()
+    name = "mid_block.temp_attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    grads = [torch.autograd.grad(out.square().sum(), net.get_parameter(name))[0]
+             for net, out in ((ours, ours(x, 500, text)), (theirs, theirs(x, 500, text).sample))]
+    assert relative(*grads) <= 1e-10
+
+
+def test_checkpointing_changes_no_gradient(unets):
+    ours, _ = unets
+    x, text = torch.randn(1, 4, 3, 8, 8).double(), torch.randn(1, 5, 24).double()
+    grads = []
+    for ours.checkpointing in (False, True):
+        out = ours(x, 500, text).square().sum()
+        grads.append(torch.autograd.grad(out, ours.get_parameter("conv_in.weight"))[0])
+    ours.checkpointing = False
+    assert relative(*grads) <= 1e-12
+
+
+def test_without_temporal_layers_frames_do_not_meet(unets):
+    """As an image model the UNet ignores every temporal weight, and each frame stands alone."""
+    ours, _ = unets
+    x, text = torch.randn(1, 4, 3, 8, 8).double(), torch.randn(1, 5, 24).double()
+    broken = model.UNet(ours.config).double().eval()
+    broken.load_state_dict(ours.state_dict())
+    for name, p in broken.named_parameters():
+        if "temp_" in name or "transformer_in" in name:
+            p.data.fill_(float("nan"))
+    with torch.no_grad():
+        whole = ours(x, 10, text, temporal=False)
+        assert torch.equal(broken(x, 10, text, temporal=False), whole)
+        alone = ours(x[:, :, [1]], 10, text, temporal=False)
+        assert relative(whole[:, :, [1]], alone) <= 1e-12
+        assert relative(whole, ours(x, 10, text)) > 1e-3
+
+
+def test_vae_equals_diffusers():
+    torch.manual_seed(0)
+    widths = [16, 32, 32]
+    theirs = unhide(diffusers.AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, latent_channels=4, norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3).double())
+    ours = model.VAE(model.VAEConfig(widths, norm_num_groups=8)).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x, z = torch.randn(2, 3, 32, 40).double(), torch.randn(2, 4, 7, 9).double()
+    with torch.no_grad():
+        mean, std = ours.encode(x)
+        want = theirs.encode(x).latent_dist
+        assert relative(mean, want.mean) <= 1e-10 and relative(std, want.std) <= 1e-10
+        assert relative(ours.decode(z), theirs.decode(z).sample) <= 1e-10
+
+
+def hub_tokenizer(folder):
+    """The hub's CLIP tokenizer, made from the vocabulary that open_clip carries."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    ours = SimpleTokenizer()
+    names = {token.replace("<start_of_text>", "<|startoftext|>")
+             .replace("<end_of_text>", "<|endoftext|>"): i for token, i in ours.encoder.items()}
+    merges = [" ".join(pair) for pair, _ in sorted(ours.bpe_ranks.items(), key=lambda m: m[1])]
+    (folder / "vocab.json").write_text(json.dumps(names))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="!")
+
+
+@pytest.mark.parametrize("prompt", [
+    "a person is riding a bicycle", "", "Two SHARKS, swimming in the sea.", "wow! it's a 4K video!!",
+    "a person doing the sks dance", "naïve café 鯊魚", "word " * 100,
+])
+def test_tokens_equal_the_hubs(prompt, tmp_path):
+    theirs = hub_tokenizer(tmp_path)
+    want = theirs(prompt, padding="max_length", truncation=True, max_length=77).input_ids
+    assert model.tokenize([prompt])[0].tolist() == want
+
+
+def test_text_encoder_equals_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "hidden_act": "gelu", "vocab_size": 49408,
+              "max_position_embeddings": 77}
+    theirs = unhide(transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)).double())
+    hub = {n if n.startswith("text_model.") else "text_model." + n: t.contiguous()
+           for n, t in theirs.state_dict().items()}
+    folder = tmp_path / "text_encoder"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(hub, folder / "model.safetensors")
+    ours = model.load_text(tmp_path, dtype=torch.float64)
+    prompts = ["a bird is flying", "a much longer prompt, with commas, about two sharks! moving"]
+    with torch.no_grad():
+        want = theirs(model.tokenize(prompts)).last_hidden_state
+        assert ours(prompts).shape == (2, 77, 48)
+        assert relative(ours(prompts), want) <= 1e-10
+
+
+def test_text_names_go_there_and_back():
+    with torch.device("meta"):
+        tower = model.TextEncoder(model.TextConfig(**FULL_TEXT)).tower.state_dict()
+    back = {n: tuple(t.shape) for n, t in model.text_from_hub(model.text_to_hub(tower)).items()}
+    assert back == {n: tuple(t.shape) for n, t in tower.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders
+
+
+def copy_tiny(folder):
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        (folder / part).mkdir(parents=True)
+        for file in (TINY / part).iterdir():
+            (folder / part / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_bin_and_old_vae_names_load_the_same(tmp_path, tiny):
+    folder = copy_tiny(tmp_path / "old")
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
+                       ("text_encoder", "model")):
+        path = folder / part / f"{stem}.safetensors"
+        state = load_file(path)
+        path.unlink()
+        if part == "vae":
+            for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
+                             ("proj_attn", "to_out.0")):
+                state = {n.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): t
+                         for n, t in state.items()}
+            assert any("proj_attn" in n for n in state)
+        name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+        torch.save(state, folder / part / name)
+    again = model.load(folder)
+    for part in ("unet", "vae", "text"):
+        want = getattr(tiny, part).state_dict()
+        assert all(torch.equal(t, want[n]) for n, t in getattr(again, part).state_dict().items())
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/evil-ran",)
+
+
+def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path):
+    from pathlib import Path
+
+    folder = copy_tiny(tmp_path / "w")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"conv_in.weight": Evil()}, folder / "unet" / "diffusion_pytorch_model.bin")
+    Path("/tmp/evil-ran").unlink(missing_ok=True)
+    with pytest.raises(model.BadInput, match="diffusion_pytorch_model.bin"):
+        model.load(folder)
+    assert not Path("/tmp/evil-ran").exists()
+
+
+def damage(kind, path):
+    state = load_file(path)
+    first = next(iter(state))
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "trailing":
+        path.write_bytes(path.read_bytes() + b"more")
+    elif kind == "huge header":
+        path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+    elif kind == "missing":
+        del state[first]
+    elif kind == "extra":
+        state["extra.weight"] = torch.zeros(1)
+    elif kind == "shape":
+        state[first] = state[first][:1].clone()
+    elif kind == "nan":
+        state[first].view(-1)[0] = float("nan")
+    if kind in ("missing", "extra", "shape", "nan"):
+        save_file(state, path)
+
+
+@pytest.mark.parametrize("kind,says", [
+    ("truncated", "cannot be read"), ("trailing", "cannot be read"), ("huge header", "cannot be read"),
+    ("missing", "missing"), ("extra", "extra.weight unexpected"), ("shape", "wanted"),
+    ("nan", "NaN"), ("gone", "has no weights"),
+])
+def test_damaged_weights_are_named_in_one_line(kind, says, tmp_path):
+    folder = copy_tiny(tmp_path / "w")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.unlink() if kind == "gone" else damage(kind, path)
+    with pytest.raises(model.BadInput, match=says) as error:
+        model.load(folder)
+    assert "unet" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_full_size_unet_equals_diffusers():
+    """Once, in fp32, at full depth and width: every bug listed in the tolerance table shows."""
+    torch.manual_seed(0)
+    theirs = unhide(diffusers.UNet3DConditionModel(**FULL_UNET))
+    with torch.device("meta"):
+        ours = model.UNet(model.UNetConfig(**FULL_UNET)).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    x, text = torch.randn(2, 4, 4, 8, 12), torch.randn(2, 77, 1024)
+    t = torch.tensor([901, 41])
+    with torch.no_grad():
+        error = relative(ours(x, t, text), theirs(x, t, text).sample)
+    print(f"full size, fp32: relative L2 {error:.2e}")
+    assert error <= 4e-6

@@ -1,0 +1,249 @@
+"""sampler.py against diffusers step by step, and against values worked by hand."""
+import math
+
+import pytest
+import torch
+from conftest import TINY, relative
+
+import sampler
+from sampler import Schedule
+
+diffusers = pytest.importorskip("diffusers")
+
+ZEROSCOPE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "steps_offset": 1, "timestep_spacing": "leading"}
+SHAPE = (2, 3, 4, 5, 6)
+
+
+def wobble(x, t):
+    """A stand-in for the network: smooth, and different at every timestep."""
+    return torch.sin(3 * x + t / 100) * 0.9 + 0.1 * x
+
+
+def pair(theirs_class, prediction, spacing="leading", **more):
+    """Our schedule on diffusers' own table, cast to fp64, and diffusers' scheduler."""
+    config = ZEROSCOPE | {"prediction_type": prediction, "timestep_spacing": spacing}
+    theirs = theirs_class(**config, **more)
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
+    return Schedule(**config, alpha_bar=theirs.alphas_cumprod.clone()), theirs
+
+
+def walk(theirs, x, n, step=None):
+    """diffusers' sampler with wobble, all latents; step(model output, t, x) -> x."""
+    theirs.set_timesteps(n)
+    for t in theirs.timesteps:
+        out = wobble(x, t.item())
+        x = step(out, t, x) if step else theirs.step(out, t, x).prev_sample
+        yield t.item(), x
+
+
+def start():
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(5)).double()
+
+
+def record(run):
+    """(timesteps, latents before each step) of one of our samplers."""
+    seen = []
+
+    def predict(x, t):
+        seen.append((t, x.clone()))
+        return wobble(x, t)
+
+    end = run(predict)
+    return [t for t, _ in seen], [x for _, x in seen[1:]] + [end]
+
+
+def same_walk(ours, theirs):
+    times, latents = ours
+    assert times == [t for t, _ in theirs]
+    for mine, (_, other) in zip(latents, theirs):
+        assert relative(mine, other) <= 1e-10
+
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def test_table_equals_diffusers():
+    theirs = diffusers.DDIMScheduler(**ZEROSCOPE)
+    assert relative(Schedule(**ZEROSCOPE).alpha_bar, theirs.alphas_cumprod.double()) < 1e-5
+
+
+def test_zeroscope_timesteps():
+    assert Schedule().timesteps(50) == list(range(981, 0, -20))
+    assert Schedule().timesteps(75)[0] == 963
+
+
+@pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace"))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_equals_diffusers(prediction, spacing):
+    ours, theirs = pair(diffusers.DDIMScheduler, prediction, spacing,
+                        clip_sample=False, set_alpha_to_one=False)
+    got = record(lambda predict: sampler.ddim(ours, predict, start(), 50))
+    same_walk(got, list(walk(theirs, start(), 50)))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_with_noise_equals_diffusers(prediction):
+    ours, theirs = pair(diffusers.DDIMScheduler, prediction, clip_sample=False, set_alpha_to_one=False)
+    generators = sampler._generators([3, 8], True)
+    step = lambda out, t, x: theirs.step(
+        out, t, x, eta=0.7,
+        variance_noise=sampler.noise_like_shape(SHAPE[1:], generators).double()).prev_sample
+    got = record(lambda predict: sampler.ddim(ours, predict, start(), 50, eta=0.7, seeds=[3, 8]))
+    same_walk(got, list(walk(theirs, start(), 50, step)))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_equals_diffusers(prediction, monkeypatch):
+    ours, theirs = pair(diffusers.DDPMScheduler, prediction, clip_sample=False)
+    theirs.one = theirs.one.double()
+    generators = sampler._generators([3, 8], True)
+    # The last step has no noise in the paper; diffusers draws some of variance 1e-20.
+    draws = iter([1.0] * 49 + [0.0])
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor",
+        lambda *a, **k: next(draws) * sampler.noise_like_shape(SHAPE[1:], generators).double())
+    got = record(lambda predict: sampler.ddpm(ours, predict, start(), 50, seeds=[3, 8]))
+    same_walk(got, list(walk(theirs, start(), 50)))
+
+
+@pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace"))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_dpm_solver_equals_diffusers(prediction, spacing, monkeypatch):
+    class InDouble:
+        """torch, for a module that casts to fp32 in the middle of a step."""
+
+        float32 = torch.float64
+        __getattr__ = lambda self, name: getattr(torch, name)
+
+    monkeypatch.setattr("diffusers.schedulers.scheduling_dpmsolver_multistep.torch", InDouble())
+    ours, theirs = pair(diffusers.DPMSolverMultistepScheduler, prediction, spacing)
+    theirs.set_timesteps(50)
+    levels = ours.alpha_bar[theirs.timesteps]
+    sigmas = torch.cat([((1 - levels) / levels).sqrt(), torch.zeros(1).double()])
+
+    def step(out, t, x):
+        theirs.sigmas = sigmas  # its own are rounded to fp32
+        return theirs.step(out, t, x).prev_sample
+
+    got = record(lambda predict: sampler.dpm_solver(ours, predict, start(), 50))
+    same_walk(got, list(walk(theirs, start(), 50, step)))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_inversion_equals_diffusers(prediction):
+    ours, theirs = pair(diffusers.DDIMInverseScheduler, prediction,
+                        clip_sample=False, set_alpha_to_one=False)
+    theirs.initial_alpha_cumprod = theirs.alphas_cumprod[0]
+    got = record(lambda predict: sampler.ddim_inversion(ours, predict, start(), 50))
+    assert got[0] == list(range(1, 1000, 20))
+    same_walk(got, list(walk(theirs, start(), 50)))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_forward_process_equals_diffusers(prediction):
+    ours, theirs = pair(diffusers.DDIMScheduler, prediction)
+    x0, noise, t = start(), torch.randn(SHAPE).double(), torch.tensor([7, 901])
+    x = ours.add_noise(x0, noise, t)
+    assert relative(x, theirs.add_noise(x0, noise, t)) <= 1e-12
+    want = noise if prediction == "epsilon" else theirs.get_velocity(x0, noise, t)
+    assert relative(ours.target(x0, noise, t), want) <= 1e-12
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_split_undoes_the_forward_process(prediction):
+    S = Schedule(prediction_type=prediction)
+    x0, noise, t = start(), torch.randn(SHAPE).double(), torch.tensor([7, 901])
+    x = S.add_noise(x0, noise, t)
+    back, eps = S.split(S.target(x0, noise, t), x, S.at(t, x))
+    assert relative(back, x0) <= 1e-9 and relative(eps, noise) <= 1e-9
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_inversion_then_sampling_returns_exactly(prediction):
+    """Where the predicted noise does not depend on x, the two retrace each other's steps."""
+    S, fixed = Schedule(prediction_type=prediction), torch.randn(SHAPE).double()
+
+    def predict(x, t, level):
+        if prediction == "epsilon":
+            return fixed
+        a = level(t)  # the v whose ε̂ is `fixed` at that x
+        return (fixed - (1 - a) ** 0.5 * x) / a**0.5
+
+    n = 50
+    up = lambda t: S.before(t - S.num_train_timesteps // n)
+    noise = sampler.ddim_inversion(S, lambda x, t: predict(x, t, up), start(), n)
+    down = lambda t: S.alpha_bar[t].item()
+    again = sampler.ddim(S, lambda x, t: predict(x, t, down), noise, n)
+    assert relative(again, start()) <= 1e-10
+    assert relative(noise, start()) > 0.5
+
+
+def test_inversion_then_sampling_on_the_tiny_model(tiny):
+    """Without guidance the tiny model's reconstruction of a clip stays near it: see README."""
+    import generate
+    from tiny import world
+
+    scenes = world.sample_scenes(1, torch.Generator().manual_seed(0), ("moving left",))
+    video = world.render(scenes)
+    latents = tiny.vae.encode_video(video)
+    noise = generate.invert(tiny, latents, 50, "fp32")
+    with torch.no_grad():
+        empty = tiny.text([""])
+        again = sampler.ddim(tiny.schedule, sampler.guide(tiny.unet, empty), noise, 50)
+    goal, back = tiny.vae.decode_video(latents), tiny.vae.decode_video(again)
+    psnr = 10 * math.log10(4 / (goal - back).square().mean().item())
+    print(f"inversion and back on the tiny model: {psnr:.1f} dB")
+    assert psnr > 20
+
+
+def test_guidance_is_the_papers_and_one_batch():
+    calls = []
+
+    def unet(x, t, text):
+        calls.append(len(x))
+        return x * text.mean((1, 2)).reshape(-1, 1, 1, 1, 1)
+
+    x, text, empty = start(), torch.full((2, 3, 4), 2.0).double(), torch.ones(2, 3, 4).double()
+    got = sampler.guide(unet, text, empty, 5.0)(x, 0)
+    assert torch.allclose(got, x + 5 * (2 * x - x)) and calls == [4]
+
+
+def test_a_samples_noise_does_not_depend_on_its_batch():
+    whole = sampler.noise_like_shape((4, 3), [7, 8, 9, 10])
+    assert torch.equal(whole[2:3], sampler.noise_like_shape((4, 3), [9]))
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_coarse_timesteps_have_the_papers_density():
+    """NewMove, α = 0.5: relative density 0.5 at t = 0 and 1.5 at 999, mean 600.9, P(t ≥ 500) 0.659."""
+    w = sampler.timestep_weights("coarse", 1000, 0.5)
+    t = torch.arange(1000).double()
+    assert w.sum().item() == pytest.approx(1)
+    assert 1000 * w[0].item() == pytest.approx(0.5, abs=1e-3)
+    assert 1000 * w[999].item() == pytest.approx(1.5, abs=1e-3)
+    assert (w * t).sum().item() == pytest.approx(600.9, abs=0.3)
+    assert w[500:].sum().item() == pytest.approx(0.659, abs=1e-3)
+    drawn = sampler.draw_timesteps(w, 200_000, torch.Generator().manual_seed(0)).double()
+    assert drawn.mean().item() == pytest.approx(600.9, abs=2.5)
+    assert sampler.draw_timesteps(sampler.timestep_weights("uniform"), 200_000,
+                                  torch.Generator().manual_seed(0)).double().mean() < 503
+
+
+def test_blend_keeps_the_variance():
+    a, b = torch.randn(100_000), torch.randn(100_000)
+    assert sampler.blend_noise(a, b, 0.3).std().item() == pytest.approx(1, abs=0.01)
+    assert torch.equal(sampler.blend_noise(a, b, 1.0), a)
+
+
+@pytest.mark.parametrize("change", [{"beta_schedule": "cosine"}, {"prediction_type": "sample"},
+                                    {"clip_sample": True}, {"timestep_spacing": "odd"}])
+def test_an_unknown_schedule_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Schedule(**change)
+
+
+def test_the_tiny_models_schedule_is_read():
+    S = Schedule.read(TINY / "scheduler" / "scheduler_config.json")
+    assert S.prediction_type == "v_prediction" and S.alpha_bar[-1] < 1e-4

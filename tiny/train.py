@@ -1,0 +1,351 @@
+"""Train the tiny model from scratch: VAE, CLIP, then the video UNet on pictures and on clips.
+
+    python tiny/train.py                       # all stages, from scratch or from where they stopped
+    python tiny/train.py clips --steps 40000   # go on with the last stage alone
+
+Each stage writes its result to tiny/weights, in the hub's layout and fp16, and its state to
+tiny/work, from which it resumes. Every random draw comes from (stage, step), and the world is
+rendered afresh for every step, so there is no data set and no epoch.
+
+Axes: B clips or pictures, F frames, C channels, H W picture, h w latent.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import model  # noqa: E402
+from sampler import Schedule  # noqa: E402
+from tiny import world  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+STAGES = ("vae", "clip", "pictures", "clips")
+STEPS = {"vae": 1800, "clip": 1000, "pictures": 1500, "clips": 20000}
+BATCH = {"vae": 24, "clip": 128, "pictures": 192, "clips": 12}
+RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 1.5e-3, "clips": 1e-3}
+
+VAE_CONFIG = {
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [32, 32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "in_channels": 3, "out_channels": 3, "latent_channels": 8, "layers_per_block": 1,
+    "norm_num_groups": 2, "sample_size": 64, "scaling_factor": 1.0,
+}
+UNET_CONFIG = {
+    "_class_name": "UNet3DConditionModel", "act_fn": "silu", "attention_head_dim": 16,
+    "block_out_channels": [64, 128], "cross_attention_dim": 64,
+    "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
+    "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
+    "downsample_padding": 1, "in_channels": 8, "out_channels": 8, "layers_per_block": 1,
+    "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 4, "sample_size": 8,
+}
+CLIP_CONFIG = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 64, "layers": 4, "width": 96, "head_width": 24, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 4},
+}
+TEXT_CONFIG = {  # all of CLIP's text layers but the last, as ZeroScope's 23 of 24
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "gelu",
+    "hidden_size": 64, "intermediate_size": 256, "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77, "num_attention_heads": 4, "num_hidden_layers": 3,
+    "vocab_size": 49408,
+}
+# With 8×8 latents that hardly change from pixel to pixel, noise hides less than it does in a large
+# picture. The linear schedule, which ends in almost pure noise, v-prediction, and latents scaled to
+# a standard deviation of 0.5 make up for it.
+SCHEDULE = {
+    "_class_name": "DDIMScheduler", "beta_start": 0.0001, "beta_end": 0.02,
+    "beta_schedule": "linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
+    "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+LATENT_STD = 0.5
+
+
+# ------------------------------------------------------------------------------------------------
+# What every stage shares: state, learning rate, the loop
+
+
+def write_part(out, part, config, state, name="diffusion_pytorch_model", config_name="config.json"):
+    """One part's folder of the hub's layout: config and fp16 safetensors."""
+    folder = out / part
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / config_name).write_text(json.dumps(config, indent=2) + "\n")
+    halves = {n: t.detach().cpu().half().contiguous() for n, t in state.items()}
+    save_file(halves, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    os.chmod(folder / f"{name}.safetensors", 0o644)
+
+
+def generator(stage, step):
+    """The source of all randomness of a step."""
+    return torch.Generator().manual_seed(STAGES.index(stage) * 10**9 + step)
+
+
+def rate(step, steps, peak, warm=100):
+    """Linear warm-up, then a half cosine to a tenth of nothing."""
+    done = min(1.0, step / steps)
+    return peak * min(1.0, (step + 1) / warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Average:
+    """An exponential moving average of a module's weights: what is exported."""
+
+    def __init__(self, module, decay):
+        self.decay, self.module = decay, module
+        self.state = {n: p.detach().clone() for n, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        names, values = zip(*self.module.named_parameters())
+        torch._foreach_lerp_([self.state[n] for n in names], list(values), 1 - decay)
+
+
+def run(stage, module, loss_of, export, args, decay=0.999, no_decay=()):
+    """Train `module` on loss_of(step) to the stage's last step; resume, log, save and export.
+
+    Names that hold one of `no_decay` get no weight decay.
+    """
+    steps, peak = args.steps or STEPS[stage], args.rate or RATE[stage]
+    kept = [p for n, p in module.named_parameters() if p.dim() < 2 or any(s in n for s in no_decay)]
+    decayed = [p for p in module.parameters() if not any(p is k for k in kept)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": kept, "weight_decay": 0.0}],
+        betas=(0.9, 0.99), fused=True)
+    average, first = Average(module, decay), 0
+    path = args.work / f"{stage}.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True, map_location=args.device)
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.state, first = saved["average"], saved["step"]
+        print(f"{stage}: resumed at step {first} of {steps}", flush=True)
+
+    def save(step):
+        args.work.mkdir(parents=True, exist_ok=True)
+        torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict(),
+                    "average": average.state, "step": step}, f"{path}.part")
+        os.replace(f"{path}.part", path)
+        export(average.state)
+
+    started, total = time.time(), 0.0
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps, peak)
+        loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(step)
+        total = loss.item() if step == first else 0.98 * total + 0.02 * loss.item()
+        if (step + 1) % 20 == 0:
+            pace = (step + 1 - first) / (time.time() - started)
+            print(f"{stage} {step + 1}/{steps} loss {total:.4f} {pace:.2f} steps/s", flush=True)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            save(step + 1)
+
+
+def autocast(args):
+    return torch.autocast(args.device, torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------
+# VAE
+
+
+def frames_of(scenes, g):
+    """One frame a scene, at a random time: (B, 3, H, W)."""
+    return world.render(scenes, times=torch.rand(len(scenes), 1, generator=g))[:, :, 0]
+
+
+def train_vae(args):
+    """Reconstruction of single frames, of the novel motions too, with a slight pull to N(0, 1)."""
+    torch.manual_seed(0)
+    vae = model.VAE(model.VAEConfig(**{k: VAE_CONFIG[k] for k in (
+        "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")}))
+    vae = vae.to(args.device)
+
+    def loss_of(step):
+        g = generator("vae", step)
+        scenes = world.sample_scenes(BATCH["vae"], g, world.MOTIONS)
+        x = frames_of(scenes, g).to(args.device)
+        with autocast(args):
+            mean, std = vae.encode(x)
+            out = vae.decode(mean + std * torch.randn(mean.shape, generator=g).to(mean))
+        mean, std, out = mean.float(), std.float(), out.float()
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
+        return (out - x).abs().mean() + 2 * ((out - x) ** 2).mean() + 1e-4 * kl
+
+    def export(state):
+        g = generator("vae", 10**8)
+        x = frames_of(world.sample_scenes(512, g, world.MOTIONS), g).to(args.device)
+        held = {n: p.detach().clone() for n, p in vae.named_parameters()}
+        vae.load_state_dict(state)
+        with torch.no_grad():
+            means = torch.cat([vae.encode(part)[0] for part in x.split(64)])
+            out = torch.cat([vae.decode(part) for part in means.split(64)]).clamp(-1, 1)
+        vae.load_state_dict(held)
+        psnr = 10 * math.log10(4 / ((out - x) ** 2).mean().item())
+        print(f"vae: {psnr:.2f} dB on held-out frames", flush=True)
+        config = VAE_CONFIG | {"scaling_factor": round(LATENT_STD / means.std().item(), 5)}
+        write_part(args.out, "vae", config, state)
+
+    run("vae", vae, loss_of, export, args)
+
+
+# ------------------------------------------------------------------------------------------------
+# CLIP
+
+
+def train_clip(args):
+    """Frames against captions (Radford et al. 2021, Fig. 3). Frames do not show motion, so a linear
+    head that exists only here also reads the thing's path from the text: words of motion then get
+    states as far apart as words of colour."""
+    torch.manual_seed(1)
+    clip = open_clip.model.CLIP(**CLIP_CONFIG)
+    both = nn.ModuleDict({"clip": clip, "head": nn.Linear(64, 5 * world.FRAMES)}).to(args.device)
+
+    def loss_of(step):
+        g = generator("clip", step)
+        scenes = world.sample_scenes(BATCH["clip"], g)
+        images = frames_of(scenes, g).to(args.device)
+        texts = world.captions(scenes, g)
+        ids = model.tokenize(texts)[:, :24].to(args.device)  # causal: the rest changes nothing
+        path = world.trajectory(scenes)
+        reach = scenes.reach[:, None]
+        goal = torch.stack([(path.x - scenes.x[:, None]) / reach, (path.y - scenes.y[:, None]) / reach,
+                            3 * (path.size - 1), path.angle / 2, path.pan / 24], 1).flatten(1)
+        with autocast(args):
+            image = F.normalize(clip.encode_image(images).float(), dim=-1)
+            x = clip.token_embedding(ids) + clip.positional_embedding[:24]
+            x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:24, :24]))
+            x = x[torch.arange(len(ids)), ids.argmax(1)] @ clip.text_projection  # at the end token
+            guess = both["head"](x)
+        logits = clip.logit_scale.exp() * image @ F.normalize(x.float(), dim=-1).T
+        number = {t: i for i, t in enumerate(texts)}
+        number = torch.tensor([number[t] for t in texts])
+        same = (number[:, None] == number).float().to(args.device)
+        same = same / same.sum(1, keepdim=True)  # equal captions are not each other's negatives
+        contrast = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        return contrast + F.mse_loss(guess.float(), goal.to(args.device))
+
+    def export(state):
+        state = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
+        last = f"transformer.resblocks.{CLIP_CONFIG['text_cfg']['layers'] - 1}."
+        stem = ("token_embedding", "positional_embedding", "transformer.", "ln_final")
+        text = {n: t for n, t in state.items() if n.startswith(stem) and not n.startswith(last)}
+        write_part(args.out, "text_encoder", TEXT_CONFIG, model.text_to_hub(text), "model")
+        # What the text encoder does not hold: the last text layer, the projections, the pictures.
+        rest = {n: t for n, t in state.items() if n not in text}
+        write_part(args.out, "clip", CLIP_CONFIG, rest, "model", "open_clip_config.json")
+
+    run("clip", both, loss_of, export, args, no_decay=("embedding",))
+
+
+# ------------------------------------------------------------------------------------------------
+# UNet
+
+
+def build_unet(args):
+    torch.manual_seed(2)
+    names = {f.name for f in model.fields(model.UNetConfig)}
+    unet = model.UNet(model.UNetConfig(**{k: v for k, v in UNET_CONFIG.items() if k in names}))
+    for name, module in unet.named_modules():
+        # The order of frames reaches the network through these alone: let them act from the start.
+        if name.endswith("conv4"):
+            module[-1].reset_parameters()
+            module[-1].weight.data.mul_(0.5)
+            module[-1].bias.data.zero_()
+    return unet.to(args.device)
+
+
+def unet_loss(unet, schedule, latents, text, g, args, temporal, skew):
+    """Mean squared error of v; timesteps ∝ u^skew: 1 is uniform, 1/2 favours high noise."""
+    B = len(latents)
+    t = (torch.rand(B, generator=g) ** skew * schedule.num_train_timesteps).long()
+    noise = torch.randn(latents.shape, generator=g).to(latents)
+    x, goal = schedule.add_noise(latents, noise, t), schedule.target(latents, noise, t)
+    with autocast(args):
+        out = unet(x, t.to(args.device), text, temporal=temporal)
+    return ((out.float() - goal) ** 2).mean()
+
+
+def export_unet(args):
+    def export(state):
+        write_part(args.out, "unet", UNET_CONFIG, state)
+        (args.out / "scheduler").mkdir(exist_ok=True)
+        path = args.out / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(SCHEDULE, indent=2) + "\n")
+        (args.out / "model_index.json").write_text(json.dumps(
+            {"_class_name": "TextToVideoSDPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
+             "text_encoder": ["transformers", "CLIPTextModel"],
+             "unet": ["diffusers", "UNet3DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]},
+            indent=2) + "\n")
+
+    return export
+
+
+def train_pictures(args):
+    """Single frames, every temporal layer bypassed, captions without motion: what things look like."""
+    unet, schedule = build_unet(args), Schedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
+    vae, text = model.load_vae(args.out, args.device), model.load_text(args.out, args.device)
+
+    def loss_of(step):
+        g = generator("pictures", step)
+        scenes = world.sample_scenes(BATCH["pictures"], g)
+        frames = frames_of(scenes, g).to(args.device)
+        with torch.no_grad(), autocast(args):
+            latents = vae.encode_video(frames[:, :, None], chunk=64).float()
+            states = text(world.captions(scenes, g, motion=False)).float()
+        return unet_loss(unet, schedule, latents, states, g, args, False, skew=0.7)
+
+    run("pictures", unet, loss_of, export_unet(args), args)
+
+
+def train_clips(args):
+    """Whole clips: how things move. Starts from the pictures' weights."""
+    unet, schedule = build_unet(args), Schedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
+    vae, text = model.load_vae(args.out, args.device), model.load_text(args.out, args.device)
+    unet.load_state_dict(torch.load(args.work / "pictures.pt", weights_only=True)["average"])
+    unet.train()
+
+    def loss_of(step):
+        g = generator("clips", step)
+        torch.manual_seed(step)  # the temporal convolutions' dropout
+        scenes = world.sample_scenes(BATCH["clips"], g, args.motions or world.BASE)
+        with torch.no_grad(), autocast(args):
+            latents = vae.encode_video(world.render(scenes).to(args.device), chunk=64).float()
+            states = text(world.captions(scenes, g)).float()
+        return unet_loss(unet, schedule, latents, states, g, args, True, skew=0.5)
+
+    run("clips", unet, loss_of, export_unet(args), args)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="stages to run; default all")
+    parser.add_argument("--out", type=Path, default=HERE / "weights", help="where the weights go")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="where the state goes")
+    parser.add_argument("--steps", type=int, help="last step of the stage; default per stage")
+    parser.add_argument("--rate", type=float, help="peak learning rate; default per stage")
+    parser.add_argument("--motions", nargs="*", help="only these motions, for experiments")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
+    args = parser.parse_args()
+    model.keep_memory()
+    for stage in args.stages or STAGES:
+        globals()[f"train_{stage}"](args)
+
+
+if __name__ == "__main__":
+    main()
