@@ -9,6 +9,7 @@ Axes: C colours, F frames, H W picture. Videos are float32 in [-1, 1].
 import contextlib
 import os
 import re
+import shutil
 import sys
 import tempfile
 from fractions import Fraction
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from model import BadInput, tokenize
+from model import BadInput, words_to_ids
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -50,18 +51,22 @@ def read_video(path, frames, size, fps, start=0.0):
     """
     path = Path(path)
     if path.is_dir():
-        times, pictures = read_folder(path)
+        pictures = read_folder(path)
         times = [i / fps for i in range(len(pictures))]
     else:
-        times, pictures = decode(path)
+        times, pictures = decode(path, start + frames / fps + 1)
     chosen = choose_frames(times, frames, fps, start)
     if len(chosen) < FEWEST_FRAMES:
         raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; wanted "
-                       f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher --fps.")
+                       f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher "
+                       "--fps.")
     video = torch.stack([fit(pictures[i], size) for i in chosen], dim=1)
     if len(chosen) < frames:
-        say(f"{path} has {len(chosen)} frames at {fps:g} fps, the model is used to {frames}: "
-            f"training at its own length")
+        say(f"{path} has {len(chosen)} frames at {fps:g} fps, wanted {frames}: "
+            "going on with its own length")
+    if len(set(chosen)) < len(chosen):
+        say(f"warning: {path} has fewer than {fps:g} frames a second, so frames repeat; "
+            "a lower --fps avoids that")
     if (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
         say(f"warning: {path} hardly moves; there is little motion to learn from it")
     return video
@@ -71,14 +76,15 @@ def choose_frames(times, frames, fps, start=0.0):
     """Indices of the frames nearest in time to start, start + 1/fps, … while the clip lasts."""
     times = np.asarray(times) - times[0]
     spacing = np.median(np.diff(times)) if len(times) > 1 else 1 / fps
-    end = times[-1] + spacing  # the last frame, too, is shown for a while
+    end = times[-1] + 0.75 * spacing  # the last frame, too, is shown for a while
     wanted = start + np.arange(frames) / fps
-    wanted = wanted[wanted < end - 1e-6]
+    wanted = wanted[wanted < end]
     return [int(np.abs(times - t).argmin()) for t in wanted]
 
 
-def decode(path):
-    """Time stamps in seconds and pictures (H, W, 3) uint8 of a video file, upright, square pixels."""
+def decode(path, until=float("inf")):
+    """Time stamps in seconds and pictures (H, W, 3) uint8 of a video file, upright and with square
+    pixels, for its first `until` seconds. Raises BadInput."""
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give a video file or a folder of pictures.")
     if path.suffix.lower() in PICTURES:
@@ -89,14 +95,18 @@ def decode(path):
             if not container.streams.video:
                 raise BadInput(f"{path} has no picture, only sound; give a video.")
             stream = container.streams.video[0]
-            aspect = float(stream.codec_context.sample_aspect_ratio or 1)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            rate = float(stream.average_rate or 25)
             for frame in container.decode(stream):
-                picture = np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90)
+                times.append(len(times) / rate if frame.time is None else frame.time)
+                if times[-1] - times[0] > until:
+                    times.pop()
+                    break
+                picture = frame.to_ndarray(format="rgb24")
                 if aspect != 1:
                     wide = round(picture.shape[1] * aspect), picture.shape[0]
                     picture = np.asarray(Image.fromarray(picture).resize(wide))
-                times.append(len(times) if frame.time is None else frame.time)
-                pictures.append(np.ascontiguousarray(picture))
+                pictures.append(np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90)))
     except (av.error.FFmpegError, ValueError, EOFError) as error:
         if isinstance(error, BadInput):
             raise
@@ -110,17 +120,18 @@ def decode(path):
 
 
 def read_folder(path):
-    """File names and pictures (H, W, 3) uint8 of a folder, in natural order."""
+    """The pictures (H, W, 3) uint8 of a folder, in natural order. Raises BadInput."""
     files = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES), key=natural)
     if not files:
-        raise BadInput(f"{path} holds no pictures ({', '.join(PICTURES)}); give a video, or a folder "
-                       "of numbered pictures.")
+        raise BadInput(f"{path} holds no pictures ({', '.join(PICTURES)}); give a video, or a "
+                       "folder of numbered pictures.")
     pictures = [read_picture(p) for p in files]
-    sizes = {p.shape[:2] for p in pictures}
+    sizes = sorted({p.shape[:2] for p in pictures})
     if len(sizes) > 1:
-        raise BadInput(f"{path} mixes pictures of {len(sizes)} sizes, such as "
-                       f"{' and '.join(f'{w}×{h}' for h, w in sorted(sizes)[:2])}; make them one size.")
-    return [p.name for p in files], pictures
+        examples = " and ".join(f"{w}×{h}" for h, w in sizes[:2])
+        raise BadInput(f"{path} mixes pictures of {len(sizes)} sizes, such as {examples}; "
+                       "make them one size.")
+    return pictures
 
 
 def read_picture(path):
@@ -133,7 +144,7 @@ def read_picture(path):
 
 
 def fit(picture, size):
-    """(H, W, 3) uint8 -> (3, *size) in [-1, 1]: scaled to cover the size, then cropped centrally."""
+    """(H, W, 3) uint8 -> (3, *size) in [-1, 1]: scaled to cover, then cropped at the centre."""
     H, W = size
     h, w = picture.shape[:2]
     scale = max(H / h, W / w)
@@ -150,10 +161,10 @@ MOST_CHARACTERS = 256  # about what 77 tokens hold of English; the rest would be
 
 def check_prompt(prompt):
     """The prompt itself. Raises BadInput when the text encoder could not read all of it."""
-    tokens = int((tokenize([prompt], 1000)[0] != 0).sum())
+    tokens = len(words_to_ids(prompt)) + 2  # and the start and the end
     if len(prompt) > MOST_CHARACTERS or tokens > 77:
-        raise BadInput(f"the prompt {prompt[:40]!r}… has {len(prompt)} characters, {tokens} tokens; the "
-                       f"text encoder reads {MOST_CHARACTERS} and 77 at most. Shorten it.")
+        raise BadInput(f"prompt {prompt[:40]!r}… has {len(prompt)} characters, {tokens} tokens; "
+                       f"the text encoder reads {MOST_CHARACTERS} and 77 at most. Shorten it.")
     return prompt
 
 
@@ -163,11 +174,11 @@ def find_caption(video, prompt=None):
     video = Path(video)
     if prompt is not None:
         return check_prompt(prompt), "--prompt"
-    for path in (video.with_suffix(".txt"), video / "caption.txt"):
+    for path in (video.parent / f"{video.stem}.txt", video / "caption.txt"):
         if path.is_file():
             text = path.read_text(errors="replace").strip()
             if not text:
-                raise BadInput(f"{path} is empty; write the clip's caption in it, or give --prompt.")
+                raise BadInput(f"{path} is empty; write the caption in it, or give --prompt.")
             return check_prompt(text.splitlines()[0]), str(path)
     return check_prompt(re.sub(r"[\W_]+", " ", video.stem).strip() or "a video"), "the file's name"
 
@@ -176,13 +187,24 @@ def find_caption(video, prompt=None):
 # Out
 
 
+PART = ".part-"  # files that are being written
+
+
+def room_for(path, size):
+    """Raises BadInput when the disk of `path` cannot take `size` more bytes."""
+    free = shutil.disk_usage(Path(path).parent).free
+    if free < size:
+        raise BadInput(f"{path} needs {size:,} bytes, the disk has {free:,} left; nothing was "
+                       "changed. Free some, or give another --out.")
+
+
 @contextlib.contextmanager
 def publish(path):
     """A temporary path beside `path`; when the block ends well it is flushed to disk and takes the
     name, so a reader meets the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=PART, suffix=path.suffix)
     os.close(handle)
     umask = os.umask(0)
     os.umask(umask)
@@ -198,15 +220,18 @@ def publish(path):
 
 def to_pixels(video):
     """(3, F, H, W) in [-1, 1] -> (F, H, W, 3) uint8."""
-    return ((video.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    pixels = ((video.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(1, 2, 3, 0).numpy()
 
 
 def write_video(path, video, fps):
-    """(3, F, H, W) -> an H.264 mp4 that every player opens (yuv420p, even sides, at least 256 high)."""
+    """(3, F, H, W) -> an H.264 mp4 that every player opens: yuv420p, even sides, about 256 high or
+    more (small pictures are enlarged by a whole number)."""
     pixels = to_pixels(video)
     scale = max(1, round(256 / pixels.shape[1]))
     pixels = pixels.repeat(scale, 1).repeat(scale, 2)
-    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), "edge")
+    odd = pixels.shape[1] % 2, pixels.shape[2] % 2
+    pixels = np.pad(pixels, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), "edge")
     with publish(path) as part, av.open(str(part), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = pixels.shape[1:3]
@@ -216,12 +241,17 @@ def write_video(path, video, fps):
         container.mux(stream.encode())
 
 
-def contact_sheet(path, videos, columns=8):
-    """One row a video (3, F, H, W), `columns` frames of each, as a PNG."""
+def every_nth(video, columns=8):
+    """At most `columns` frames of a video (3, F, H, W), evenly spaced, first and last included."""
+    count = min(columns, video.shape[1])
+    return video[:, np.linspace(0, video.shape[1] - 1, count).round().astype(int)]
+
+
+def contact_sheet(path, videos):
+    """One row a video (3, F, H, W), eight frames of each, as a PNG."""
     rows = []
     for video in videos:
-        picked = np.linspace(0, video.shape[1] - 1, min(columns, video.shape[1])).round().astype(int)
-        frames = to_pixels(video[:, picked])
+        frames = to_pixels(every_nth(video))
         scale = max(1, round(96 / frames.shape[1]))
         frames = frames.repeat(scale, 1).repeat(scale, 2)
         rows.append(np.concatenate(list(frames), axis=1))
@@ -231,6 +261,6 @@ def contact_sheet(path, videos, columns=8):
         Image.fromarray(np.concatenate(rows)).save(part)
 
 
-def slug(text, longest=60):
-    """A file name from a prompt: letters, digits and dashes alone, so it cannot leave its folder."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest].strip("-") or "prompt"
+def slug(text, longest=48):
+    """A file name from a text: letters, digits and dashes alone, so it stays in its folder."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].strip("-") or "untitled"

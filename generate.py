@@ -39,24 +39,53 @@ def autocast(device, precision):
 def default_precision(device):
     """bf16 wherever the hardware multiplies it faster than fp32, else fp32."""
     if torch.device(device).type == "cuda":
-        return "bf16"
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if supported() else "fp32"
 
 
 def load_base(args):
-    """The base model that the flags name; frozen weights in bf16 on a GPU, fp32 on a CPU."""
+    """The base model that the flags name, in fp32 (see `on_gpu` for less). Raises BadInput."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise BadInput(f"--device {args.device} cannot be used ({reason}); "
+                       "give cpu or cuda.") from None
     args.precision = args.precision or default_precision(args.device)
-    half = args.device.startswith("cuda") and args.precision == "bf16"
-    parts = model.load(args.weights or TINY, args.device, torch.bfloat16 if half else torch.float32)
-    parts.vae.float()  # the VAE is small, and its groups overflow easily in half precision
-    return parts
+    return model.load(args.weights or TINY, args.device)
+
+
+def on_gpu(args, unet, keep):
+    """On a GPU in bf16, store frozen weights in it, which halves the memory; `keep` stays fp32."""
+    if torch.device(args.device).type == "cuda" and args.precision == "bf16":
+        lora.halve(unet, keep)
+
+
+def require(args, least):
+    """Raises BadInput when a flag's number lies under its least value, or is none at all."""
+    for name, value in least.items():
+        got = getattr(args, name)
+        if got is not None and not value <= got < float("inf"):
+            raise BadInput(f"--{name.replace('_', '-')} {got}: wanted {value} or more.")
+
+
+def check_steps(schedule, steps, name="steps"):
+    """Raises BadInput for a number of sampling steps that the schedule does not have, and warns of
+    one whose whole-number spacing would begin far from pure noise."""
+    T = schedule.num_train_timesteps
+    if not 1 <= steps < T:
+        raise BadInput(f"--{name} {steps}: wanted 1 to {T - 1}.")
+    if (first := schedule.timesteps(steps)[0]) < 0.9 * T:
+        data.say(f"warning: {steps} steps are {T // steps} timesteps apart, so sampling begins at "
+                 f"t = {first} and not in pure noise; {T // (T // steps)} or 50 would be better")
 
 
 @torch.no_grad()
 def invert(parts, latents, steps, precision):
-    """DDIM inversion of clean latents (B, C, F, h, w), empty prompt, no guidance (VMC Sec. 3.3)."""
+    """DDIM inversion of clean latents (B, C, F, h, w) (VMC Sec. 3.3), with an empty prompt and no
+    guidance, as the published code has it."""
     device = next(parts.unet.parameters()).device
     empty = parts.text([""]).expand(len(latents), -1, -1)
     with autocast(device, precision):
@@ -97,7 +126,7 @@ def parse(argv=None):
     add("--seeds", type=int, default=1, help="videos a prompt, from --seed on (default: 1)")
     # the model
     add("--adapter", type=Path, help="a learned motion: the .safetensors that train.py wrote")
-    add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny model)")
+    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
     # the shape; from the adapter's clip, where there is one
@@ -110,18 +139,22 @@ def parse(argv=None):
         help="start from the inverted clip, or from noise (default: inverted with an adapter)")
     add("--init-video", type=Path, help="invert this clip instead of the adapter's")
     add("--noise-prior", type=float, default=1.0,
-        help="share p of the inverted start in √p·inverted + √(1-p)·noise (default: 1, as VMC)")
+        help="p in the start √p·inverted + √(1-p)·noise (default: 1, as VMC)")
     # sampling
-    add("--steps", type=int, default=50, help="sampling steps, and inversion steps (default: 50)")
+    add("--steps", type=int, help="sampling and inversion steps (default: the method's, else 50)")
     add("--guidance", type=float, help="classifier-free guidance (default: 9; tiny model: 4)")
     add("--sampler", choices=tuple(sampler.SAMPLERS), default="ddim", help="default: ddim")
-    add("--batch", type=int, default=4, help="videos made at a time (default: 4)")
+    add("--batch", type=int, help="videos at a time (default: 1; tiny model: 4)")
     add("--out", type=Path, default=Path("out/generated"), help="folder (default: out/generated)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    require(args, {"frames": 1, "width": 8, "height": 8, "fps": 0.01, "seed": 0, "seeds": 1,
+                   "steps": 1, "batch": 1, "guidance": 0})
+    return args
 
 
 def read_prompts(args):
     """The prompts, checked. Raises BadInput when there are none, or two sources of them."""
+    data.check_prompt(args.negative)
     if (args.prompt is None) == (args.prompts is None):
         raise BadInput("give --prompt \"…\" or --prompts FILE, and not both.")
     if args.prompt is not None:
@@ -137,23 +170,26 @@ def read_prompts(args):
 
 def check(args, parts):
     """Fill in what the flags leave open from the adapter and the model; raise BadInput early."""
-    factor = parts.vae.config.factor
+    factor, tiny, meta = parts.vae.config.factor, args.weights is None, {}
     adapter = lora.read_adapter(args.adapter) if args.adapter else None
     if adapter:
         lora.apply_adapter(parts.unet, adapter)
+        meta = adapter.meta
+    on_gpu(args, parts.unet, adapter.tensors if adapter else {})
     own = parts.unet.config.sample_size
-    C, F, h, w = adapter.latents.shape if adapter else (None, 16, own, own)
-    args.frames, args.fps = args.frames or F, args.fps or float(adapter.meta["fps"] if adapter else 8)
-    args.height, args.width = args.height or h * factor, args.width or w * factor
-    args.guidance = (4.0 if args.weights is None else 9.0) if args.guidance is None else args.guidance
-    args.init = args.init or ("inverted" if adapter or args.init_video else "noise")
-    for name in ("frames", "width", "height", "steps", "seeds", "batch"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name} {getattr(args, name)}: wanted 1 or more.")
+    F, h, w = adapter.latents.shape[1:] if adapter else (16, own, own)
+    inverted = "inverted" if adapter or args.init_video else "noise"
+    defaults = {"frames": F, "height": h * factor, "width": w * factor, "init": inverted,
+                "fps": float(meta.get("fps", 8)), "steps": int(meta.get("sampling_steps", 50)),
+                "guidance": 4.0 if tiny else 9.0, "batch": 4 if tiny else 1}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_steps(parts.schedule, args.steps)
     if args.height % factor or args.width % factor:
         raise BadInput(f"{args.width}×{args.height} pixels: wanted multiples of {factor}.")
     if not 0 <= args.noise_prior <= 1:
-        raise BadInput(f"--noise-prior {args.noise_prior}: wanted 0 (noise alone) to 1 (inverted alone).")
+        raise BadInput(f"--noise-prior {args.noise_prior}: wanted 0 (noise) to 1 (inverted).")
     if args.init == "inverted" and not (adapter or args.init_video):
         raise BadInput("--init inverted has no clip to invert; give --adapter or --init-video.")
     if args.init == "inverted" and args.sampler == "dpm":
@@ -170,12 +206,15 @@ def starting_latents(args, parts, adapter):
         latents = parts.vae.encode_video(video[None].to(args.device))
     else:
         latents = adapter.latents[None].to(args.device).float()
+        factor = parts.vae.config.factor
+        own = latents.shape[2], latents.shape[3] * factor, latents.shape[4] * factor
+        wanted = args.frames, args.height, args.width
+        if own != wanted:
+            raise BadInput(
+                f"the adapter's clip has {own[0]} frames of {own[2]}×{own[1]}, wanted are "
+                f"{wanted[0]} of {wanted[2]}×{wanted[1]}; leave --frames, --width and --height "
+                "out, or give --init-video or --init noise.")
     args.frames = latents.shape[2]
-    wanted = (args.height // parts.vae.config.factor, args.width // parts.vae.config.factor)
-    if latents.shape[-2:] != wanted:
-        raise BadInput(f"the adapter's clip is {latents.shape[-1]}×{latents.shape[-2]} latents, "
-                       f"{args.width}×{args.height} pixels ask for {wanted[1]}×{wanted[0]}; "
-                       "leave --width and --height out, or give --init-video or --init noise.")
     return invert(parts, latents, args.steps, args.precision)
 
 
@@ -186,13 +225,15 @@ def main(argv=None):
     parts = load_base(args)
     adapter = check(args, parts)
     inverted = starting_latents(args, parts, adapter)
-    factor = parts.vae.config.factor
-    shape = (parts.unet.config.in_channels, args.frames, args.height // factor, args.width // factor)
+    factor, channels = parts.vae.config.factor, parts.unet.config.in_channels
+    shape = (channels, args.frames, args.height // factor, args.width // factor)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     print("settings:", json.dumps(settings, ensure_ascii=False))
+    with data.publish(args.out / "settings.json") as path:
+        path.write_text(json.dumps(settings | {"all_prompts": prompts}, indent=1))
 
     jobs = [(p, s) for p in prompts for s in range(args.seed, args.seed + args.seeds)]
-    made, files = [], []
+    made = []
     for i in range(0, len(jobs), args.batch):
         part, seeds = jobs[i : i + args.batch], [s for _, s in jobs[i : i + args.batch]]
         start = sampler.noise_like_shape(shape, seeds).to(args.device)
@@ -203,12 +244,9 @@ def main(argv=None):
         for (prompt, seed), video in zip(part, videos):
             name = f"{prompts.index(prompt):03d}-{data.slug(prompt)}-seed{seed}.mp4"
             data.write_video(args.out / name, video, args.fps)
-            made.append(video)
-            files.append(name)
+            made.append(data.every_nth(video))
             print(f"{args.out / name}: {prompt}")
     data.contact_sheet(args.out / "sheet.png", made)
-    with data.publish(args.out / "settings.json") as path:
-        path.write_text(json.dumps(settings | {"videos": files, "all_prompts": prompts}, indent=1))
     print(f"contact sheet: {args.out / 'sheet.png'}")
 
 
@@ -217,8 +255,18 @@ def run(command):
     try:
         return command()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        line = str(error)
+    except torch.OutOfMemoryError:
+        line = ("out of memory at the size printed above. Try, in this order: --checkpointing "
+                "(when training), smaller --width and --height, fewer --frames, --batch 1.")
+    except OSError as error:  # a disk that is full, a folder that is a file, no permission
+        line = (f"{error.filename or 'a file'}: {error.strerror or error}; "
+                "give another --out, or free some space.")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from model import BadInput, read_tensors
 
 # Sets of layers, as patterns that a parameter's whole name must match.
 LAYERS = {
-    # VMC Sec. 3.1: q, k, v of both attentions of the temporal transformers; not transformer_in.
+    # VMC App. D: q, k, v of the temporal attentions. Both of a transformer's are temporal; the
+    # published code leaves transformer_in out.
     "temporal-attention-qkv": r".*temp_attentions\..*\.attn[12]\.to_[qkv]\.weight",
     # All of the temporal layers, and everything: what the papers' ablations compare with.
     "temporal": r"transformer_in\..*|.*temp_(attentions|convs)\..*",
@@ -29,8 +30,11 @@ LAYERS = {
 
 
 def select(unet, layers):
-    """{name: parameter} of a named set of layers, or of a pattern. Raises BadInput if none match."""
-    pattern = re.compile(LAYERS.get(layers, layers))
+    """{name: parameter} of a named set of layers, or of a pattern. BadInput if none match."""
+    try:
+        pattern = re.compile(LAYERS.get(layers, layers))
+    except re.error as error:
+        raise BadInput(f"--layers {layers!r} is no pattern ({error}).") from None
     chosen = {n: p for n, p in unet.named_parameters() if pattern.fullmatch(n)}
     if not chosen:
         raise BadInput(f"no layer is called {layers!r}; known sets: {', '.join(LAYERS)}, "
@@ -39,14 +43,18 @@ def select(unet, layers):
 
 
 def train_only(unet, layers):
-    """Make one set of layers learn, in fp32, and freeze all else; {name: parameter}."""
-    for p in unet.parameters():
-        p.requires_grad_(False)
+    """Make one set of layers learn and freeze all else; {name: parameter}."""
     chosen = select(unet, layers)
-    for p in chosen.values():
-        p.data = p.data.float()
-        p.requires_grad_(True)
+    for name, p in unet.named_parameters():
+        p.requires_grad_(name in chosen)
     return chosen
+
+
+def halve(unet, keep, dtype=torch.bfloat16):
+    """Store all parameters in `dtype` but those named in `keep`, which stay in fp32."""
+    for name, p in unet.named_parameters():
+        if name not in keep:
+            p.data = p.data.to(dtype)
 
 
 def groups(names):
@@ -61,11 +69,11 @@ def groups(names):
 
 
 def fingerprint(unet):
-    """Twelve letters that tell one base model from another, whatever precision it is loaded in.
+    """Twelve letters that tell one base model from another, the same for its fp16 and fp32 files.
     Taken from the configuration and from layers that no method trains."""
     digest = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
     for tensor in (unet.conv_in.weight, unet.conv_out.weight, unet.time_embedding.linear_1.weight):
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        digest.update(tensor.detach().to("cpu", torch.float16).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -87,6 +95,7 @@ def save_adapter(path, tensors, latents, **meta):
     """Write an adapter, atomically. Tensors keep their precision, so loading it is exact."""
     state = {f"unet.{n}": t.detach().cpu().contiguous() for n, t in tensors.items()}
     state["clip.latents"] = latents.detach().cpu().contiguous()
+    data.room_for(path, sum(t.nbytes for t in state.values()))
     with data.publish(path) as part:
         save_file(state, part, {"format": FORMAT} | {k: str(v) for k, v in meta.items()})
 
@@ -102,9 +111,13 @@ def read_adapter(path):
     with safe_open(path, "pt") as file:
         meta = file.metadata() or {}
     if meta.get("format") != FORMAT:
-        raise BadInput(f"{path} is not an adapter (format {meta.get('format', 'missing')!r}, wanted "
-                       f"{FORMAT!r}); give the .safetensors that train.py wrote.")
-    latents = state.pop("clip.latents", None)
+        raise BadInput(f"{path} is not an adapter (format {meta.get('format', 'missing')!r}, "
+                       f"wanted {FORMAT!r}); give the .safetensors that train.py wrote.")
+    missing = [k for k in ("method", "base", "fps") if k not in meta]
+    missing += ["clip.latents"] * ("clip.latents" not in state)
+    if missing:
+        raise BadInput(f"{path} lacks {', '.join(missing)}; train it again.")
+    latents = state.pop("clip.latents")
     return Adapter({n.removeprefix("unet."): t for n, t in state.items()}, latents, meta, path)
 
 
@@ -124,4 +137,4 @@ def apply_adapter(unet, adapter, method=None):
         raise BadInput(f"{adapter.path} does not fit the model: {len(wrong)} of "
                        f"{len(adapter.tensors)} tensors, first {wrong[:5]}.")
     for name, tensor in adapter.tensors.items():
-        own[name].data = tensor.to(own[name].device, own[name].dtype)
+        own[name].data = tensor.to(own[name].device)

@@ -46,8 +46,8 @@ def residual_l2_weighted(pred, eps, a, stride=1):
 
 
 def residual_cosine_official(pred, eps, a=None, stride=1):
-    """VMC's published code, which is not its Eq. 17: absolute differences, and the cosine along time
-    for each channel and pixel. The absolute value makes it blind to sign: it gives −ε̂ a 0."""
+    """VMC's published code, which is not its Eq. 17: absolute differences, and the cosine along
+    time for each channel and pixel. Absolute values are blind to sign: ε̂ = −ε costs nothing."""
     along_time = lambda x: residual(x, stride).abs()
     return (1 - F.cosine_similarity(along_time(pred), along_time(eps), dim=2)).mean()
 
@@ -63,8 +63,8 @@ LOSSES = {
 
 @torch.no_grad()
 def unseen_by_cosine(pred, eps):
-    """What no cosine of residuals constrains: the prediction's scale, std(ε̂)/std(ε), and how far its
-    mean over time is off, per channel and pixel. Log both: a run can drift there at no cost."""
+    """What no cosine of residuals constrains: the prediction's scale, std(ε̂)/std(ε), and how far
+    its mean over time is off, per channel and pixel. A run can drift there at no cost: log both."""
     scale = pred.float().std() / eps.float().std()
     offset = (pred.float().mean(2) - eps.float().mean(2)).square().mean().sqrt()
     return {"scale": scale.item(), "offset": offset.item()}

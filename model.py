@@ -15,10 +15,8 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.tokenizer import SimpleTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -28,7 +26,7 @@ from sampler import Schedule
 
 
 class BadInput(ValueError):
-    """What a person gave cannot be used; the message says what was found, wanted, and to be done."""
+    """What a person gave cannot be used; the message says what was found, wanted and to be done."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """What the spatial and the temporal transformer have in common. GroupNorm's eps is 1e-6 here."""
+    """What the spatial and the temporal transformer share. GroupNorm's eps is 1e-6 here."""
 
     def __init__(self, channels, heads, head_dim, groups, context_dim=None):
         super().__init__()
@@ -401,7 +399,10 @@ class UNet(nn.Module):
         for i, (kind, out) in enumerate(zip(c.up_block_types, reversed(width))):
             taken = [skips.pop() for _ in range(layers + 1)]
             resize = "up" if i < len(width) - 1 else None
-            self.up_blocks.append(Block(c, here, out, taken, None, kind.startswith("CrossAttn"), resize))
+            attention = kind.startswith("CrossAttn")
+            self.up_blocks.append(
+                Block(c, here, out, taken, attention=attention, resize=resize)
+            )
             here = out
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, first, c.norm_eps)
@@ -438,8 +439,13 @@ class UNet(nn.Module):
                 x = self._run(block.layer, i, x, time, text, frames)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])  # (B·F, C, 2h, 2w)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return unfold_frames(x, F_)
+        x = F.silu(self.conv_norm_out(x))
+        if torch.is_autocast_enabled(x.device.type):
+            # Guidance multiplies the rounding of the last layer; in fp32 there is none.
+            with torch.autocast(x.device.type, enabled=False):
+                weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
+                return unfold_frames(F.conv2d(x.float(), weight, bias, padding=1), F_)
+        return unfold_frames(self.conv_out(x), F_)
 
     def _run(self, layer, *inputs):
         """With checkpointing, a layer's activations are computed again in the backward pass."""
@@ -471,6 +477,7 @@ class VAEConfig(Config):
 
 
 VAE_EPS = 1e-6
+PIXELS_AT_ONCE = 2**18  # that the VAE works on: 64 frames of 64×64, one of 576×320
 
 
 class PictureAttention(Attention):
@@ -571,8 +578,10 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(z, z, 1)
 
     def encode(self, frames):
-        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation, each (B, C, H/8, W/8), unscaled."""
-        moments = self.quant_conv(self.encoder(frames.contiguous(memory_format=torch.channels_last)))
+        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation, each (B, C, H/8, W/8), unscaled.
+        """
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        moments = self.quant_conv(self.encoder(frames))
         mean, logvar = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
@@ -581,13 +590,16 @@ class VAE(nn.Module):
         latents = latents.contiguous(memory_format=torch.channels_last)
         return self.decoder(self.post_quant_conv(latents))
 
-    def encode_video(self, video, chunk=16):
-        """(B, 3, F, H, W) in [-1, 1] -> the posterior's means, scaled for the UNet (B, C, F, h, w)."""
+    def encode_video(self, video):
+        """(B, 3, F, H, W) in [-1, 1] -> posterior means, scaled for the UNet, (B, C, F, h, w)."""
+        chunk = max(1, PIXELS_AT_ONCE // (video.shape[-2] * video.shape[-1]))
         means = [self.encode(part)[0] for part in fold_frames(video).split(chunk)]
         return unfold_frames(torch.cat(means), video.shape[2]) * self.config.scaling_factor
 
-    def decode_video(self, latents, chunk=16):
+    def decode_video(self, latents):
         """Scaled latents (B, C, F, h, w) -> (B, 3, F, H, W) in [-1, 1], a few frames at a time."""
+        pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2
+        chunk = max(1, PIXELS_AT_ONCE // pixels)
         folded = fold_frames(latents / self.config.scaling_factor)
         frames = [self.decode(part).clamp(-1, 1) for part in folded.split(chunk)]
         return unfold_frames(torch.cat(frames), latents.shape[2])
@@ -615,19 +627,26 @@ START, END = 49406, 49407  # <|startoftext|> and <|endoftext|> in CLIP's vocabul
 _tokenizer = None
 
 
+def words_to_ids(prompt):
+    """A prompt's token ids, without start and end."""
+    global _tokenizer
+    if _tokenizer is None:
+        from open_clip.tokenizer import SimpleTokenizer  # here, because it takes seconds to import
+
+        _tokenizer = SimpleTokenizer()
+    pieces = [_tokenizer.encode(piece) for piece in prompt.split("!")]
+    return pieces[0] + [t for piece in pieces[1:] for t in [0, *piece]]
+
+
 def tokenize(prompts, length=77):
     """list of str -> ids (B, length), as the hub's tokenizer makes them: start, text, end, zeros.
 
     Its padding token is "!", whose id is 0; so every "!" of a prompt is 0 too, where open_clip's
     own rule would give 256. Longer prompts are cut, with the end token kept.
     """
-    global _tokenizer
-    _tokenizer = _tokenizer or SimpleTokenizer()
     ids = torch.zeros(len(prompts), length, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        pieces = [_tokenizer.encode(piece) for piece in prompt.split("!")]
-        tokens = pieces[0] + [t for piece in pieces[1:] for t in [0, *piece]]
-        tokens = [START, *tokens[: length - 2], END]
+        tokens = [START, *words_to_ids(prompt)[: length - 2], END]
         ids[row, : len(tokens)] = torch.tensor(tokens)
     return ids
 
@@ -639,13 +658,16 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = c = config
         if c.hidden_act != "gelu":
-            raise BadInput(f"text encoder uses {c.hidden_act!r}; ZeroScope's, and ours, uses 'gelu'")
-        self.tower = open_clip.transformer.TextTransformer(
+            raise BadInput(f"text encoder: activation {c.hidden_act!r}; wanted 'gelu', ZeroScope's")
+        from open_clip.transformer import TextTransformer  # here, as in `tokenize`
+
+        self.tower = TextTransformer(
             context_length=c.max_position_embeddings, vocab_size=c.vocab_size, width=c.hidden_size,
             heads=c.num_attention_heads, layers=c.num_hidden_layers, output_dim=None,
             mlp_ratio=c.intermediate_size / c.hidden_size,
             norm_layer=lambda width: nn.LayerNorm(width, eps=c.layer_norm_eps),
         )
+        self.tower.attn_mask = None  # made in `embed`, to fit the ids
 
     def forward(self, prompts):
         """list of B prompts -> (B, 77, D). Padding is not masked: the UNet sees all 77 states."""
@@ -656,8 +678,9 @@ class TextEncoder(nn.Module):
         """Token ids (B, N) -> (B, N, D)."""
         tower = self.tower
         x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
-        x = tower.transformer(x, attn_mask=tower.attn_mask[: ids.shape[1], : ids.shape[1]].to(x.dtype))
-        return tower.ln_final(x)
+        N = ids.shape[1]
+        causal = torch.full((N, N), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+        return tower.ln_final(tower.transformer(x, attn_mask=causal))
 
 
 HUB_TEXT_NAMES = [  # hub name -> open_clip name, by prefix or part
@@ -780,13 +803,13 @@ def read_tensors(path):
 
 
 def find_weights(folder):
-    """The weights file in a part's folder: .safetensors first, then .fp16.safetensors, then .bin."""
+    """The weights file in a part's folder: .safetensors before .fp16.safetensors before .bin."""
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
         for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"):
             if (folder / (stem + suffix)).is_file():
                 return folder / (stem + suffix)
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no folder"
-    raise BadInput(f"{folder} has no weights (found: {found or 'nothing'}); wanted "
+    files = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    raise BadInput(f"{folder} has no weights (found: {', '.join(files[:5]) or 'nothing'}); wanted "
                    "diffusion_pytorch_model.safetensors or .bin there. "
                    "Give --weights the folder that holds unet/, vae/ and text_encoder/.")
 
@@ -810,8 +833,8 @@ def _load(build, folder, part, device, dtype, convert=lambda state: state):
     with torch.device("meta"):
         module = build(folder / "config.json")
     source = find_weights(folder)
-    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in read_tensors(source).items()}
-    load_strictly(module, convert(state), source)
+    state = convert(read_tensors(source))
+    load_strictly(module, {n: t.to(dtype) for n, t in state.items()}, source)
     module = module.to(device).eval()
     for p in module.parameters():
         p.requires_grad_(False)
@@ -825,8 +848,10 @@ def load_unet(folder, device="cpu", dtype=torch.float32):
 
 def vae_from_legacy(state):
     """Old files call the mid-block attention's matrices query, key, value and proj_attn."""
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        state = {n.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): t for n, t in state.items()}
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    for old, new in names.items():
+        old, new = f"attentions.0.{old}.", f"attentions.0.{new}."
+        state = {name.replace(old, new): t for name, t in state.items()}
     return state
 
 
@@ -851,5 +876,15 @@ def load(folder, device="cpu", dtype=torch.float32):
     if not Path(folder).is_dir():
         raise BadInput(f"{folder} is not a folder; give one in the hub's layout, with unet/, vae/, "
                        "text_encoder/ and scheduler/ in it.")
-    parts = [part(folder, device, dtype) for part in (load_unet, load_vae, load_text)]
-    return Model(*parts, Schedule.read(Path(folder) / "scheduler" / "scheduler_config.json"))
+    return Model(load_unet(folder, device, dtype), load_vae(folder, device, dtype),
+                 load_text(folder, device, dtype), load_schedule(folder))
+
+
+def load_schedule(folder):
+    """The noise schedule of a hub-layout folder. Raises BadInput."""
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    read_json(path)  # is it there, and JSON at all?
+    try:
+        return Schedule.read(path)
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path}: {error}; take the file that came with the weights.") from None

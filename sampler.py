@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -55,13 +56,13 @@ class Schedule:
         if self.alpha_bar is None:
             power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
             ends = self.beta_start**power, self.beta_end**power
-            betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64) ** (1 / power)
-            self.alpha_bar = torch.cumprod(1 - betas, dim=0)
+            roots = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64)
+            self.alpha_bar = torch.cumprod(1 - roots ** (1 / power), dim=0)
 
     def at(self, t, like):
-        """ᾱ_t for timesteps t (B,), shaped to multiply `like` (B, …), on its device."""
+        """ᾱ_t for timesteps t (B,), shaped to multiply `like` (B, …); fp64, on the CPU."""
         a = self.alpha_bar[torch.as_tensor(t, device="cpu").long()]
-        return a.reshape(-1, *[1] * (like.dim() - 1)).to(like.device)
+        return a.reshape(-1, *[1] * (like.dim() - 1))
 
     def before(self, t):
         """ᾱ of the level that precedes timestep t, an int that may be below zero."""
@@ -72,20 +73,20 @@ class Schedule:
     def add_noise(self, x0, noise, t):
         """The forward process, x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (Ho et al. 2020, Eq. 4). t (B,)."""
         a = self.at(t, x0)
-        return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * noise
+        return a.sqrt().to(x0) * x0 + (1 - a).sqrt().to(x0) * noise
 
     def target(self, x0, noise, t):
-        """What the network is asked for: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022, App. D)."""
+        """What the network shall say: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022, App. D)."""
         if self.prediction_type == "epsilon":
             return noise
         a = self.at(t, x0)
-        return a.sqrt().to(x0.dtype) * noise - (1 - a).sqrt().to(x0.dtype) * x0
+        return a.sqrt().to(x0) * noise - (1 - a).sqrt().to(x0) * x0
 
     def split(self, prediction, x, a):
         """(x̂0, ε̂) from the network's prediction at x, whose level is ᾱ = a (a float, or a tensor
         from `at`). The only place that knows epsilon from v; the x̂0 of epsilon is Tweedie's."""
-        a = torch.as_tensor(a, dtype=torch.float64, device=x.device)
-        signal, noise = a.sqrt().to(x.dtype), (1 - a).sqrt().to(x.dtype)
+        a = torch.as_tensor(a, dtype=torch.float64)
+        signal, noise = a.sqrt().to(x), (1 - a).sqrt().to(x)
         if self.prediction_type == "epsilon":
             return (x - noise * prediction) / signal, prediction
         return signal * x - noise * prediction, signal * prediction + noise * x
@@ -114,12 +115,17 @@ class Schedule:
 # Randomness and timestep distributions
 
 
+def generator(*key):
+    """A CPU generator for a key of ints ≥ 0, such as (seed, step); other keys, other streams."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
 def noise_like_shape(shape, seeds):
     """Standard normal (len(seeds), *shape) in fp32 on the CPU; row i depends on seeds[i] alone, so
     a sample does not change with the batch it is drawn in. Seeds are ints or Generators."""
-    draw = lambda g: torch.randn(shape, generator=g)
-    make = lambda s: s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(s)
-    return torch.stack([draw(make(s)) for s in seeds])
+    make = lambda s: s if isinstance(s, torch.Generator) else generator(s)
+    return torch.stack([torch.randn(shape, generator=make(s)) for s in seeds])
 
 
 def timestep_weights(kind, T=1000, alpha=0.5):
@@ -129,7 +135,8 @@ def timestep_weights(kind, T=1000, alpha=0.5):
     motion is decided (NewMove Sec. 3.3, α = 0.5: three times as likely at T as at 0).
     """
     t = torch.arange(T, dtype=torch.float64)
-    weights = {"uniform": torch.ones_like(t), "coarse": 1 - alpha * torch.cos(torch.pi * t / T)}[kind]
+    coarse = 1 - alpha * torch.cos(torch.pi * t / T)
+    weights = {"uniform": torch.ones_like(t), "coarse": coarse}[kind]
     return weights / weights.sum()
 
 
@@ -159,7 +166,7 @@ def guide(unet, text, empty=None, scale=1.0):
 
 
 def ddim(schedule, predict, x, steps, eta=0.0, seeds=None, on_step=None):
-    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds fresh noise, drawn from `seeds`, one a sample."""
+    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds fresh noise from `seeds`, one a sample."""
     S, generators = schedule, _generators(seeds, eta > 0)
     for t in S.timesteps(steps):
         a, b = S.alpha_bar[t].item(), S.before(t - S.num_train_timesteps // steps)
@@ -190,18 +197,24 @@ def ddpm(schedule, predict, x, steps, seeds, on_step=None):
 
 
 def dpm_timesteps(schedule, steps):
-    """DPM-Solver spaces its 'leading' timesteps over steps + 1 intervals."""
-    S = schedule
-    if S.timestep_spacing != "leading":
-        return S.timesteps(steps) if S.timestep_spacing == "trailing" else (
-            torch.linspace(S.num_train_timesteps - 1, 0, steps + 1, dtype=torch.float64)
-            .round().long()[:-1].tolist())
-    t = torch.arange(steps + 1) * (S.num_train_timesteps // (steps + 1)) + S.steps_offset
+    """DPM-Solver spaces 'leading' and 'linspace' over steps + 1 intervals and leaves the last out.
+
+    Raises ValueError when steps is not within 1..T − 1.
+    """
+    S, T = schedule, schedule.num_train_timesteps
+    if not 1 <= steps < T:
+        raise ValueError(f"{steps} sampling steps; choose 1 to {T - 1}")
+    if S.timestep_spacing == "trailing":
+        return S.timesteps(steps)
+    if S.timestep_spacing == "linspace":
+        t = torch.linspace(0, T - 1, steps + 1, dtype=torch.float64).round().long()
+    else:
+        t = torch.arange(steps + 1) * (T // (steps + 1)) + S.steps_offset
     return t.flip(0)[:-1].tolist()
 
 
 def dpm_solver(schedule, predict, x, steps, on_step=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), first order in the first and the last step."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), first order in its first and last step."""
     S, old, h_old = schedule, None, None
     times = dpm_timesteps(S, steps)
     levels = [S.alpha_bar[t].item() for t in times] + [1.0]
@@ -222,8 +235,8 @@ def dpm_solver(schedule, predict, x, steps, on_step=None):
 
 
 def ddim_inversion(schedule, predict, x, steps):
-    """The noise from which `ddim` in as many steps returns to the clean latents x (Song et al. 2021,
-    Sec. 4.3): each step climbs from level t − T/steps to t with the prediction made at t."""
+    """The noise from which `ddim` in as many steps returns to the clean latents x (Song et al.
+    2021, Sec. 4.3): each step climbs from level t − T/steps to t with the prediction made at t."""
     S = schedule
     for t in reversed(S.timesteps(steps)):
         a, b = S.before(t - S.num_train_timesteps // steps), S.alpha_bar[t].item()
@@ -233,17 +246,17 @@ def ddim_inversion(schedule, predict, x, steps):
 
 
 def blend_noise(inverted, noise, p):
-    """√p·inverted + √(1−p)·noise: p = 1 is VMC's start, 0.5 MotionDirector's noise prior, 0 none."""
+    """√p·inverted + √(1−p)·noise: p = 1 is VMC's start, 0.5 MotionDirector's prior, 0 none."""
     return p**0.5 * inverted + (1 - p) ** 0.5 * noise
 
 
 def _generators(seeds, needed):
-    """One generator a sample, apart from those that drew the start (hence the offset)."""
+    """One generator a sample, on another stream than the one that drew its start."""
     if not needed:
         return None
     if seeds is None:
         raise ValueError("this sampler adds noise at every step; give it one seed per sample")
-    return [torch.Generator().manual_seed(s + 2**32) for s in seeds]
+    return [generator(seed, 1) for seed in seeds]
 
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm_solver}

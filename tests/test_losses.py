@@ -34,7 +34,7 @@ def test_residual_cosine_by_hand():
 
 
 def test_residual_l2_by_hand():
-    """The residuals differ by (1, −1) and (−1, 2): mean square 7/4; weighted by (1 − 0.2)/0.2 = 4."""
+    """Residuals differ by (1, −1) and (−1, 2): mean square 7/4; weight (1 − 0.2)/0.2 = 4."""
     eps, pred = clip((0, 0), (3, 4), (4, 4)), clip((0, 0), (4, 3), (4, 5))
     assert losses.residual_l2(pred, eps).item() == pytest.approx(7 / 4)
     a = torch.full((1, 1, 1, 1, 1), 0.2, dtype=torch.float64)

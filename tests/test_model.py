@@ -39,7 +39,7 @@ def listed(name):
 def unhide(module):
     """Zero-initialised layers and fresh norms hide bugs: give every one of them a say."""
     generator = torch.Generator().manual_seed(1)
-    for name, p in module.named_parameters():
+    for p in module.parameters():
         if p.dim() == 1 or p.abs().sum() == 0:
             p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p)
     return module.eval()
@@ -138,7 +138,8 @@ def test_vae_equals_diffusers():
     widths = [16, 32, 32]
     theirs = unhide(diffusers.AutoencoderKL(
         block_out_channels=widths, layers_per_block=2, latent_channels=4, norm_num_groups=8,
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3).double())
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3).double())
     ours = model.VAE(model.VAEConfig(widths, norm_num_groups=8)).double()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x, z = torch.randn(2, 3, 32, 40).double(), torch.randn(2, 4, 7, 9).double()
@@ -164,8 +165,8 @@ def hub_tokenizer(folder):
 
 
 @pytest.mark.parametrize("prompt", [
-    "a person is riding a bicycle", "", "Two SHARKS, swimming in the sea.", "wow! it's a 4K video!!",
-    "a person doing the sks dance", "naïve café 鯊魚", "word " * 100,
+    "a person is riding a bicycle", "", "Two SHARKS, swimming in the sea.",
+    "wow! it's a 4K video!!", "a person doing the sks dance", "naïve café 鯊魚", "word " * 100,
 ])
 def test_tokens_equal_the_hubs(prompt, tmp_path):
     theirs = hub_tokenizer(tmp_path)
@@ -274,8 +275,9 @@ def damage(kind, path):
 
 
 @pytest.mark.parametrize("kind,says", [
-    ("truncated", "cannot be read"), ("trailing", "cannot be read"), ("huge header", "cannot be read"),
-    ("missing", "missing"), ("extra", "extra.weight unexpected"), ("shape", "wanted"),
+    ("truncated", "cannot be read"), ("trailing", "cannot be read"),
+    ("huge header", "cannot be read"), ("missing", "missing"),
+    ("extra", "extra.weight unexpected"), ("shape", "wanted"),
     ("nan", "NaN"), ("gone", "has no weights"),
 ])
 def test_damaged_weights_are_named_in_one_line(kind, says, tmp_path):

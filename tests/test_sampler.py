@@ -85,7 +85,8 @@ def test_ddim_equals_diffusers(prediction, spacing):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddim_with_noise_equals_diffusers(prediction):
-    ours, theirs = pair(diffusers.DDIMScheduler, prediction, clip_sample=False, set_alpha_to_one=False)
+    ours, theirs = pair(diffusers.DDIMScheduler, prediction,
+                        clip_sample=False, set_alpha_to_one=False)
     generators = sampler._generators([3, 8], True)
     step = lambda out, t, x: theirs.step(
         out, t, x, eta=0.7,
@@ -217,7 +218,7 @@ def test_a_samples_noise_does_not_depend_on_its_batch():
 
 
 def test_coarse_timesteps_have_the_papers_density():
-    """NewMove, α = 0.5: relative density 0.5 at t = 0 and 1.5 at 999, mean 600.9, P(t ≥ 500) 0.659."""
+    """α = 0.5: relative density 0.5 at t = 0 and 1.5 at 999, mean 600.9, P(t ≥ 500) 0.659."""
     w = sampler.timestep_weights("coarse", 1000, 0.5)
     t = torch.arange(1000).double()
     assert w.sum().item() == pytest.approx(1)
@@ -229,6 +230,13 @@ def test_coarse_timesteps_have_the_papers_density():
     assert drawn.mean().item() == pytest.approx(600.9, abs=2.5)
     assert sampler.draw_timesteps(sampler.timestep_weights("uniform"), 200_000,
                                   torch.Generator().manual_seed(0)).double().mean() < 503
+
+
+def test_the_noise_of_the_steps_is_not_the_starts():
+    start = sampler.noise_like_shape((4, 3), [5])
+    step = sampler.noise_like_shape((4, 3), sampler._generators([5], True))
+    assert not torch.equal(start, step) and not torch.equal(
+        sampler.noise_like_shape((4, 3), [5 + 2**32]), start)
 
 
 def test_blend_keeps_the_variance():

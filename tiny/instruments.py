@@ -40,16 +40,20 @@ class Reading:
 
 def to_background(pixels):
     """Distance of RGB values (…, 3) to each background's dark-to-light segment: (…, 5)."""
-    dark, light = BACKGROUNDS[:, 0], BACKGROUNDS[:, 1]
-    line, to = light - dark, pixels[..., None, :] - dark
-    along = ((to * line).sum(-1) / (line * line).sum(-1).clamp(min=1e-9)).clamp(0, 1)
-    return (to - along[..., None] * line).norm(dim=-1)
+    planes, distances = pixels.unbind(-1), []  # by plane: sums over an axis of three are slow
+    for dark, light in BACKGROUNDS.tolist():
+        line = [b - a for a, b in zip(dark, light)]
+        to = [p - a for p, a in zip(planes, dark)]
+        length = max(sum(e * e for e in line), 1e-9)
+        along = (sum(t * e for t, e in zip(to, line)) / length).clamp(0, 1)
+        distances.append(sum((t - along * e) ** 2 for t, e in zip(to, line)).sqrt())
+    return torch.stack(distances, -1)
 
 
 def read_background(pixels):
-    """(B, F, H, W, 3) in [0, 1] -> index (B,): whose two colours explain most pixels.
-
-    -1 when they explain badly, or when a patterned background's pattern is not there.
+    """(B, F, H, W, 3) in [0, 1] -> index (B,): whose two colours explain most pixels; -1 when they
+    explain badly, or when a patterned background's pattern is not there. Also the index without
+    the -1, and the distance (B, F, H, W) of each pixel to that background.
     """
     distance = to_background(pixels)
     near = distance.clamp(max=0.3).mean((1, 2, 3))  # (B, 5)
@@ -57,13 +61,13 @@ def read_background(pixels):
     rows = torch.arange(len(best))
     own = distance[rows, ..., best]
     dark, light = BACKGROUNDS[best, 0], BACKGROUNDS[best, 1]
-    line = (light - dark)[:, None, None, None]
-    along = ((pixels - dark[:, None, None, None]) * line).sum(-1) / (line**2).sum(-1).clamp(min=1e-9)
+    dark, line = dark[:, None, None, None], (light - dark)[:, None, None, None]
+    along = ((pixels - dark) * line).sum(-1) / (line**2).sum(-1).clamp(min=1e-9)
     calm = own < 0.12  # pixels that are background, not thing
     share = lambda m: (m & calm).flatten(1).sum(1) / calm.flatten(1).sum(1).clamp(min=1)
     patterned = (share(along > 0.65) > 0.05) & (share(along < 0.35) > 0.05)
     good = (share(calm) > 0) & (calm.flatten(1).float().mean(1) > 0.5) & (patterned | (best == 0))
-    return torch.where(good, best, -1), best
+    return torch.where(good, best, -1), best, own
 
 
 def read_colour(pixels, distance):
@@ -94,40 +98,51 @@ def largest_blob(mask):
     return label == counts.argmax(1)[:, None, None]
 
 
-def fit_shape(cover, x, y, area):
-    """Templates against coverage (N, H, W): overlap (N, 6) and best angle (N, 6), in radians.
-
-    Overlap is intersection over union with the shape at the measured centre and area.
-    """
-    world.thing_masks  # templates are drawn by the renderer itself
-    N, angles = len(cover), 10
-    overlaps, turns = [], []
+def _templates():
+    """All shapes at ten angles each, drawn by the renderer at one area: (K, GRID²) coverage, the
+    shape's index (K,) and its angle in radians (K,)."""
+    area = (world._distance_maps() < 0).float().mean((1, 2, 3)) * (2 * world.EXTENT) ** 2
+    masks, shapes, angles = [], [], []
     for index, name in enumerate(world.SHAPES):
-        order = SYMMETRY[name]
-        K = angles if order else 1
-        turn = torch.arange(K) * (2 * torch.pi / order / K if order else 0.0)
-        one = torch.ones(N, K)
-        path = world.Path_(x[:, None] * one, y[:, None] * one, one, turn.expand(N, K), one, one)
-        radius = (area / UNIT_AREA[index]).sqrt()
-        template = world.thing_masks(torch.full((N,), index), path, radius)  # (N, K, H, W)
-        low = torch.minimum(template, cover[:, None]).sum((2, 3))
-        iou = low / (template.sum((2, 3)) + cover.sum((1, 2))[:, None] - low).clamp(min=1)
-        best, k = iou.max(1)
-        overlaps.append(best)
-        turns.append(turn[k])
-    return torch.stack(overlaps, 1), torch.stack(turns, 1)
+        for k in range(10 if SYMMETRY[name] else 1):
+            angle = k * 2 * torch.pi / SYMMETRY[name] / 10 if SYMMETRY[name] else 0.0
+            middle, one = torch.full((1, 1), GRID / 2), torch.ones(1, 1)
+            path = world.Path_(middle, middle, one, one * angle, one, one)
+            radius = (GRID / SPAN) / area[index].sqrt()
+            mask = world.thing_masks(torch.tensor([index]), path, radius[None], GRID)
+            masks.append(mask.flatten())
+            shapes.append(index)
+            angles.append(angle)
+    return torch.stack(masks), torch.tensor(shapes), torch.tensor(angles)
 
 
-def _unit_areas():
-    """Area of each shape at radius 1, in squared radii."""
-    return (world._distance_maps() < 0).float().mean((1, 2, 3)) * (2 * world.EXTENT) ** 2
+GRID, SPAN = 40, 2.4  # templates are GRID² pixels, and SPAN roots of the thing's area wide
+TEMPLATES, TEMPLATE_SHAPE, TEMPLATE_ANGLE = _templates()
 
 
-UNIT_AREA = _unit_areas()
+def fit_shape(cover, x, y, area):
+    """Coverage (N, H, W) against the templates: overlap (N, 6) and best angle (N, 6), in radians.
+
+    Each thing is moved and scaled to the templates' place and area. The overlap is intersection
+    over union, the intersection taken as a product, which for coverage of 0 or 1 is the same.
+    """
+    axis = ((torch.arange(GRID) + 0.5) / GRID - 0.5) * SPAN
+    reach = area.sqrt()[:, None] * axis  # (N, GRID), pixels from the centre
+    unit = lambda pixels: pixels / world.SIZE * 2 - 1
+    gx, gy = unit(x[:, None] + reach), unit(y[:, None] + reach)
+    square = (len(cover), GRID, GRID)
+    grid = torch.stack([gx[:, None, :].expand(square), gy[:, :, None].expand(square)], -1)
+    own = F.grid_sample(cover[:, None], grid, align_corners=False).flatten(1)  # (N, GRID²)
+    both = own @ TEMPLATES.T  # (N, K)
+    union = (own**2).sum(1, keepdim=True) + (TEMPLATES**2).sum(1) - both
+    overlap = both / union.clamp(min=1)
+    masked = torch.where(TEMPLATE_SHAPE == torch.arange(len(world.SHAPES))[:, None], 0.0, -9.0)
+    best = (overlap[:, None] + masked).max(-1)  # over the templates of each shape
+    return best.values, TEMPLATE_ANGLE[best.indices]
 
 
 def camera_shift(pixels, background):
-    """Pixels a frame (B,) by which the background moves to the right; background (B, F, H, W) bool."""
+    """Pixels a frame (B,) by which the background moves right; background (B, F, H, W) bool."""
     grey, shifts = pixels.mean(-1), range(-7, 8)
     errors = []
     for d in shifts:
@@ -152,8 +167,9 @@ def prototypes(frames):
     kinds, paths = [], []
     for m in range(len(world.MOTIONS)):
         for s in range(3):
-            one = torch.zeros(1)
-            scenes = world.Scenes(*[torch.tensor([v]) for v in (0, 0, 0, m, s)], one, one, one + 1, one, one)
+            zero, one = torch.zeros(1), torch.ones(1)
+            indices = [torch.tensor([v]) for v in (0, 0, 0, m, s)]
+            scenes = world.Scenes(*indices, x=zero, y=zero, reach=one, radius=one, angle=zero)
             path = world.trajectory(scenes, frames)
             paths.append(torch.stack([path.x[0], path.y[0]]))
             kinds.append(m)
@@ -180,7 +196,7 @@ def read_motion(x, y, size, turn, thin, shift):
     total = (position**2).sum((1, 2))
     unexplained, best = (rest / total[:, None].clamp(min=1e-6)).min(1)
     travels = torch.where(unexplained < 0.25, kinds[best], -1)
-    # Moving along a falling diagonal and turning edge-on is tumbling; without turning it is nothing.
+    # Along a falling diagonal and turning edge-on is tumbling; without turning it is nothing.
     tumbles = travels == name("tumbling")
     travels = torch.where(tumbles & (thin > 0.6), -1, travels)
 
@@ -208,8 +224,7 @@ def read(video):
     """Clips (B, 3, F, H, W) in [-1, 1] -> Reading."""
     B, _, frames, H, W = video.shape
     pixels = ((video.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
-    background, nearest = read_background(pixels)
-    distance = to_background(pixels)[torch.arange(B), ..., nearest]  # (B, F, H, W)
+    background, nearest, distance = read_background(pixels)
     colour, own = read_colour(pixels, distance)
     reference = to_background(COLOURS)[own, nearest]  # (B,): how far the thing's colour stands off
     cover = (distance / reference[:, None, None, None]).clamp(0, 1).flatten(0, 1)  # (B·F, H, W)
@@ -219,8 +234,8 @@ def read(video):
     axis = torch.arange(W) + 0.5
     centre = lambda along: (cover.sum(along) * axis).sum(1) / area.clamp(min=1)
     x, y = centre(1), centre(2)
-    spread = lambda along, mid: ((cover.sum(along) * (axis - mid[:, None]) ** 2).sum(1) / area.clamp(min=1)).sqrt()
-    thin = (spread(1, x) / spread(2, y).clamp(min=0.5)).reshape(B, frames)
+    square = lambda along, mid: (cover.sum(along) * (axis - mid[:, None]) ** 2).sum(1)
+    thin = (square(1, x) / square(2, y).clamp(min=1)).sqrt().reshape(B, frames)
     overlap, turn = fit_shape(cover, x, y, area.clamp(min=1))
 
     fold = lambda t: t.reshape(B, frames, *t.shape[1:])
@@ -232,7 +247,7 @@ def read(video):
     held = lambda t: hold(t.reshape(B, frames), found)
     x, y, size = held(x), held(y), held(area.sqrt())
     shift = camera_shift(pixels, F.max_pool2d(cover, 5, 1, 2).reshape(B, frames, H, W) < 0.2)
-    turned = torch.where(torch.isin(shape, torch.tensor([0, 4])), 0.0, total_turn(held(angle), shape))
+    turned = torch.where(world.is_shape(shape, *world.ROUND), 0.0, total_turn(held(angle), shape))
     motion = read_motion(x, y, size, turned, thin.amin(1), shift)
     seen = found.sum(1) >= frames * 7 // 8
     return Reading(torch.where(seen, colour, -1), torch.where(seen & (quality > 0.7), shape, -1),

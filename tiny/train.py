@@ -5,7 +5,7 @@
 
 Each stage writes its result to tiny/weights, in the hub's layout and fp16, and its state to
 tiny/work, from which it resumes. Every random draw comes from (stage, step), and the world is
-rendered afresh for every step, so there is no data set and no epoch.
+rendered afresh as training goes on, so there is no data set and no epoch.
 
 Axes: B clips or pictures, F frames, C channels, H W picture, h w latent.
 """
@@ -31,8 +31,8 @@ from tiny import world  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("vae", "clip", "pictures", "clips")
-STEPS = {"vae": 1800, "clip": 1000, "pictures": 1500, "clips": 20000}
-BATCH = {"vae": 24, "clip": 128, "pictures": 192, "clips": 12}
+STEPS = {"vae": 1800, "clip": 3000, "pictures": 1000, "clips": 20000}
+BATCH = {"vae": 24, "clip": 128, "pictures": 128, "clips": 12}
 RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 1.5e-3, "clips": 1e-3}
 
 VAE_CONFIG = {
@@ -210,35 +210,45 @@ def train_vae(args):
 
 def train_clip(args):
     """Frames against captions (Radford et al. 2021, Fig. 3). Frames do not show motion, so a linear
-    head that exists only here also reads the thing's path from the text: words of motion then get
-    states as far apart as words of colour."""
+    head that exists only here also reads the scene, the thing's path above all, from the text: the
+    words "left" and "right" then get states as far apart as words of colour."""
     torch.manual_seed(1)
     clip = open_clip.model.CLIP(**CLIP_CONFIG)
-    both = nn.ModuleDict({"clip": clip, "head": nn.Linear(64, 5 * world.FRAMES)}).to(args.device)
+    head = nn.Linear(64, 5 * world.FRAMES + 8 + 6 + 5)
+    both = nn.ModuleDict({"clip": clip, "head": head}).to(args.device)
+
+    def read_text(texts):
+        ids = model.tokenize(texts)[:, :24].to(args.device)  # causal: the rest changes nothing
+        x = clip.token_embedding(ids) + clip.positional_embedding[:24]
+        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:24, :24]))
+        return x[torch.arange(len(ids)), ids.argmax(1)] @ clip.text_projection  # at the end token
+
+    def scene_loss(text, scenes):
+        path, reach = world.trajectory(scenes), scenes.reach[:, None]
+        goal = [(path.x - scenes.x[:, None]) / reach, (path.y - scenes.y[:, None]) / reach,
+                3 * (path.size - 1), path.angle / 2, path.pan / 24,
+                F.one_hot(scenes.colour, 8), F.one_hot(scenes.shape, 6),
+                F.one_hot(scenes.background, 5)]
+        return F.mse_loss(head(text.float()), torch.cat(goal, 1).to(args.device))
 
     def loss_of(step):
         g = generator("clip", step)
-        scenes = world.sample_scenes(BATCH["clip"], g)
-        images = frames_of(scenes, g).to(args.device)
+        scenes = world.sample_scenes(BATCH["clip"] * (1 if step % 3 == 0 else 2), g)
         texts = world.captions(scenes, g)
-        ids = model.tokenize(texts)[:, :24].to(args.device)  # causal: the rest changes nothing
-        path = world.trajectory(scenes)
-        reach = scenes.reach[:, None]
-        goal = torch.stack([(path.x - scenes.x[:, None]) / reach, (path.y - scenes.y[:, None]) / reach,
-                            3 * (path.size - 1), path.angle / 2, path.pan / 24], 1).flatten(1)
         with autocast(args):
-            image = F.normalize(clip.encode_image(images).float(), dim=-1)
-            x = clip.token_embedding(ids) + clip.positional_embedding[:24]
-            x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:24, :24]))
-            x = x[torch.arange(len(ids)), ids.argmax(1)] @ clip.text_projection  # at the end token
-            guess = both["head"](x)
-        logits = clip.logit_scale.exp() * image @ F.normalize(x.float(), dim=-1).T
+            text = read_text(texts)
+        if step % 3:  # two steps in three are text alone, and cheap
+            return 10 * scene_loss(text, scenes)
+        with autocast(args):
+            image = clip.encode_image(frames_of(scenes, g).to(args.device))
+        image, words = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        logits = clip.logit_scale.exp() * image @ words.T
         number = {t: i for i, t in enumerate(texts)}
         number = torch.tensor([number[t] for t in texts])
         same = (number[:, None] == number).float().to(args.device)
         same = same / same.sum(1, keepdim=True)  # equal captions are not each other's negatives
         contrast = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-        return contrast + F.mse_loss(guess.float(), goal.to(args.device))
+        return contrast + 10 * scene_loss(text, scenes)
 
     def export(state):
         state = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
@@ -267,7 +277,11 @@ def build_unet(args):
             module[-1].reset_parameters()
             module[-1].weight.data.mul_(0.5)
             module[-1].bias.data.zero_()
-    return unet.to(args.device)
+    return unet.to(args.device).eval()  # no dropout: the data never repeats
+
+
+def build_schedule():
+    return Schedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
 
 
 def unet_loss(unet, schedule, latents, text, g, args, temporal, skew):
@@ -296,52 +310,84 @@ def export_unet(args):
     return export
 
 
+class Pool:
+    """Encoded scenes, each used REUSE times on average (with other noise, timesteps and captions)
+    before the next pool is rendered: encoding would otherwise cost a third of the time."""
+
+    REUSE = 6
+
+    def __init__(self, stage, size, render, args):
+        self.stage, self.size, self.render, self.args = stage, size, render, args
+        self.vae = model.load_vae(args.out, args.device)
+        self.text = model.load_text(args.out, args.device)
+        self.steps, self.number = size * self.REUSE // BATCH[stage], None
+
+    def fill(self, number):
+        self.number, g = number, generator(self.stage, 10**8 + number)
+        motions = self.args.motions or world.BASE
+        self.scenes, latents = world.sample_scenes(self.size, g, motions), []
+        for rows in torch.arange(self.size).split(64):
+            video = self.render(self.scenes[rows], g).to(self.args.device)
+            with torch.no_grad(), autocast(self.args):
+                latents.append(self.vae.encode_video(video).float())
+        self.latents = torch.cat(latents)
+
+    def batch(self, step, g, motion):
+        """Latents (B, C, F, h, w) and caption states (B, N, D) of a step, from (stage, step)."""
+        if step // self.steps != self.number:
+            self.fill(step // self.steps)
+        rows = torch.randint(self.size, (BATCH[self.stage],), generator=g)
+        with torch.no_grad(), autocast(self.args):
+            states = self.text(world.captions(self.scenes[rows], g, motion)).float()
+        return self.latents[rows], states
+
+
 def train_pictures(args):
-    """Single frames, every temporal layer bypassed, captions without motion: what things look like."""
-    unet, schedule = build_unet(args), Schedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
-    vae, text = model.load_vae(args.out, args.device), model.load_text(args.out, args.device)
+    """Single frames, all temporal layers bypassed, captions without motion: what things look like.
+    """
+    unet, schedule = build_unet(args), build_schedule()
+    pool = Pool("pictures", 8192, lambda scenes, g: frames_of(scenes, g)[:, :, None], args)
 
     def loss_of(step):
         g = generator("pictures", step)
-        scenes = world.sample_scenes(BATCH["pictures"], g)
-        frames = frames_of(scenes, g).to(args.device)
-        with torch.no_grad(), autocast(args):
-            latents = vae.encode_video(frames[:, :, None], chunk=64).float()
-            states = text(world.captions(scenes, g, motion=False)).float()
+        latents, states = pool.batch(step, g, motion=False)
         return unet_loss(unet, schedule, latents, states, g, args, False, skew=0.7)
 
     run("pictures", unet, loss_of, export_unet(args), args)
 
 
 def train_clips(args):
-    """Whole clips: how things move. Starts from the pictures' weights."""
-    unet, schedule = build_unet(args), Schedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
-    vae, text = model.load_vae(args.out, args.device), model.load_text(args.out, args.device)
-    unet.load_state_dict(torch.load(args.work / "pictures.pt", weights_only=True)["average"])
-    unet.train()
+    """Whole clips: how things move. Starts from the pictures' state where there is one, else from
+    the weights that are there: so the committed model can be trained on."""
+    unet, schedule = build_unet(args), build_schedule()
+    pool = Pool("clips", 1536, lambda scenes, g: world.render(scenes), args)
+    if (args.work / "pictures.pt").exists():
+        unet.load_state_dict(torch.load(args.work / "pictures.pt", weights_only=True)["average"])
+    else:
+        unet.load_state_dict(model.load_unet(args.out).state_dict())
 
     def loss_of(step):
         g = generator("clips", step)
-        torch.manual_seed(step)  # the temporal convolutions' dropout
-        scenes = world.sample_scenes(BATCH["clips"], g, args.motions or world.BASE)
-        with torch.no_grad(), autocast(args):
-            latents = vae.encode_video(world.render(scenes).to(args.device), chunk=64).float()
-            states = text(world.captions(scenes, g)).float()
+        latents, states = pool.batch(step, g, motion=True)
         return unet_loss(unet, schedule, latents, states, g, args, True, skew=0.5)
 
     run("clips", unet, loss_of, export_unet(args), args)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="stages to run; default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: all")
     parser.add_argument("--out", type=Path, default=HERE / "weights", help="where the weights go")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="where the state goes")
     parser.add_argument("--steps", type=int, help="last step of the stage; default per stage")
     parser.add_argument("--rate", type=float, help="peak learning rate; default per stage")
     parser.add_argument("--motions", nargs="*", help="only these motions, for experiments")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="where to compute; default: a GPU if any")
     args = parser.parse_args()
+    if unknown := set(args.stages) - set(STAGES):
+        parser.error(f"unknown stage {', '.join(unknown)}; choose from {', '.join(STAGES)}")
     model.keep_memory()
     for stage in args.stages or STAGES:
         globals()[f"train_{stage}"](args)

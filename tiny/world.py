@@ -1,6 +1,7 @@
 """A procedural world of moving things with captions: the tiny model's whole universe.
 
-    python tiny/world.py --sheet world.png        # look at every motion and every thing
+    python tiny/world.py --sheet world.png        # look at every motion
+    python tiny/world.py --clip hopping.mp4       # one clip to learn from
 
 A scene is a thing (colour, shape) that moves (motion, speed) in front of a background. Rendering is
 exact, antialiased, batched and a function of the scene alone; a scene of a function of its seed.
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 SIZE, FRAMES, FPS = 64, 16, 8
 
 COLOURS = {  # bright, so that none is near a background's
-    "red": (225, 35, 45), "orange": (250, 140, 20), "yellow": (250, 230, 50), "green": (60, 215, 70),
-    "cyan": (70, 225, 230), "blue": (50, 100, 255), "pink": (250, 120, 205), "white": (245, 245, 245),
+    "red": (225, 35, 45), "orange": (250, 140, 20), "yellow": (250, 230, 50),
+    "green": (60, 215, 70), "cyan": (70, 225, 230), "blue": (50, 100, 255),
+    "pink": (250, 120, 205), "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 ROUND = ("circle", "ring")  # turning them in the plane shows nothing
@@ -127,9 +129,9 @@ def trajectory(scenes, frames=FRAMES, times=None):
     one, zero = torch.ones_like(pace * u), torch.zeros_like(pace * u)
     line = (2 * u - 1) * pace.clamp(max=1.2)  # -1 … 1 at normal speed; quickly must stay in view
     turn = 2 * math.pi * u
-    wave = lambda cycles: torch.sin(turn * cycles)
-    tri = lambda cycles: 2 / math.pi * torch.asin(torch.sin(turn * cycles).clamp(-1, 1))
-    laps = lambda c: c * pace
+    sin, cos = torch.sin, torch.cos
+    wave = lambda cycles: sin(turn * cycles)
+    tri = lambda cycles: 2 / math.pi * torch.asin(wave(cycles).clamp(-1, 1))
     lap = 4 * u * pace.clamp(max=1.2) % 4  # corners passed of a square
     edge = lambda q: (2 - (q % 4 - 2).abs()).clamp(0.5, 1.5) * 2 - 2  # -1, up, 1, down, one lap
     table = {  # motion: x, y (in reaches), size, angle, width, pan (in pixels)
@@ -140,18 +142,18 @@ def trajectory(scenes, frames=FRAMES, times=None):
         "growing": (zero, zero, 0.55 + 0.85 * u + zero, zero, one, zero),
         "shrinking": (zero, zero, 1.4 - 0.85 * u + zero, zero, one, zero),
         "spinning": (zero, zero, one, turn * pace * 0.75, one, zero),
-        "moving in a circle": (torch.sin(turn * pace), -torch.cos(turn * pace), one, zero, one, zero),
+        "moving in a circle": (sin(turn * pace), -cos(turn * pace), one, zero, one, zero),
         "standing still": (zero, zero, one, zero, one, zero),
-        "swinging from side to side": (wave(laps(1.5)), zero, one, zero, one, zero),
-        "bobbing up and down": (zero, wave(laps(1.5)), one, zero, one, zero),
+        "swinging from side to side": (wave(1.5 * pace), zero, one, zero, one, zero),
+        "bobbing up and down": (zero, wave(1.5 * pace), one, zero, one, zero),
         "standing still while the camera pans": (zero, zero, one, zero, one, -48 * u * pace),
-        "zigzagging": (line, 0.8 * tri(laps(2)), one, zero, one, zero),
-        "moving in a spiral": (1.15 * u * torch.sin(2 * turn * pace), -1.15 * u * torch.cos(2 * turn * pace),
+        "zigzagging": (line, 0.8 * tri(2 * pace), one, zero, one, zero),
+        "moving in a spiral": (1.15 * u * sin(2 * turn * pace), -1.15 * u * cos(2 * turn * pace),
                                one, zero, one, zero),
-        "moving in a figure eight": (1.1 * wave(laps(1)), 0.8 * wave(laps(2)), one, zero, one, zero),
+        "moving in a figure eight": (1.1 * wave(pace), 0.8 * wave(2 * pace), one, zero, one, zero),
         "moving along a square": (edge(lap + 0.5), edge(lap - 0.5), one, zero, one, zero),
-        "hopping": (line, 0.6 - 1.5 * wave(laps(1.5)).abs(), one, zero, one, zero),
-        "tumbling": (0.8 * line, 0.8 * line, one, zero, 0.2 + 0.8 * torch.cos(turn * laps(1)).abs(), zero),
+        "hopping": (line, 0.6 - 1.5 * wave(1.5 * pace).abs(), one, zero, one, zero),
+        "tumbling": (0.8 * line, 0.8 * line, one, zero, 0.2 + 0.8 * cos(turn * pace).abs(), zero),
     }
     everything = torch.stack([torch.stack([c + zero for c in table[m]]) for m in MOTIONS])
     x, y, size, angle, width, pan = everything[s.motion, :, torch.arange(len(s))].unbind(1)
@@ -176,7 +178,8 @@ def _polygon_distance(p, corners):
     along = ((to * edge).sum(-1) / (edge * edge).sum(-1)).clamp(0, 1)
     distance = (to - along[..., None] * edge).norm(dim=-1).amin(1)
     crosses = (a[:, 1] > p[:, None, 1]) != (b[:, 1] > p[:, None, 1])
-    left = to[..., 0] < edge[:, 0] * to[..., 1] / edge[:, 1].where(edge[:, 1] != 0, torch.tensor(1.0))
+    rise = edge[:, 1].where(edge[:, 1] != 0, torch.tensor(1.0))  # level edges are never crossed
+    left = to[..., 0] < edge[:, 0] * to[..., 1] / rise
     inside = (crosses & left).sum(1) % 2 == 1
     return torch.where(inside, -distance, distance)
 
@@ -228,10 +231,10 @@ def thing_masks(shape, path, radius, size=SIZE):
 
 
 def backgrounds(kind, pan, size=SIZE):
-    """(B, 3, F, H, W) in [0, 1]: the patterns `kind` (B,), moved to the right by pan (B, F) pixels."""
+    """(B, 3, F, H, W) in [0, 1]: the patterns `kind` (B,), moved right by pan (B, F) pixels."""
     axis = torch.arange(size) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    soft = lambda wave, slope: (wave * slope + 0.5).clamp(0, 1)  # slope: pixels per unit of the wave
+    soft = lambda wave, slope: (wave * slope + 0.5).clamp(0, 1)  # slope: pixels per unit of wave
     w = 2 * math.pi / 32
     patterns = (
         lambda x: torch.zeros_like(x),
@@ -251,7 +254,7 @@ def backgrounds(kind, pan, size=SIZE):
 
 
 def render(scenes, frames=FRAMES, also=(), times=None):
-    """Scenes -> clips (B, 3, F, H, W) in [-1, 1]; `also` holds Scenes whose things join in front."""
+    """Scenes -> clips (B, 3, F, H, W) in [-1, 1]; things of the Scenes in `also` join them."""
     path = trajectory(scenes, frames, times)
     video = backgrounds(scenes.background, path.pan)
     for s in (scenes, *also):
@@ -280,7 +283,7 @@ def captions(scenes, generator=None, motion=True):
     chance = torch.rand(n, 4, generator=generator) if generator is not None else torch.ones(n, 4)
     out = []
     for i in range(n):
-        name = lambda table, index: list(table)[index[i]]
+        name = lambda table, index, i=i: list(table)[index[i]]
         drop = (chance[i] < torch.tensor([0.08, 0.12, 0.08, 0.1])).tolist()
         moves = motion and not drop[2]
         out.append("" if drop[3] else caption(
@@ -304,8 +307,27 @@ def sheet(path, frames=FRAMES):
     Image.fromarray(pixels).save(path)
 
 
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet of all motions, a PNG")
+    parser.add_argument("--clip", type=Path, help="write one clip, an mp4, and its caption")
+    parser.add_argument("--motion", default="hopping", choices=MOTIONS, help="of the clip")
+    parser.add_argument("--seed", type=int, default=0, help="of the clip")
+    args = parser.parse_args()
+    if args.sheet:
+        sheet(args.sheet)
+    if args.clip:
+        sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+        import data
+
+        g = torch.Generator().manual_seed(args.seed)
+        scenes = sample_scenes(1, g, (args.motion,), speeds=False)
+        data.write_video(args.clip, render(scenes)[0], FPS)
+        text = caption(shape=SHAPES[scenes.shape], motion=args.motion)
+        args.clip.with_suffix(".txt").write_text(text + "\n")
+        print(f"{args.clip}: {captions(scenes)[0]}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sheet", type=Path, default=Path("world.png"), help="picture to write")
-    sheet(parser.parse_args().sheet)
-    sys.exit()
+    main()

@@ -1,0 +1,62 @@
+"""ZeroScope's real shape, with random weights, through the same scripts. Slow, and large: about
+14 GB of memory and 6 GB of disk, and several minutes on two cores. Run with -m slow."""
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+from test_model import FULL_TEXT, FULL_UNET
+from test_train import run
+
+import model
+
+pytestmark = pytest.mark.slow
+
+
+def random_state(module):
+    """fp16 weights of a module on the meta device: small, with norms near one."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, t in module.state_dict().items():
+        fan = max(1, t[0].numel()) if t.dim() > 1 else 100
+        x = torch.randn(t.shape, generator=generator) * (0.5 / fan**0.5)
+        state[name] = (x + 1 if "norm" in name and name.endswith("weight") else x).half()
+    return state
+
+
+@pytest.fixture(scope="module")
+def full_size_folder(tmp_path_factory):
+    """A folder in the hub's layout, its parts as large as ZeroScope's."""
+    folder = tmp_path_factory.mktemp("full")
+    vae = {"block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215}
+    with torch.device("meta"):
+        parts = {"unet": (model.UNet(model.UNetConfig(**FULL_UNET)), FULL_UNET),
+                 "vae": (model.VAE(model.VAEConfig(**vae)), vae),
+                 "text_encoder": (model.TextEncoder(model.TextConfig(**FULL_TEXT)), FULL_TEXT)}
+    for name, (module, config) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        state = random_state(module)
+        if name == "text_encoder":
+            state = model.text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
+        save_file(state, folder / name / "diffusion_pytorch_model.safetensors")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+        {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1}))
+    return folder
+
+
+def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
+    """8 frames of 128×128, from the repository's own clip."""
+    size = ("--weights", full_size_folder, "--frames", 8, "--width", 128, "--height", 128)
+    clip = ROOT / "assets" / "hopping.mp4"
+    done = run("train.py", "--video", clip, "--steps", 2, "--preview-every", 0,
+               "--out", tmp_path / "run", *size)
+    print(done.stdout)
+    assert "training: 74,342,400 of 1,411,233,860 parameters in 96 tensors" in done.stdout
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and all(0 < line["loss"] < 2 and line["grad"] > 0 for line in log)
+    print(log)
+    run("generate.py", "--adapter", tmp_path / "run" / "vmc.safetensors", "--prompt", "a bird",
+        "--steps", 1, "--out", tmp_path / "g", *size)
+    assert len(list((tmp_path / "g").glob("*.mp4"))) == 1

@@ -1,0 +1,173 @@
+"""Measure the tiny model, and VMC on it, with the world's own instruments.
+
+    python tiny/measure.py base                 # 200 held-out prompts of base motions
+    python tiny/measure.py vmc                  # six novel motions, base and tuned, two starts
+    python tiny/measure.py vmc --layers all     # the ceiling: every parameter tuned
+
+Prints a table, and writes it with a contact sheet to out/measure-*.
+
+Axes: N videos, F frames.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+import data  # noqa: E402
+import generate  # noqa: E402
+import lora  # noqa: E402
+import model  # noqa: E402
+import sampler  # noqa: E402
+import train  # noqa: E402
+from tiny import instruments, world  # noqa: E402
+
+LOOK = ("colour", "shape", "background")
+
+
+def make(parts, prompts, seeds, args, inverted=None):
+    """Videos (N, 3, F, H, W) of N prompts, sixteen at a time, from noise or the inverted clip."""
+    videos = []
+    shape = (parts.unet.config.in_channels, world.FRAMES, 8, 8)
+    for i in range(0, len(prompts), 16):
+        start = sampler.noise_like_shape(shape, seeds[i : i + 16])
+        if inverted is not None:
+            start = inverted.expand(len(start), -1, -1, -1, -1)
+        videos.append(generate.sample(parts, prompts[i : i + 16], start, seeds[i : i + 16],
+                                      args.steps, args.guidance, precision=args.precision))
+    return torch.cat(videos)
+
+
+def share(hits):
+    return round(100 * hits.float().mean().item(), 1)
+
+
+def agreement(reading, path):
+    """(N,) agreement with a reference path (1, F): mean Pearson correlation over the axes on which
+    the reference moves more than 2 pixels. An axis whose amplitude is not within half and twice the
+    reference's counts 0, and so does a video whose thing is found in fewer than 14 frames."""
+    scores = []
+    for got, want in ((reading.x, path.x), (reading.y, path.y)):
+        if want.amax() - want.amin() > 2:
+            a, b = got - got.mean(1, keepdim=True), want - want.mean(1, keepdim=True)
+            r = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-6)
+            ratio = a.norm(dim=1) / b.norm(dim=1)
+            scores.append(torch.where((ratio >= 0.5) & (ratio <= 2), r, 0.0))
+    return torch.where(reading.found.sum(1) >= 14, torch.stack(scores).mean(0), 0.0)
+
+
+def measure_base(args):
+    """Colour, shape, background and kind of motion, read off samples of held-out prompts."""
+    parts = load(args)
+    scenes = world.sample_scenes(args.prompts, torch.Generator().manual_seed(10**6))
+    prompts = world.captions(scenes)
+    videos = make(parts, prompts, list(range(args.prompts)), args)
+    reading = instruments.read(videos)
+    result = {n: share(getattr(reading, n) == getattr(scenes, n)) for n in (*LOOK, "motion")}
+    result["each motion"] = {}
+    for m, name in enumerate(world.BASE):
+        rows = scenes.motion == m
+        result["each motion"][name] = share(reading.motion[rows] == m)
+    opposite = {"moving left": "moving right", "growing": "shrinking", "moving up": "moving down"}
+    for a, b in [*opposite.items(), *[(b, a) for a, b in opposite.items()]]:
+        rows = scenes.motion == world.MOTIONS.index(a)
+        result[f"{a} read as {b}"] = share(reading.motion[rows] == world.MOTIONS.index(b))
+    print(json.dumps(result, indent=1))
+    data.contact_sheet(args.out / "base.png", list(videos[:24]))
+    with data.publish(args.out / "base.json") as path:
+        path.write_text(json.dumps(result | vars_of(args), indent=1))
+
+
+def other_looks(scenes, n, g):
+    """n scenes whose colour, shape and background all differ from those of `scenes` (one scene)."""
+    candidates = world.sample_scenes(60 * n, g, world.BASE, speeds=False)
+    differs = torch.ones(len(candidates), dtype=torch.bool)
+    for name in LOOK:
+        differs &= getattr(candidates, name) != getattr(scenes, name)
+    return candidates[differs][torch.arange(n)]
+
+
+def measure_motion(name, args):
+    """One novel motion: learn it from one clip, make 8 prompts × 2 seeds in each of four cells."""
+    g = torch.Generator().manual_seed(world.MOTIONS.index(name))
+    clip = world.sample_scenes(1, g, (name,), speeds=False)
+    folder = args.out / data.slug(name)
+    data.write_video(folder / "clip.mp4", world.render(clip)[0], world.FPS)
+    prompt = world.caption(shape=world.SHAPES[clip.shape], motion=name)
+    flags = ["--video", folder / "clip.mp4", "--prompt", prompt, "--out", folder / "run",
+             "--preview-every", 0, "--seed", 0, *args.train]
+    train.main([str(f) for f in flags])
+    looks = other_looks(clip, 8, g)
+    prompts = 2 * world.captions(looks.but(motion=clip.motion.expand(8)))
+    seeds, rows, sheets = [0] * 8 + [1] * 8, {}, []
+    adapter = lora.read_adapter(folder / "run" / "vmc.safetensors")
+    for tuned in (False, True):
+        parts = load(args)
+        if tuned:
+            lora.apply_adapter(parts.unet, adapter)
+        inverted = generate.invert(parts, adapter.latents[None], args.steps, args.precision)
+        for start in ("noise", "inverted"):
+            videos = make(parts, prompts, seeds, args, inverted if start == "inverted" else None)
+            reading = instruments.read(videos)
+            right = {n: getattr(reading, n) == getattr(looks, n).repeat(2) for n in LOOK}
+            score = agreement(reading, world.trajectory(clip))
+            rows[f"{'tuned' if tuned else 'base'}, {start}"] = {
+                "agreement": round(score.mean().item(), 3),
+                "recognised": share(reading.motion == clip.motion),
+                **{n: share(hits) for n, hits in right.items()},
+                "all three": share(right["colour"] & right["shape"] & right["background"]),
+                "leak": share(reading.background == clip.background)}
+            sheets += list(videos[:3])
+    data.contact_sheet(folder / "sheet.png", [world.render(clip)[0], *sheets])
+    return rows
+
+
+def measure_vmc(args):
+    """The table of all novel motions, and its mean."""
+    table = {}
+    for name in args.motions or world.NOVEL:
+        table[name] = measure_motion(name, args)
+        for cell, row in table[name].items():
+            print(f"{name:26} {cell:16} {row}", flush=True)
+    cells = next(iter(table.values()))
+    table["mean"] = {cell: {k: round(sum(t[cell][k] for t in table.values()) / len(table), 3)
+                            for k in row} for cell, row in cells.items()}
+    for cell, row in table["mean"].items():
+        print(f"{'mean':26} {cell:16} {row}")
+    with data.publish(args.out / "vmc.json") as path:
+        path.write_text(json.dumps(table | vars_of(args), indent=1))
+
+
+def load(args):
+    parts = model.load(args.weights)
+    parts.unet.eval()
+    return parts
+
+
+def vars_of(args):
+    return {"settings": {k: str(v) for k, v in vars(args).items()}}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=("base", "vmc"), help="what to measure")
+    add("--prompts", type=int, default=200, help="prompts for base (default: 200)")
+    add("--motions", nargs="*", help="novel motions for vmc (default: all six)")
+    add("--steps", type=int, default=30, help="sampling and inversion steps (default: 30)")
+    add("--guidance", type=float, default=4.0, help="classifier-free guidance (default: 4)")
+    add("--weights", type=Path, default=generate.TINY, help="the model (default: tiny/weights)")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
+    add("--out", type=Path, help="folder (default: out/measure-…)")
+    args, args.train = parser.parse_known_args()
+    args.precision = args.precision or generate.default_precision("cpu")
+    args.out = args.out or Path("out") / f"measure-{args.what}"
+    model.keep_memory()
+    {"base": measure_base, "vmc": measure_vmc}[args.what](args)
+
+
+if __name__ == "__main__":
+    generate.run(main)
