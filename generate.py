@@ -78,8 +78,8 @@ def check_steps(schedule, steps, name="steps"):
     if not 1 <= steps < T:
         raise BadInput(f"--{name} {steps}: wanted 1 to {T - 1}.")
     if (first := schedule.timesteps(steps)[0]) < 0.9 * T:
-        data.say(f"warning: {steps} steps are {T // steps} timesteps apart, so sampling begins at "
-                 f"t = {first} and not in pure noise; {T // (T // steps)} or 50 would be better")
+        data.say(f"warning: {steps} steps, {T // steps} timesteps apart, begin at t = {first} and "
+                 f"not in pure noise; a number that divides {T} begins there")
 
 
 @torch.no_grad()
@@ -115,9 +115,10 @@ def sample(parts, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", 
 
 
 def parse(argv=None):
+    """The flags. Raises BadInput for numbers that make no sense."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = lambda *names, **kw: parser.add_argument(*names, **kw)
+    add = parser.add_argument
     # what to make
     add("--prompt", help="what to show")
     add("--prompts", type=Path, help="a text file, one prompt a line, instead of --prompt")
@@ -219,6 +220,7 @@ def starting_latents(args, parts, adapter):
 
 
 def main(argv=None):
+    """Prompts to videos, a contact sheet and the settings, in --out."""
     args = parse(argv)
     prompts = read_prompts(args)
     model.keep_memory()

@@ -57,15 +57,16 @@ def halve(unet, keep, dtype=torch.bfloat16):
             p.data = p.data.to(dtype)
 
 
-def groups(names):
-    """How many names of each kind of layer, as text: '48 temp_attentions attn1, …'."""
+def groups(parameters):
+    """{kind of layer: (tensors, numbers)} of {name: parameter}; a kind: 'temp_attentions attn1'."""
     count = {}
-    for name in names:
+    for name, p in parameters.items():
         owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets)", name)
         inner = re.search(r"\.(attn[12]|ff)\.", name)
-        key = " ".join(m.group(1) for m in (owner, inner) if m) or "other"
-        count[key] = count.get(key, 0) + 1
-    return ", ".join(f"{n} {key}" for key, n in count.items())
+        kind = " ".join(m.group(1) for m in (owner, inner) if m) or "other"
+        tensors, numbers = count.get(kind, (0, 0))
+        count[kind] = tensors + 1, numbers + p.numel()
+    return count
 
 
 def fingerprint(unet):

@@ -2,8 +2,9 @@
 
     python -m pytest tests/test_losses.py
 
-All take the predicted and the true noise, pred and eps (B, C, F, h, w), and give one number.
-`a` is ᾱ at the clip's timestep, shaped to multiply them; losses that need no ᾱ ignore it.
+All take the predicted and the true noise, pred and eps (B, C, F, h, w), and give one number; where
+the formula is one of clean clips too (VMC Eq. 15), so may be the denoised and the true clip. `a` is
+ᾱ at the clip's timestep, shaped to multiply them; losses that need no ᾱ ignore it.
 
 Axes: B clips, C channels, F frames, h w latent; n counts frames, c is the frame stride.
 """

@@ -89,6 +89,8 @@ class Resnet(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest neighbours, then a convolution."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -99,6 +101,8 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A convolution of stride 2: (N, C, h, w) -> (N, C, h/2, w/2), rounded up in the UNet."""
+
     def __init__(self, channels, padding=1):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
@@ -146,6 +150,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """x·gelu(gate), both linear in the input (Shazeer 2020); gelu is the exact one."""
+
     def __init__(self, dim):
         super().__init__()
         self.proj = nn.Linear(dim, dim * 8)
@@ -156,6 +162,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
     def __init__(self, dim):
         super().__init__()
         # The identity stands where the released code has a dropout of 0, to keep the numbering.
@@ -293,6 +301,8 @@ class Block(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """The UNet's lowest level: a layer with attention, then a resnet and temporal convolution."""
+
     def __init__(self, config, channels):
         super().__init__()
         c, groups = config, config.norm_num_groups
@@ -316,6 +326,8 @@ class MidBlock(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
+    """Sines and cosines of the timestep, and two linear layers."""
+
     def __init__(self, c_in, c_out):
         super().__init__()
         self.linear_1 = nn.Linear(c_in, c_out)
@@ -364,6 +376,10 @@ class UNetConfig(Config):
     norm_eps: float = 1e-5
     downsample_padding: int = 1
     sample_size: int = 32
+    # Ours, and off in every released model: tell the resnets which frame of the clip they see. The
+    # released ones learn it from the zero padding of their many temporal convolutions; a shallow
+    # network trained for an hour does not.
+    frame_embedding: bool = False
 
     @property
     def time_dim(self):
@@ -384,6 +400,10 @@ class UNet(nn.Module):
             first, 8, c.attention_head_dim, c.norm_num_groups
         )
         self.time_embedding = TimeEmbedding(first, c.time_dim)
+        if c.frame_embedding:
+            self.frame_embedding = TimeEmbedding(first, c.time_dim)
+            nn.init.zeros_(self.frame_embedding.linear_2.weight)
+            nn.init.zeros_(self.frame_embedding.linear_2.bias)
 
         self.down_blocks, skips, here = nn.ModuleList(), [first], first
         for i, (kind, out) in enumerate(zip(c.down_block_types, width)):
@@ -420,6 +440,9 @@ class UNet(nn.Module):
         frames = F_ if temporal else None
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(B)
         time = self.time_embedding(timesteps).repeat_interleave(F_, dim=0)  # (B·F, time_dim)
+        if frames and self.config.frame_embedding:
+            clip = torch.linspace(0, 999, F_, device=latents.device)  # start to end, as timesteps
+            time = time + self.frame_embedding(clip).repeat(B, 1)
 
         x = self.conv_in(fold_frames(latents))  # (B·F, C, h, w)
         if frames:
@@ -493,6 +516,8 @@ class PictureAttention(Attention):
 
 
 class VAEMid(nn.Module):
+    """Resnet, attention, resnet."""
+
     def __init__(self, channels, groups):
         super().__init__()
         make = lambda: Resnet(channels, channels, groups, VAE_EPS)
@@ -504,6 +529,8 @@ class VAEMid(nn.Module):
 
 
 class VAEBlock(nn.Module):
+    """One level of the VAE: resnets, then a change of size."""
+
     def __init__(self, c_in, c_out, layers, groups, down=False, up=False):
         super().__init__()
         widths = [c_in] + [c_out] * (layers - 1)
@@ -524,6 +551,8 @@ class VAEBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pictures (B, 3, H, W) to moments (B, 2·C, H/8, W/8)."""
+
     def __init__(self, config):
         super().__init__()
         width, groups = config.block_out_channels, config.norm_num_groups
@@ -545,6 +574,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (B, C, h, w) to pictures (B, 3, 8h, 8w)."""
+
     def __init__(self, config):
         super().__init__()
         width, groups = config.block_out_channels[::-1], config.norm_num_groups

@@ -91,10 +91,6 @@ class Schedule:
             return (x - noise * prediction) / signal, prediction
         return signal * x - noise * prediction, signal * prediction + noise * x
 
-    def epsilon(self, prediction, x, t):
-        """ε̂ for a batch at timesteps t (B,): what the papers' losses are written in."""
-        return self.split(prediction, x, self.at(t, x))[1]
-
     def timesteps(self, steps):
         """The descending timesteps of a sampler in `steps` steps; leading: 981, 961, …, 1 for 50.
 

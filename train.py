@@ -40,6 +40,7 @@ class Method:
     source: str
     layers: str  # a set of lora.LAYERS: what learns
     loss: str  # one of losses.LOSSES
+    align: str = "epsilon"  # what the loss compares: the noise, or the clip ("x0")
     stride: int = 1  # frames between the two of a residual
     timesteps: str = "uniform"
     lr: float = 1e-4
@@ -66,6 +67,7 @@ TINY = {"vmc": {"steps": 200, "lr": 1e-3, "sampling_steps": 50}}
 
 
 def parse(argv=None):
+    """The flags."""
     examples = """examples:
   python train.py --method vmc --video assets/hopping.mp4
   python train.py --method vmc --video clip.mp4 --prompt "a bird is flying" \\
@@ -74,7 +76,7 @@ def parse(argv=None):
 """
     parser = argparse.ArgumentParser(description=__doc__, epilog=examples,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = lambda *names, **kw: parser.add_argument(*names, **kw)
+    add = parser.add_argument
     # what to learn
     add("--method", default="vmc", help=f"how to learn it: {', '.join(METHODS)} (default: vmc)")
     add("--video", type=Path, help="the clip: a video file, or a folder of numbered pictures")
@@ -83,6 +85,8 @@ def parse(argv=None):
     # the recipe; defaults are the method's
     add("--layers", help=f"what learns: {', '.join(lora.LAYERS)}, or a pattern (default: method's)")
     add("--loss", choices=tuple(losses.LOSSES), help="what is minimised (default: the method's)")
+    add("--align", choices=("epsilon", "x0"),
+        help="compare the noise or the denoised clip (default: the method's)")
     add("--stride", type=int, help="frame stride c of residuals (default: 1)")
     add("--timesteps", choices=("uniform", "coarse"), help="distribution (default: the method's)")
     add("--steps", type=int, help="training steps (default: the method's)")
@@ -160,8 +164,10 @@ def loss_at(parts, args, latents, text, step, weights):
     x = S.add_noise(latents, noise, t)
     with generate.autocast(args.device, args.precision):
         prediction = parts.unet(x, t.to(args.device), text)
-    eps = S.epsilon(prediction.float(), x, t)
-    loss = losses.LOSSES[args.loss](eps, noise, S.at(t, x).to(x), args.stride)
+    a = S.at(t, x)
+    x0, eps = S.split(prediction.float(), x, a)
+    pair = (eps, noise) if args.align == "epsilon" else (x0, latents)
+    loss = losses.LOSSES[args.loss](*pair, a.to(x), args.stride)
     return loss, t.item(), losses.unseen_by_cosine(eps, noise)
 
 
@@ -227,6 +233,7 @@ def resume(args, trained, optimizer, latents, meta):
 
 
 def saved_args(args):
+    """The flags as JSON can hold them."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
@@ -294,11 +301,13 @@ def prepare(args):
 
 
 def report(args, source, caption_source, parts, trained):
+    """Say what trains, with which settings, and where each of them came from."""
     count = sum(p.numel() for p in trained.values())
     whole = sum(p.numel() for p in parts.unet.parameters())
     print(f"caption: {args.prompt!r} (from {caption_source})")
-    print(f"training: {count:,} of {whole:,} parameters in {len(trained)} tensors "
-          f"({lora.groups(trained)})")
+    print(f"training: {count:,} of {whole:,} parameters in {len(trained)} tensors")
+    for kind, (tensors, numbers) in lora.groups(trained).items():
+        print(f"  {kind}: {numbers:,} in {tensors}")
     for origin in dict.fromkeys(source.values()):
         mine = ", ".join(f"{k} {getattr(args, k)}" for k, v in source.items() if v == origin)
         print(f"settings ({origin}): {mine}")
@@ -307,6 +316,7 @@ def report(args, source, caption_source, parts, trained):
 
 
 def main(argv=None):
+    """One run of one method on one clip."""
     args = parse(argv)
     source = resolve(args)
     model.keep_memory()

@@ -37,11 +37,15 @@ def listed(name):
 
 
 def unhide(module):
-    """Zero-initialised layers and fresh norms hide bugs: give every one of them a say."""
+    """Zero-initialised layers and fresh norms hide bugs: give every one of them a say, the layers
+    as loud a one as their neighbours'."""
     generator = torch.Generator().manual_seed(1)
     for p in module.parameters():
-        if p.dim() == 1 or p.abs().sum() == 0:
-            p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p)
+        noise = torch.randn(p.shape, generator=generator).to(p)
+        if p.dim() == 1:
+            p.data += 0.1 * noise
+        elif p.abs().sum() == 0:
+            p.data += noise / p[0].numel() ** 0.5
     return module.eval()
 
 
@@ -131,6 +135,21 @@ def test_without_temporal_layers_frames_do_not_meet(unets):
         alone = ours(x[:, :, [1]], 10, text, temporal=False)
         assert relative(whole[:, :, [1]], alone) <= 1e-12
         assert relative(whole, ours(x, 10, text)) > 1e-3
+
+
+def test_the_frame_embedding_is_off_and_starts_silent(unets):
+    """No released model has one. Where it is on, it says nothing until trained, and never to the
+    image model."""
+    ours, _ = unets
+    assert not hasattr(ours, "frame_embedding")
+    told = model.UNet(model.UNetConfig(**NARROW_UNET, frame_embedding=True)).double().eval()
+    told.load_state_dict(ours.state_dict(), strict=False)
+    x, text = torch.randn(1, 4, 3, 8, 8).double(), torch.randn(1, 5, 24).double()
+    with torch.no_grad():
+        assert torch.equal(told(x, 10, text), ours(x, 10, text))
+        told.frame_embedding.linear_2.weight.normal_()
+        assert relative(told(x, 10, text), ours(x, 10, text)) > 1e-3
+        assert torch.equal(told(x, 10, text, temporal=False), ours(x, 10, text, temporal=False))
 
 
 def test_vae_equals_diffusers():

@@ -261,6 +261,7 @@ def accuracy(scenes, reading):
 
 
 def main():
+    """Count how often the instruments are right."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--clips", type=int, default=400, help="rendered clips to read")
     parser.add_argument("--vae", action="store_true", help="pass them through the tiny VAE first")

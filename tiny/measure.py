@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+import imageio.v3 as imageio
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -41,6 +42,7 @@ def make(parts, prompts, seeds, args, inverted=None):
 
 
 def share(hits):
+    """Per cent, to one digit."""
     return round(100 * hits.float().mean().item(), 1)
 
 
@@ -121,7 +123,17 @@ def measure_motion(name, args):
                 "leak": share(reading.background == clip.background)}
             sheets += list(videos[:3])
     data.contact_sheet(folder / "sheet.png", [world.render(clip)[0], *sheets])
+    write_gif(folder / "result.gif", [world.render(clip)[0], *videos[:4]])
     return rows
+
+
+def write_gif(path, videos, scale=2):
+    """Videos (3, F, H, W) side by side, the first (the reference) apart from the others."""
+    gap = torch.ones_like(videos[0][..., :4])
+    row = torch.cat([videos[0], gap, gap, *[v for video in videos[1:] for v in (gap, video)]], -1)
+    pixels = data.to_pixels(row).repeat(scale, 1).repeat(scale, 2)
+    with data.publish(path) as part:
+        imageio.imwrite(part, pixels, duration=1000 / world.FPS, loop=0)
 
 
 def measure_vmc(args):
@@ -141,16 +153,19 @@ def measure_vmc(args):
 
 
 def load(args):
+    """The tiny model, fresh."""
     parts = model.load(args.weights)
     parts.unet.eval()
     return parts
 
 
 def vars_of(args):
+    """The settings, to be written beside the figures."""
     return {"settings": {k: str(v) for k, v in vars(args).items()}}
 
 
 def main():
+    """Measure the model, or VMC on it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

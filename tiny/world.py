@@ -99,10 +99,12 @@ def sample_scenes(n, generator, motions=BASE, speeds=True):
 
 
 def is_motion(motion, *names):
+    """Which of the indices (B,) are those of one of the named motions."""
     return torch.isin(motion, torch.tensor([MOTIONS.index(n) for n in names]))
 
 
 def is_shape(shape, *names):
+    """Which of the indices (B,) are those of one of the named shapes."""
     return torch.isin(shape, torch.tensor([SHAPES.index(n) for n in names]))
 
 
@@ -308,6 +310,7 @@ def sheet(path, frames=FRAMES):
 
 
 def main():
+    """Write pictures of the world."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of all motions, a PNG")
