@@ -6,9 +6,9 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/ready
 	$(BIN)/python train.py --method vmc --video assets/hopping.mp4 \
-	    --preview-prompt "a pink star hopping on a grey background"
+	    --preview-prompt "a white star hopping on a brown dotted background"
 	$(BIN)/python generate.py --adapter out/hopping-vmc/vmc.safetensors --out out/demo \
-	    --prompt "a pink star hopping on a grey background" --seeds 4
+	    --prompts assets/prompts.txt
 	@echo "The clip, the untrained and the trained model side by side: out/hopping-vmc/samples/"
 	@echo "The new videos: out/demo/, all in one picture: out/demo/sheet.png"
 

@@ -193,6 +193,9 @@ def check(args, parts):
         raise BadInput(f"--noise-prior {args.noise_prior}: wanted 0 (noise) to 1 (inverted).")
     if args.init == "inverted" and not (adapter or args.init_video):
         raise BadInput("--init inverted has no clip to invert; give --adapter or --init-video.")
+    if args.init == "inverted" and args.noise_prior == 1 and args.seeds > 1:
+        data.say("note: from the inverted clip alone every seed gives the same video; "
+                 "--noise-prior 0.5 mixes noise in")
     if args.init == "inverted" and args.sampler == "dpm":
         raise BadInput("--init inverted retraces DDIM's own timesteps; use --sampler ddim.")
     return adapter
