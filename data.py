@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -181,6 +182,95 @@ def find_caption(video, prompt=None):
                 raise BadInput(f"{path} is empty; write the caption in it, or give --prompt.")
             return check_prompt(text.splitlines()[0]), str(path)
     return check_prompt(re.sub(r"[\W_]+", " ", video.stem).strip() or "a video"), "the file's name"
+
+
+# ------------------------------------------------------------------------------------------------
+# Clips to learn from, and what of one a pass sees
+
+
+@dataclass
+class Clip:
+    """Something to learn from, with its caption: a video (3, F, H, W), or a picture, where F is 1;
+    and its latents (1, C, F, h, w), scaled, once they are made."""
+
+    video: torch.Tensor
+    prompt: str
+    path: Path
+    latents: torch.Tensor = None
+
+
+def find_clips(paths):
+    """The clips that the paths name: video files, folders of numbered pictures (a clip each), and
+    folders of such files and folders. Raises BadInput when a folder holds none."""
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir(), key=natural) if path.is_dir() else []
+        clips = [p for p in inside if p.suffix.lower() in VIDEOS or p.is_dir()]
+        found += clips or [path]
+    return found
+
+
+def find_pictures(paths):
+    """The picture files that the paths name: files, or folders of them. Raises BadInput."""
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir(), key=natural) if path.is_dir() else [path]
+        pictures = [p for p in inside if p.suffix.lower() in PICTURES]
+        if not pictures:
+            raise BadInput(f"{path} holds no pictures ({', '.join(PICTURES)}).")
+        found += pictures
+    return found
+
+
+# Each view takes a clip, a source of randomness and encode(video) -> latents, and gives the latents
+# (1, C, F', h, w) that the pass sees and which of the clip's frames they are, as a slice.
+
+
+def whole(clip, g, encode):
+    """All frames."""
+    return clip.latents, slice(None)
+
+
+def frame(clip, g, encode):
+    """One random frame (MotionDirector's spatial path)."""
+    f = int(torch.randint(clip.video.shape[1], (), generator=g))
+    return clip.latents[:, :, f : f + 1], slice(f, f + 1)
+
+
+CROP = (0.33, 0.67)  # of the sides: Customize-A-Video's patches
+
+
+def crop(clip, g, encode):
+    """A random part of one random frame, a third to two thirds as wide and high, enlarged: what
+    things look like, without where they are (Customize-A-Video)."""
+    f = int(torch.randint(clip.video.shape[1], (), generator=g))
+    part = zoom(clip.video[:, f : f + 1], *CROP, g)
+    return encode(part), slice(f, f + 1)
+
+
+def augmented(clip, g, encode):
+    """All frames, all alike a little enlarged, shifted, and changed in brightness, contrast and
+    saturation (NewMove App. B names spatial and colour augmentation, with no figures). Never
+    flipped: a flip turns left into right."""
+    video = zoom(clip.video, 0.8, 1.0, g)
+    light, contrast, colour = 0.8 + 0.4 * torch.rand(3, generator=g)
+    video = ((video + 1) * light - 1 - video.mean()) * contrast + video.mean()
+    grey = video.mean(0, keepdim=True)
+    return encode((grey + (video - grey) * colour).clamp(-1, 1)), slice(None)
+
+
+VIEWS = {"whole": whole, "frame": frame, "crop": crop, "augmented": augmented}
+
+
+def zoom(video, least, most, g):
+    """A random part of (3, F, H, W), least … most of its sides, at the video's own size."""
+    H, W = video.shape[-2:]
+    share = least + (most - least) * torch.rand((), generator=g)
+    h, w = max(1, round(H * share.item())), max(1, round(W * share.item()))
+    top = int(torch.randint(H - h + 1, (), generator=g))
+    left = int(torch.randint(W - w + 1, (), generator=g))
+    part = video[:, :, top : top + h, left : left + w].transpose(0, 1)
+    return F.interpolate(part, (H, W), mode="bilinear", align_corners=False).transpose(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Make videos, with a learned motion or without.
 
     python generate.py --adapter out/hopping-vmc/vmc.safetensors --prompt "a pink star hopping"
+    python generate.py --adapter motion.safetensors look.safetensors --scale 1 0.7 --prompt "…"
     python generate.py --adapter A.safetensors --prompts prompts.txt --seeds 4
     python generate.py --prompt "a red ring moving left on a grey background"
 
@@ -83,23 +84,25 @@ def check_steps(schedule, steps, name="steps"):
 
 
 @torch.no_grad()
-def invert(parts, latents, steps, precision):
+def invert(parts, latents, steps, precision, on_step=None):
     """DDIM inversion of clean latents (B, C, F, h, w) (VMC Sec. 3.3), with an empty prompt and no
     guidance, as the published code has it."""
     device = next(parts.unet.parameters()).device
     empty = parts.text([""]).expand(len(latents), -1, -1)
     with autocast(device, precision):
         predict = sampler.guide(parts.unet, empty)
-        return sampler.ddim_inversion(parts.schedule, predict, latents.to(device), steps)
+        return sampler.ddim_inversion(parts.schedule, predict, latents.to(device), steps,
+                                      on_step)
 
 
 @torch.no_grad()
 def sample(parts, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", negative="",
-           precision="fp32", on_step=None):
-    """Prompts and starting latents (B, C, F, h, w) -> videos (B, 3, F, H, W) in [-1, 1]."""
+           precision="fp32", on_step=None, **more):
+    """Prompts and starting latents (B, C, F, h, w) -> videos (B, 3, F, H, W) in [-1, 1].
+    `more` goes to the sampler."""
     device = next(parts.unet.parameters()).device
     text, empty = parts.text(prompts), parts.text([negative]).expand(len(prompts), -1, -1)
-    extra = {"seeds": seeds} if method == "ddpm" else {}
+    extra = more | ({"seeds": seeds} if method == "ddpm" else {})
     with autocast(device, precision):
         predict = sampler.guide(parts.unet, text, empty, guidance)
         latents = sampler.SAMPLERS[method](
@@ -108,6 +111,73 @@ def sample(parts, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", 
         raise BadInput(f"sampling with guidance {guidance:g} gave NaN; lower --guidance, or use "
                        "--precision fp32.")
     return parts.vae.decode_video(latents.float()).cpu()
+
+
+# ------------------------------------------------------------------------------------------------
+# Diffusion Motion Transfer (Yatim et al. 2023): no training; while sampling, the latents are pulled
+# until features of the video change over time as those of a reference do.
+
+DMT_SHARE, DMT_STEPS, DMT_RATE = 0.4, 10, (0.007, 0.004)  # of the steps; Adam's, and its rates
+
+
+def frame_features(unet, x, t, text):
+    """Spatially averaged features (B, F, C) of the second upward block (its Sec. 4.1)."""
+    block, seen = unet.up_blocks[1], []
+    last = block.upsamplers[0] if hasattr(block, "upsamplers") else block.temp_attentions[-1]
+    hook = last.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    try:
+        unet(x, t, text)
+    finally:
+        hook.remove()
+    return seen[0].float().mean((2, 3)).unflatten(0, (len(x), -1))
+
+
+def pairwise_differences_loss(got, want):
+    """1 − cosine of the differences between each frame and every anchor frame, on (B, F, C)
+    features (Eq. 6): what all frames share cancels."""
+    difference = lambda f: f[:, :, None] - f[:, None]  # (B, F, F, C)
+    other = ~torch.eye(got.shape[1], dtype=torch.bool, device=got.device)
+    cosine = torch.nn.functional.cosine_similarity(difference(got), difference(want), dim=-1)
+    return (1 - cosine[:, other]).mean()
+
+
+def low_frequencies(x, factor=4):
+    """(B, C, F, h, w) without spatial detail finer than `factor` latents."""
+    h, w = x.shape[-2:]
+    small = torch.nn.functional.interpolate(
+        x.flatten(0, 2)[None], (max(1, h // factor), max(1, w // factor)), mode="area")
+    return torch.nn.functional.interpolate(small, (h, w), mode="nearest").view(x.shape)
+
+
+def motion_transfer(parts, latents, prompts, start, seeds, args):
+    """Videos (B, 3, F, H, W) of the prompts that move as the clean latents (1, C, F, h, w) do."""
+    S, unet, device = parts.schedule, parts.unet, start.device
+    path, empty = {}, parts.text([""])
+    inverted = invert(parts, latents, args.steps, args.precision,
+                      on_step=lambda t, x: path.update({t: x}))
+    start = start + low_frequencies(inverted) - low_frequencies(start)
+    text = parts.text(prompts)
+    pulled = S.timesteps(args.steps)[: max(1, int(args.steps * DMT_SHARE))]
+
+    def edit(x, t):
+        if t not in pulled:
+            return x
+        with autocast(device, args.precision):
+            with torch.no_grad():
+                want = frame_features(unet, path[t], t, empty)
+            done = pulled.index(t) / max(1, len(pulled) - 1)
+            rate = DMT_RATE[0] + (DMT_RATE[1] - DMT_RATE[0]) * done
+            with torch.enable_grad():
+                free = x.detach().clone().requires_grad_()
+                adam = torch.optim.Adam([free], lr=rate)
+                for _ in range(DMT_STEPS):
+                    loss = pairwise_differences_loss(frame_features(unet, free, t, text), want)
+                    free.grad, = torch.autograd.grad(loss, free)
+                    adam.step()
+        return free.detach()
+
+    return sample(parts, prompts, start, seeds, args.steps, args.guidance,
+                  negative=args.negative, precision=args.precision, edit=edit)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -126,7 +196,11 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="first seed (default: 0)")
     add("--seeds", type=int, default=1, help="videos a prompt, from --seed on (default: 1)")
     # the model
-    add("--adapter", type=Path, help="a learned motion: the .safetensors that train.py wrote")
+    add("--adapter", type=Path, nargs="+", default=[], help="what was learned: files that train.py "
+        "wrote, or other programs' LoRAs; of several, the first gives the clip")
+    add("--scale", type=float, nargs="+", help="strength of each adapter; 0 is the base model "
+        "(default: 1)")
+    add("--style", default="", help="words to end every prompt with: 'in watercolour'")
     add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
@@ -137,50 +211,69 @@ def parse(argv=None):
     add("--fps", type=float, help="frames a second (default: the clip's, else 8)")
     # the start
     add("--init", choices=("inverted", "noise"),
-        help="start from the inverted clip, or from noise (default: inverted with an adapter)")
+        help="start from the inverted clip, or from noise (default: as the adapter's method)")
     add("--init-video", type=Path, help="invert this clip instead of the adapter's")
-    add("--noise-prior", type=float, default=1.0,
-        help="p in the start √p·inverted + √(1-p)·noise (default: 1, as VMC)")
+    add("--dmt", type=Path, help="Diffusion Motion Transfer: move as this clip does, by guidance, "
+        "without training (its paper's guidance: 10, steps: 50)")
+    add("--noise-prior", type=float, help="p in the start √p·inverted + √(1-p)·noise (default: the "
+        "adapter's method's: VMC 1, MotionDirector 0.5, NewMove 0)")
     # sampling
     add("--steps", type=int, help="sampling and inversion steps (default: the method's, else 50)")
     add("--guidance", type=float, help="classifier-free guidance (default: 9; tiny model: 4)")
     add("--sampler", choices=tuple(sampler.SAMPLERS), default="ddim", help="default: ddim")
     add("--batch", type=int, help="videos at a time (default: 1; tiny model: 4)")
+    # a second model over the first one's videos, as ZeroScope XL
+    add("--refine", type=Path, help="its hub-layout folder; its size is --refine-width and -height")
+    add("--strength", type=float, default=0.6, help="how much it may change, 0 to 1 (default: 0.6)")
+    add("--refine-width", type=int, help="pixels (default: as made)")
+    add("--refine-height", type=int, help="pixels (default: as made)")
     add("--out", type=Path, default=Path("out/generated"), help="folder (default: out/generated)")
     args = parser.parse_args(argv)
     require(args, {"frames": 1, "width": 8, "height": 8, "fps": 0.01, "seed": 0, "seeds": 1,
-                   "steps": 1, "batch": 1, "guidance": 0})
+                   "steps": 1, "batch": 1, "guidance": 0, "strength": 0, "refine_width": 8,
+                   "refine_height": 8})
     return args
 
 
 def read_prompts(args):
     """The prompts, checked. Raises BadInput when there are none, or two sources of them."""
     data.check_prompt(args.negative)
+    styled = lambda prompt: data.check_prompt(f"{prompt} {args.style}".strip())
     if (args.prompt is None) == (args.prompts is None):
         raise BadInput("give --prompt \"…\" or --prompts FILE, and not both.")
     if args.prompt is not None:
-        return [data.check_prompt(args.prompt)]
+        return [styled(args.prompt)]
     if not args.prompts.is_file():
         raise BadInput(f"{args.prompts} does not exist; give a text file with one prompt a line.")
     lines = args.prompts.read_text(errors="replace").splitlines()
-    prompts = [data.check_prompt(line.strip()) for line in lines if line.strip()]
+    prompts = [styled(line.strip()) for line in lines if line.strip()]
     if not prompts:
         raise BadInput(f"{args.prompts} holds no prompts; write one a line.")
     return prompts
 
 
 def check(args, parts):
-    """Fill in what the flags leave open from the adapter and the model; raise BadInput early."""
+    """Merge the adapters, and fill in what the flags leave open from the first of them and the
+    model; raise BadInput early. Returns the first adapter that has a clip, or None."""
     factor, tiny, meta = parts.vae.config.factor, args.weights is None, {}
-    adapter = lora.read_adapter(args.adapter) if args.adapter else None
-    if adapter:
-        lora.apply_adapter(parts.unet, adapter)
-        meta = adapter.meta
-    on_gpu(args, parts.unet, adapter.tensors if adapter else {})
+    adapters = [lora.read_adapter(path, parts.unet) for path in args.adapter]
+    if args.scale and len(args.scale) not in (1, len(adapters)):
+        raise BadInput(f"--scale: {len(args.scale)} numbers for {len(adapters)} adapters; give one "
+                       "for each.")
+    scales = (args.scale or [1.0]) * (1 if args.scale and len(args.scale) > 1 else len(adapters))
+    lora.apply_adapters(parts, adapters, scales)
+    on_gpu(args, parts.unet, {n for a in adapters for n in a.tensors})
+    clip = next((a for a in adapters if a.latents is not None), None)
+    meta = (clip or adapters[0]).meta if adapters else {}
     own = parts.unet.config.sample_size
-    F, h, w = adapter.latents.shape[1:] if adapter else (16, own, own)
-    inverted = "inverted" if adapter or args.init_video else "noise"
-    defaults = {"frames": F, "height": h * factor, "width": w * factor, "init": inverted,
+    F, h, w = clip.latents.shape[1:] if clip else (16, own, own)
+    prior = float(meta.get("noise_prior", 0)) or float(args.init_video is not None)
+    if args.init == "inverted" and args.noise_prior is None:
+        prior = prior or 1.0
+    if args.init is None and args.noise_prior:
+        args.init = "inverted"
+    defaults = {"frames": F, "height": h * factor, "width": w * factor, "noise_prior": prior,
+                "init": "inverted" if prior else "noise",
                 "fps": float(meta.get("fps", 8)), "steps": int(meta.get("sampling_steps", 50)),
                 "guidance": 4.0 if tiny else 9.0, "batch": 4 if tiny else 1}
     for name, value in defaults.items():
@@ -191,23 +284,33 @@ def check(args, parts):
         raise BadInput(f"{args.width}×{args.height} pixels: wanted multiples of {factor}.")
     if not 0 <= args.noise_prior <= 1:
         raise BadInput(f"--noise-prior {args.noise_prior}: wanted 0 (noise) to 1 (inverted).")
-    if args.init == "inverted" and not (adapter or args.init_video):
+    if args.init == "inverted" and not (clip or args.init_video):
         raise BadInput("--init inverted has no clip to invert; give --adapter or --init-video.")
     if args.init == "inverted" and args.noise_prior == 1 and args.seeds > 1:
         data.say("note: from the inverted clip alone every seed gives the same video; "
                  "--noise-prior 0.5 mixes noise in")
+    if args.dmt and (args.init == "inverted" or args.sampler != "ddim"):
+        raise BadInput("--dmt makes its own start from its clip and samples by DDIM; leave "
+                       "--sampler out, and give --init noise.")
     if args.init == "inverted" and args.sampler == "dpm":
         raise BadInput("--init inverted retraces DDIM's own timesteps; use --sampler ddim.")
-    return adapter
+    return clip
 
 
+def read_latents(args, parts, path):
+    """A clip's latents (1, C, F, h, w), at the size of what is made; --frames becomes its own."""
+    video = data.read_video(path, args.frames, (args.height, args.width), args.fps)
+    args.frames = video.shape[1]
+    return parts.vae.encode_video(video[None].to(args.device))
+
+
+@torch.no_grad()
 def starting_latents(args, parts, adapter):
     """The inverted clip (1, C, F, h, w), or None for noise."""
     if args.init == "noise":
         return None
     if args.init_video:
-        video = data.read_video(args.init_video, args.frames, (args.height, args.width), args.fps)
-        latents = parts.vae.encode_video(video[None].to(args.device))
+        latents = read_latents(args, parts, args.init_video)
     else:
         latents = adapter.latents[None].to(args.device).float()
         factor = parts.vae.config.factor
@@ -222,6 +325,47 @@ def starting_latents(args, parts, adapter):
     return invert(parts, latents, args.steps, args.precision)
 
 
+def load_refiner(args):
+    """The second model, for `refine`. Raises BadInput when its size makes no sense."""
+    if args.strength > 1:
+        raise BadInput(f"--strength {args.strength}: wanted 0 (no change) to 1 (all anew).")
+    parts = model.load(args.refine, args.device)
+    on_gpu(args, parts.unet, {})
+    args.refine_width = args.refine_width or args.width
+    args.refine_height = args.refine_height or args.height
+    if args.refine_width % parts.vae.config.factor or args.refine_height % parts.vae.config.factor:
+        raise BadInput(f"--refine-width {args.refine_width}, --refine-height {args.refine_height}: "
+                       f"wanted multiples of {parts.vae.config.factor}.")
+    return parts
+
+
+@torch.no_grad()
+def refine(parts, videos, prompts, seeds, args):
+    """Video to video (SDEdit, Meng et al. 2021, as ZeroScope XL is used): resize, encode (a sample
+    of the posterior, as the public pipeline takes), noise to `strength` of the way, and denoise
+    with the same prompts. (B, 3, F, H, W) -> (B, 3, F, H', W')."""
+    B, _, frames, _, _ = videos.shape
+    size = args.refine_height, args.refine_width
+    flat = model.fold_frames(videos)
+    flat = torch.nn.functional.interpolate(flat, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    latents = []
+    for part in flat.split(8):
+        mean, std = parts.vae.encode(part.to(args.device))
+        latents.append(torch.cat([mean, std], 1))
+    mean, std = torch.cat(latents).chunk(2, 1)
+    draw = lambda key: sampler.noise_like_shape(
+        (mean.shape[1], frames, *mean.shape[2:]), [sampler.generator(s, key) for s in seeds])
+    x0 = model.unfold_frames(mean, frames) + model.unfold_frames(std, frames) * draw(2).to(mean)
+    x0 = x0 * parts.vae.config.scaling_factor
+    skip = args.steps - min(int(args.steps * args.strength), args.steps)
+    if skip == args.steps:
+        return parts.vae.decode_video(x0).cpu()
+    t = torch.tensor([parts.schedule.timesteps(args.steps)[skip]] * B)
+    start = parts.schedule.add_noise(x0, draw(3).to(x0), t)
+    return sample(parts, prompts, start, seeds, args.steps, args.guidance,
+                  negative=args.negative, precision=args.precision, skip=skip)
+
+
 def main(argv=None):
     """Prompts to videos, a contact sheet and the settings, in --out."""
     args = parse(argv)
@@ -230,13 +374,18 @@ def main(argv=None):
     parts = load_base(args)
     adapter = check(args, parts)
     inverted = starting_latents(args, parts, adapter)
+    with torch.no_grad():
+        reference = read_latents(args, parts, args.dmt) if args.dmt else None
     factor, channels = parts.vae.config.factor, parts.unet.config.in_channels
     shape = (channels, args.frames, args.height // factor, args.width // factor)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    plain = lambda v: str(v) if isinstance(v, Path) else v
+    settings = {k: [plain(i) for i in v] if isinstance(v, list) else plain(v)
+                for k, v in vars(args).items()}
     print("settings:", json.dumps(settings, ensure_ascii=False))
     with data.publish(args.out / "settings.json") as path:
         path.write_text(json.dumps(settings | {"all_prompts": prompts}, indent=1))
 
+    second = load_refiner(args) if args.refine else None
     jobs = [(p, s) for p in prompts for s in range(args.seed, args.seed + args.seeds)]
     made = []
     for i in range(0, len(jobs), args.batch):
@@ -244,8 +393,14 @@ def main(argv=None):
         start = sampler.noise_like_shape(shape, seeds).to(args.device)
         if inverted is not None:
             start = sampler.blend_noise(inverted, start, args.noise_prior)
-        videos = sample(parts, [p for p, _ in part], start, seeds, args.steps, args.guidance,
-                        args.sampler, args.negative, args.precision)
+        texts = [p for p, _ in part]
+        if reference is not None:
+            videos = motion_transfer(parts, reference, texts, start, seeds, args)
+        else:
+            videos = sample(parts, texts, start, seeds, args.steps, args.guidance,
+                            args.sampler, args.negative, args.precision)
+        if second:
+            videos = refine(second, videos, texts, seeds, args)
         for (prompt, seed), video in zip(part, videos):
             name = f"{prompts.index(prompt):03d}-{data.slug(prompt)}-seed{seed}.mp4"
             data.write_video(args.out / name, video, args.fps)

@@ -3,8 +3,10 @@
     python -m pytest tests/test_losses.py
 
 All take the predicted and the true noise, pred and eps (B, C, F, h, w), and give one number; where
-the formula is one of clean clips too (VMC Eq. 15), so may be the denoised and the true clip. `a` is
-ᾱ at the clip's timestep, shaped to multiply them; losses that need no ᾱ ignore it.
+the formula is one of clean clips too (VMC Eq. 15), so may be the denoised and the true clip. What
+else a formula needs it takes by name, and leaves the rest: `a` is ᾱ at the clip's timestep, shaped
+to multiply them; `stride` the frames between the two of a residual; `anchor` and `beta` are of the
+appearance-debiased loss.
 
 Axes: B clips, C channels, F frames, h w latent; n counts frames, c is the frame stride.
 """
@@ -22,23 +24,27 @@ def residual(x, stride=1):
     return x[:, :, stride:] - x[:, :, :-stride]
 
 
-def mse(pred, eps, a=None, stride=1):
+def mse(pred, eps, **_):
     """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; VMC Eq. 2)."""
     return F.mse_loss(pred, eps)
 
 
-def residual_cosine(pred, eps, a=None, stride=1):
+# ------------------------------------------------------------------------------------------------
+# VMC
+
+
+def residual_cosine(pred, eps, stride=1, **_):
     """1 − cos(δε, δε̂) of whole-frame residuals, mean over the frame pairs (VMC Eq. 17)."""
     per_frame = lambda x: residual(x, stride).transpose(1, 2).flatten(2)  # (B, F − c, C·h·w)
     return (1 - F.cosine_similarity(per_frame(pred), per_frame(eps), dim=-1)).mean()
 
 
-def residual_l2(pred, eps, a=None, stride=1):
+def residual_l2(pred, eps, stride=1, **_):
     """‖δε − δε̂‖², mean over elements (VMC Eq. 16 without its weight)."""
     return F.mse_loss(residual(pred, stride), residual(eps, stride))
 
 
-def residual_l2_weighted(pred, eps, a, stride=1):
+def residual_l2_weighted(pred, eps, a, stride=1, **_):
     """(1 − ᾱ)/ᾱ · ‖δε − δε̂‖² (VMC Eq. 16): the residuals of x̂0, by Tweedie's formula.
 
     On ZeroScope's schedule the weight reaches 214 and 63 % of it lies at t ≥ 900.
@@ -46,20 +52,11 @@ def residual_l2_weighted(pred, eps, a, stride=1):
     return ((1 - a) / a * (residual(pred, stride) - residual(eps, stride)) ** 2).mean()
 
 
-def residual_cosine_official(pred, eps, a=None, stride=1):
+def residual_cosine_official(pred, eps, stride=1, **_):
     """VMC's published code, which is not its Eq. 17: absolute differences, and the cosine along
     time for each channel and pixel. Absolute values are blind to sign: ε̂ = −ε costs nothing."""
     along_time = lambda x: residual(x, stride).abs()
     return (1 - F.cosine_similarity(along_time(pred), along_time(eps), dim=2)).mean()
-
-
-LOSSES = {
-    "mse": mse,
-    "residual-cosine": residual_cosine,
-    "residual-l2": residual_l2,
-    "residual-l2-weighted": residual_l2_weighted,
-    "residual-cosine-official": residual_cosine_official,
-}
 
 
 @torch.no_grad()
@@ -69,3 +66,34 @@ def unseen_by_cosine(pred, eps):
     scale = pred.float().std() / eps.float().std()
     offset = (pred.float().mean(2) - eps.float().mean(2)).square().mean().sqrt()
     return {"scale": scale.item(), "offset": offset.item()}
+
+
+# ------------------------------------------------------------------------------------------------
+# MotionDirector
+
+
+def debias(eps, anchor=0, beta=1.0):
+    """φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor (MotionDirector Eq. 5): what all frames share, as the look
+    of a thing is, is pulled out; the root keeps the variance of independent frames."""
+    return (beta**2 + 1) ** 0.5 * eps - beta * eps[:, :, anchor : anchor + 1]
+
+
+def appearance_debiased(pred, eps, anchor=0, beta=1.0, **_):
+    """L_ad = ‖φ(ε) − φ(ε̂)‖² (MotionDirector Eq. 6)."""
+    return F.mse_loss(debias(pred, anchor, beta), debias(eps, anchor, beta))
+
+
+def motiondirector(pred, eps, anchor=0, beta=1.0, **_):
+    """L_org + L_ad, what the temporal path minimises (MotionDirector Eq. 7)."""
+    return mse(pred, eps) + appearance_debiased(pred, eps, anchor, beta)
+
+
+LOSSES = {
+    "mse": mse,
+    "residual-cosine": residual_cosine,
+    "residual-l2": residual_l2,
+    "residual-l2-weighted": residual_l2_weighted,
+    "residual-cosine-official": residual_cosine_official,
+    "appearance-debiased": appearance_debiased,
+    "motiondirector": motiondirector,
+}

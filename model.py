@@ -12,6 +12,7 @@ D text width. "Folded" tensors are (B·F, C, h, w): to a spatial layer each fram
 import ctypes
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -238,12 +239,23 @@ class TemporalTransformer(Transformer):
         return to_picture(y.reshape(B * frames, h * w, C), h, w) + x
 
 
+class TimeConv(nn.Conv3d):
+    """A Conv3d (3, 1, 1), on (B, C, F, h·w) in the 2-D kernel, several times faster: same numbers.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
+
+
 class TemporalConv(nn.Module):
     """Four convolutions along time. The last starts at zero, so a fresh one changes nothing."""
 
     def __init__(self, channels, groups, dropout=0.1):
         super().__init__()
-        conv = lambda: nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+        conv = lambda: TimeConv(channels)
         norm = lambda: nn.GroupNorm(groups, channels)
         self.conv1 = nn.Sequential(norm(), nn.SiLU(), conv())
         for i in (2, 3, 4):
@@ -256,9 +268,7 @@ class TemporalConv(nn.Module):
         h, w = x.shape[-2:]
         y = over_time(x, frames)  # (B, C, F, hw)
         for layers in (self.conv1, self.conv2, self.conv3, self.conv4):
-            y = layers[:-1](y)
-            # Conv3d (3, 1, 1) in the 2-D kernel, which is several times faster: same numbers.
-            y = F.conv2d(y, layers[-1].weight.squeeze(-1), layers[-1].bias, padding=(1, 0))
+            y = layers(y)
         y = y.permute(0, 2, 3, 1).reshape(x.shape[0], h * w, -1)
         return x + to_picture(y, h, w)
 
@@ -658,9 +668,13 @@ START, END = 49406, 49407  # <|startoftext|> and <|endoftext|> in CLIP's vocabul
 _tokenizer = None
 
 
-def words_to_ids(prompt):
-    """A prompt's token ids, without start and end."""
+def words_to_ids(prompt, learned=None):
+    """A prompt's token ids, without start and end; learned: {word: its ids} of learned words."""
     global _tokenizer
+    if learned:
+        words = "|".join(map(re.escape, sorted(learned, key=len, reverse=True)))
+        parts = re.split(rf"(?<!\w)({words})(?!\w)", prompt)
+        return [i for p in parts for i in (learned[p] if p in learned else words_to_ids(p))]
     if _tokenizer is None:
         from open_clip.tokenizer import SimpleTokenizer  # here, because it takes seconds to import
 
@@ -669,7 +683,7 @@ def words_to_ids(prompt):
     return pieces[0] + [t for piece in pieces[1:] for t in [0, *piece]]
 
 
-def tokenize(prompts, length=77):
+def tokenize(prompts, length=77, learned=None):
     """list of str -> ids (B, length), as the hub's tokenizer makes them: start, text, end, zeros.
 
     Its padding token is "!", whose id is 0; so every "!" of a prompt is 0 too, where open_clip's
@@ -677,7 +691,7 @@ def tokenize(prompts, length=77):
     """
     ids = torch.zeros(len(prompts), length, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        tokens = [START, *words_to_ids(prompt)[: length - 2], END]
+        tokens = [START, *words_to_ids(prompt, learned)[: length - 2], END]
         ids[row, : len(tokens)] = torch.tensor(tokens)
     return ids
 
@@ -699,17 +713,23 @@ class TextEncoder(nn.Module):
             norm_layer=lambda width: nn.LayerNorm(width, eps=c.layer_norm_eps),
         )
         self.tower.attn_mask = None  # made in `embed`, to fit the ids
+        self.learned = {}  # word -> its vectors (n, D): words that the released table lacks
 
     def forward(self, prompts):
         """list of B prompts -> (B, 77, D). Padding is not masked: the UNet sees all 77 states."""
+        ids, first = {}, self.config.vocab_size
+        for word, vectors in self.learned.items():  # their ids follow the table's
+            ids[word] = list(range(first, first := first + len(vectors)))
         device = self.tower.positional_embedding.device
-        return self.embed(tokenize(prompts, self.config.max_position_embeddings).to(device))
+        return self.embed(tokenize(prompts, self.config.max_position_embeddings, ids).to(device))
 
     def embed(self, ids):
-        """Token ids (B, N) -> (B, N, D)."""
-        tower = self.tower
-        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
-        N = ids.shape[1]
+        """Token ids (B, N) -> (B, N, D); ids past the vocabulary are the learned vectors'."""
+        tower, N, V = self.tower, ids.shape[1], self.config.vocab_size
+        x = tower.token_embedding(ids.clamp(max=V - 1))
+        for i, vector in enumerate(v for vectors in self.learned.values() for v in vectors):
+            x = torch.where((ids == V + i)[..., None], vector.to(x), x)
+        x = x + tower.positional_embedding[:N]
         causal = torch.full((N, N), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         return tower.ln_final(tower.transformer(x, attn_mask=causal))
 
@@ -806,8 +826,9 @@ def read_json(path):
         raise BadInput(f"{path} is not a JSON object; download it again.") from None
 
 
-def read_tensors(path):
-    """The tensors of a .safetensors or .bin file, by name. Nothing in the file can run.
+def read_tensors(path, lists=False):
+    """The tensors of a .safetensors, .bin, .pt or .pth file, by name, or, where `lists` are allowed
+    too, a file's plain list of tensors. Nothing in the file can run.
 
     Raises BadInput, naming the file, when it is missing, damaged, or holds NaN or infinity.
     """
@@ -825,20 +846,26 @@ def read_tensors(path):
     except Exception as error:  # pickle's own errors: code in the file, or not a checkpoint at all
         raise BadInput(f"{path} is not a file of plain tensors ({type(error).__name__}); "
                        "nothing in it was run. Get it as .safetensors.") from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    named = dict(enumerate(state)) if lists and isinstance(state, list) else state
+    if not isinstance(named, dict) or not all(isinstance(v, torch.Tensor) for v in named.values()):
         raise BadInput(f"{path} does not map names to tensors; is it the right file?")
-    for name, tensor in state.items():
+    for name, tensor in named.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BadInput(f"{path}: {name} holds NaN or infinity; download or save it again.")
     return state
 
 
 def find_weights(folder):
-    """The weights file in a part's folder: .safetensors before .fp16.safetensors before .bin."""
+    """The weights file in a part's folder: .safetensors, .fp16.safetensors, .bin, or a lone .pth.
+    """
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
         for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"):
             if (folder / (stem + suffix)).is_file():
                 return folder / (stem + suffix)
+    if len(pth := sorted(folder.glob("*.pth"))) == 1:  # ModelScope's own format
+        return pth[0]
     files = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     raise BadInput(f"{folder} has no weights (found: {', '.join(files[:5]) or 'nothing'}); wanted "
                    "diffusion_pytorch_model.safetensors or .bin there. "
@@ -858,13 +885,13 @@ def load_strictly(module, state, source):
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def _load(build, folder, part, device, dtype, convert=lambda state: state):
+def _load(build, folder, part, device, dtype, convert=lambda state, module: state):
     """Build a part without allocating it, then put the file's tensors in its place."""
     folder = Path(folder) / part
     with torch.device("meta"):
         module = build(folder / "config.json")
     source = find_weights(folder)
-    state = convert(read_tensors(source))
+    state = convert(read_tensors(source), module)
     load_strictly(module, {n: t.to(dtype) for n, t in state.items()}, source)
     module = module.to(device).eval()
     for p in module.parameters():
@@ -872,12 +899,67 @@ def _load(build, folder, part, device, dtype, convert=lambda state: state):
     return module
 
 
+_PTH_NAMES = (  # ours -> ModelScope's own, in turn, after the block's number
+    ("norm1.", "in_layers.0."), ("conv1.", "in_layers.2."), ("time_emb_proj.", "emb_layers.1."),
+    ("norm2.", "out_layers.0."), ("conv2.", "out_layers.3."),
+    ("conv_shortcut.", "skip_connection."),
+)
+
+
+def pth_name(name, layers=2):
+    """A UNet parameter's name in ModelScope's original .pth (the web UIs' format): input_blocks,
+    middle_block and output_blocks number the layers through, `layers` a block."""
+    stem, *rest = name.split(".")
+    if stem == "conv_in":
+        return ".".join(["input_blocks.0.0", *rest])
+    if stem == "transformer_in":
+        return ".".join(["input_blocks.0.1", *rest])
+    if stem == "time_embedding":
+        return name.replace("time_embedding.linear_1", "time_embed.0").replace(
+            "time_embedding.linear_2", "time_embed.2")
+    if stem.startswith("conv_"):
+        return {"conv_norm_out": "out.0.", "conv_out": "out.2."}[stem] + ".".join(rest)
+    if stem == "mid_block":
+        kind, j, *tail = rest
+        at = f"middle_block.{ {'attentions': 1, 'temp_attentions': 2}.get(kind, 3 * int(j))}"
+    else:
+        block, kind, j, *tail = rest
+        down = stem == "down_blocks"
+        n = int(block) * (layers + 1) + int(j) + down
+        at = f"{'input' if down else 'output'}_blocks.{n}"
+        if kind == "downsamplers":
+            return ".".join([f"input_blocks.{n + layers}.op", *tail[1:]])
+        if kind == "upsamplers":
+            # After the level's last layer, which has two transformers from the second level on.
+            last = 1 if int(block) == 0 else 3
+            return ".".join([f"output_blocks.{n + layers}.{last}", *tail])
+        at += {"attentions": ".1", "temp_attentions": ".2"}.get(kind, ".0")
+    tail = ".".join(tail)
+    if kind == "temp_convs":
+        return f"{at}.temopral_conv.{tail}"  # spelt so in the released file
+    if kind == "resnets":
+        for ours, theirs in _PTH_NAMES:
+            tail = theirs + tail.removeprefix(ours) if tail.startswith(ours) else tail
+    return f"{at}.{tail}"
+
+
+def unet_from_pth(state, unet):
+    """The tensors of a ModelScope .pth by the UNet's own names; its proj_in and proj_out are
+    convolutions of width 1. Leaves any other file as it is."""
+    if "input_blocks.0.0.weight" not in state:
+        return state
+    pth = {pth_name(n, unet.config.layers_per_block): n for n in unet.state_dict()}
+    flat = lambda n, t: t.squeeze(-1) if n.endswith(("proj_in.weight", "proj_out.weight")) else t
+    return {pth.get(n, n): flat(n, t) for n, t in state.items()}
+
+
 def load_unet(folder, device="cpu", dtype=torch.float32):
     """The UNet of a hub-layout folder, frozen and in eval mode. Raises BadInput."""
-    return _load(lambda p: UNet(UNetConfig.read(p)), folder, "unet", device, dtype)
+    build = lambda p: UNet(UNetConfig.read(p))
+    return _load(build, folder, "unet", device, dtype, unet_from_pth)
 
 
-def vae_from_legacy(state):
+def vae_from_legacy(state, vae=None):
     """Old files call the mid-block attention's matrices query, key, value and proj_attn."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     for old, new in names.items():
@@ -895,7 +977,7 @@ def load_vae(folder, device="cpu", dtype=torch.float32):
 def load_text(folder, device="cpu", dtype=torch.float32):
     """The text encoder of a hub-layout folder. Raises BadInput."""
     build = lambda p: TextEncoder(TextConfig.read(p))
-    convert = lambda state: {f"tower.{n}": t for n, t in text_from_hub(state).items()}
+    convert = lambda state, _: {f"tower.{n}": t for n, t in text_from_hub(state).items()}
     return _load(build, folder, "text_encoder", device, dtype, convert)
 
 

@@ -161,10 +161,13 @@ def guide(unet, text, empty=None, scale=1.0):
     return predict
 
 
-def ddim(schedule, predict, x, steps, eta=0.0, seeds=None, on_step=None):
-    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds fresh noise from `seeds`, one a sample."""
+def ddim(schedule, predict, x, steps, eta=0.0, seeds=None, on_step=None, skip=0, edit=None):
+    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds fresh noise from `seeds`, one a sample; with
+    `skip`, x is at the level of the step of that number, and those before it are left out;
+    edit(x, t) may change the latents before a step."""
     S, generators = schedule, _generators(seeds, eta > 0)
-    for t in S.timesteps(steps):
+    for t in S.timesteps(steps)[skip:]:
+        x = edit(x, t) if edit else x
         a, b = S.alpha_bar[t].item(), S.before(t - S.num_train_timesteps // steps)
         x0, eps = S.split(predict(x, t), x, a)
         sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
@@ -230,7 +233,7 @@ def dpm_solver(schedule, predict, x, steps, on_step=None):
     return x
 
 
-def ddim_inversion(schedule, predict, x, steps):
+def ddim_inversion(schedule, predict, x, steps, on_step=None):
     """The noise from which `ddim` in as many steps returns to the clean latents x (Song et al.
     2021, Sec. 4.3): each step climbs from level t − T/steps to t with the prediction made at t."""
     S = schedule
@@ -238,6 +241,8 @@ def ddim_inversion(schedule, predict, x, steps):
         a, b = S.before(t - S.num_train_timesteps // steps), S.alpha_bar[t].item()
         x0, eps = S.split(predict(x, t), x, a)
         x = b**0.5 * x0 + (1 - b) ** 0.5 * eps
+        if on_step:
+            on_step(t, x)
     return x
 
 

@@ -1,24 +1,26 @@
-"""Teach the model the motion of a clip.
+"""Teach the model the motion of a clip, or of several.
 
     python train.py --method vmc --video clip.mp4
 
-Each method is a few lines of data in METHODS: which layers learn, what is minimised, at which
-timesteps, for how long. One loop runs them all. Writes out/<clip>-<method>/: args.json, log.jsonl,
-samples/step-000000.mp4 … (reference | before | now), the adapter, and state.pt for --resume.
+METHODS holds nine recipes as plain data: what can learn, and stages made of passes. One loop runs
+them all. Writes out/<clip>-<method>/: args.json, log.jsonl, samples/step-000000.mp4 … (reference |
+before | now), the adapters, and state.pt for --resume.
 
-Axes: B clips, C channels, F frames, h w latent.
+Axes: B clips, C channels, F frames, h w latent, N text tokens, D text width.
 """
 import argparse
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -33,22 +35,60 @@ from model import BadInput
 # The methods
 
 
-@dataclass
-class Method:
-    """A recipe: every field is a flag's default. `source` says where the numbers are from."""
+@dataclass(frozen=True)
+class Part:
+    """Something that can learn: a set of layers in full (rank 0), a LoRA beside them (rank > 0), or
+    a word of the prompt (`vectors` > 0)."""
 
-    source: str
-    layers: str  # a set of lora.LAYERS: what learns
-    loss: str  # one of losses.LOSSES
-    align: str = "epsilon"  # what the loss compares: the noise, or the clip ("x0")
-    stride: int = 1  # frames between the two of a residual
-    timesteps: str = "uniform"
+    layers: str = None  # one of lora.LAYERS, or a pattern
+    rank: int = 0
+    scale: float = 1.0
+    dropout: float = 0.0  # of the LoRA's output
+    per_clip: bool = False  # a LoRA of its own for every clip
+    vectors: int = 0
     lr: float = 1e-4
     weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass of a step: what learns, from which view of which data."""
+
+    learns: tuple
+    sees: str = "whole"  # one of data.VIEWS; a single frame goes past all temporal layers
+    of: str = "clips"  # or "images", the subject's; or "prior", what shall not be forgotten
+    says: str = "prompt"  # the caption: the clip's, or "look", that of its appearance alone
+    beside: tuple = ()  # parts that act, and do not learn
+    loss: str = "mse"  # one of losses.LOSSES
+    align: str = "output"  # what it compares: what the network says (ε, or v), "epsilon", or "x0"
+    stride: int = 1  # frames between the two of a residual
+    beta: float = 1.0  # of MotionDirector's debiasing
+    timesteps: str = "uniform"
+    alpha: float = 0.5  # of the coarse distribution
+    weight: float = 1.0
+    chance: float = 1.0  # of being run at all; what it teaches does not act in a step without it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Passes that share each of `steps` steps."""
+
+    passes: tuple
+    steps: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe. `source` says where its numbers are from."""
+
+    source: str
+    parts: dict
+    stages: tuple
     clip_grad: float = 1.0
-    steps: int = 400
-    init: str = "inverted"  # where sampling starts
-    sampling_steps: int = 75  # and inversion steps, when videos are made
+    word: str = None  # stands in the caption for what is learned
+    prior: str = "none"  # "folder", "generated", or the tiny "world": where prior clips come from
+    noise_prior: float = 0.0  # how much of the inverted clip sampling starts from
+    sampling_steps: int = 50
 
 
 METHODS = {
@@ -56,13 +96,86 @@ METHODS = {
     # between frames alone, so that what moves stays out of it (Jeong et al. 2023, Algorithm 1,
     # Eq. 17; steps, rate and decay from App. D; gradient clipping from the published code). Its
     # captions leave the appearance out (Sec. 3.2): "a bird is flying", with no forest.
-    "vmc": Method("VMC, Eq. 17 and App. D", "temporal-attention-qkv", "residual-cosine"),
+    "vmc": Method(
+        "VMC, Eq. 17 and App. D",
+        {"motion": Part("temporal-attention-qkv", lr=1e-4)},
+        (Stage((Pass(("motion",), loss="residual-cosine"),), 400),),
+        noise_prior=1.0, sampling_steps=75),
+    # Two paths share a step's noise and timestep. A LoRA per clip learns its look from one frame,
+    # without the temporal layers; beside it, frozen, a temporal LoRA learns the motion, with the
+    # look pulled out of its loss (Zhao et al. 2023, Sec. 4.2, Eq. 5-7). Rank, rate, dropout, no
+    # clipping and the skipped fifth of the spatial passes are the published code's.
+    "motiondirector": Method(
+        "MotionDirector, Eq. 5-7, and its code",
+        {"look": Part("spatial-self-attention-ff", 32, dropout=0.1, per_clip=True, lr=5e-4),
+         "motion": Part("temporal-attention-ff", 32, dropout=0.1, lr=5e-4)},
+        (Stage((Pass(("look",), sees="frame", chance=0.8),
+                Pass(("motion",), beside=("look",), loss="motiondirector")), 150),),
+        clip_grad=math.inf, noise_prior=0.5, sampling_steps=30),
+    # A motion becomes a rare word: the temporal layers and how frames read the text are tuned in
+    # full, mostly at high noise, where motion is decided (Materzyńska et al. 2023, Sec. 3, Eq. 3);
+    # clips of other motions, at half the weight, keep the model from forgetting (rate, weight and
+    # clipping from the published code). With --images a subject learns too (App. A).
+    "newmove": Method(
+        "NewMove, Sec. 3, and its code",
+        {"motion": Part("temporal-and-cross-kv", lr=5e-6)},
+        (Stage((Pass(("motion",), timesteps="coarse"),
+                Pass(("motion",), of="prior", timesteps="coarse", weight=0.5)), 3000),),
+        word="sks", prior="folder"),
+    # First an appearance absorber on patches of single frames, then, beside it, a temporal LoRA,
+    # which is all that is used in the end (Ren et al. 2024, Sec. 3; ranks, scales and rates from
+    # its supplement, which gives no steps: these are ours).
+    "customize-a-video": Method(
+        "Customize-A-Video, supplement",
+        {"look": Part("spatial-attention", 1, scale=0.5, lr=5e-5),
+         "look-word": Part(vectors=4, lr=5e-5),
+         "motion": Part("temporal-attention", 4, lr=5e-4)},
+        (Stage((Pass(("look", "look-word"), sees="crop", says="look"),), 200),
+         Stage((Pass(("motion",), beside=("look", "look-word")),), 400))),
+    # MotionDirector's baseline: all in one, by the plain loss ("coupled", Table 1).
+    "lora": Method(
+        "MotionDirector's coupled baseline",
+        {"motion": Part("coupled", 32, dropout=0.1, lr=5e-4)},
+        (Stage((Pass(("motion",)),), 150),), clip_grad=math.inf),
+    # As NewMove's Sec. 4.1 adapts it: all spatial layers, and prior clips made by the base model
+    # (Ruiz et al. 2022; rate and steps theirs).
+    "dreambooth": Method(
+        "DreamBooth, as NewMove adapts it",
+        {"motion": Part("spatial", lr=5e-6)},
+        (Stage((Pass(("motion",)), Pass(("motion",), of="prior")), 800),),
+        word="sks", prior="generated"),
+    # Keys and values of the cross-attention, and a word's vector, beside real prior clips (Kumari
+    # et al. 2022, Sec. 3; rate and steps theirs).
+    "custom-diffusion": Method(
+        "Custom Diffusion, as NewMove adapts it",
+        {"motion": Part("cross-attention-kv", lr=1e-5), "word": Part(vectors=1, lr=1e-5)},
+        (Stage((Pass(("motion", "word")), Pass(("motion",), of="prior", beside=("word",))), 500),),
+        word="sks", prior="folder"),
+    # One word's vector and nothing else (Gal et al. 2022; rate and steps theirs).
+    "textual-inversion": Method(
+        "Textual Inversion, as NewMove adapts it",
+        {"word": Part(vectors=1, lr=5e-3)},
+        (Stage((Pass(("word",)),), 3000),), word="sks"),
+    # The spatial queries and the temporal attention, from the inverted clip (Wu et al. 2022, Sec.
+    # 4.2; rate and steps theirs).
+    "tune-a-video": Method(
+        "Tune-A-Video, as NewMove adapts it",
+        {"motion": Part("tune-a-video", lr=3e-5)},
+        (Stage((Pass(("motion",)),), 500),), noise_prior=1.0),
 }
 # What the tiny model does otherwise. It is hundreds of times smaller, and so wants larger steps and
-# fewer of them; and its four temporal transformers alone cannot make a new motion, nor do errors of
-# the noise say much on its schedule: see the README, "How well it works".
-TINY = {"vmc": {"layers": "temporal", "align": "x0", "steps": 200, "lr": 1e-3,
-                "sampling_steps": 20}}
+# fewer of them.
+TINY = {
+    "vmc": {"layers": "temporal", "steps": 200, "lr": 1e-3, "sampling_steps": 20},
+    "motiondirector": {"steps": 200, "lr": 3e-3, "look_lr": 3e-3},
+    "newmove": {"steps": 300, "lr": 3e-4, "prior": "world"},
+    "customize-a-video": {"steps": 200, "first_steps": 100, "lr": 3e-3, "look_lr": 1e-3},
+    "lora": {"steps": 200, "lr": 3e-3},
+    "dreambooth": {"steps": 200, "lr": 1e-4},
+    "custom-diffusion": {"steps": 200, "lr": 1e-3, "word_lr": 1e-2, "prior": "world"},
+    "textual-inversion": {"steps": 300, "lr": 1e-2},
+    "tune-a-video": {"steps": 200, "lr": 1e-3},
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -73,30 +186,70 @@ def parse(argv=None):
     """The flags."""
     examples = """examples:
   python train.py --method vmc --video assets/hopping.mp4
-  python train.py --method vmc --video clip.mp4 --prompt "a bird is flying" \\
-      --weights zeroscope_v2_576w --width 576 --height 320 --frames 24
-  python train.py --method vmc --video clip.mp4 --loss residual-l2 --stride 2 --steps 100
+  python train.py --method motiondirector --video clips/ --prompt "a person is riding a bicycle" \\
+      --weights zeroscope_v2_576w --width 384 --height 384
+  python train.py --method newmove --video clip.mp4 --loss motiondirector --rank 32 --lr 5e-4
 """
     parser = argparse.ArgumentParser(description=__doc__, epilog=examples,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what to learn
     add("--method", default="vmc", help=f"how to learn it: {', '.join(METHODS)} (default: vmc)")
-    add("--video", type=Path, help="the clip: a video file, or a folder of numbered pictures")
-    add("--prompt", help="its caption, without looks or place, as VMC advises: 'a bird is flying' "
-        "(default: clip.txt beside it, else the file's name)")
-    # the recipe; defaults are the method's
-    add("--layers", help=f"what learns: {', '.join(lora.LAYERS)}, or a pattern (default: method's)")
-    add("--loss", choices=tuple(losses.LOSSES), help="what is minimised (default: the method's)")
-    add("--align", choices=("epsilon", "x0"),
-        help="compare the noise or the denoised clip (default: the method's)")
-    add("--stride", type=int, help="frame stride c of residuals (default: 1)")
-    add("--timesteps", choices=("uniform", "coarse"), help="distribution (default: the method's)")
-    add("--steps", type=int, help="training steps (default: the method's)")
-    add("--lr", type=float, help="AdamW's learning rate (default: the method's)")
-    add("--weight-decay", type=float, help="AdamW's weight decay (default: 0.01)")
-    add("--clip-grad", type=float, help="longest gradient (default: 1)")
-    add("--sampling-steps", type=int, help="steps for generate.py to take (default: the method's)")
+    add("--video", type=Path, nargs="+", default=[], help="the clips: video files, folders of "
+        "numbered pictures, or folders of clips")
+    add("--prompt", nargs="+", help="a caption for all, or one a clip; as the papers advise, about "
+        "the motion: 'a bird is flying' (default: clip.txt beside it, else the file's name)")
+    add("--look-prompt", help="what is seen, without the motion, for the appearance (default: "
+        "the caption)")
+    add("--images", type=Path, nargs="+", default=[], help="pictures of a subject to learn beside "
+        "the motion (newmove), or alone (motiondirector)")
+    add("--subject-prompt", help="the pictures' caption: 'a X* dog' (default: beside each picture)")
+    add("--reverse", action="store_true", help="learn the motion backward")
+    # the recipe; defaults are the method's. What learns the motion:
+    add("--layers", help=f"what learns: {', '.join(lora.LAYERS)}, or a pattern")
+    add("--rank", type=int, help="LoRA's rank; 0 tunes the layers in full")
+    add("--lora-scale", type=float, help="LoRA's scale")
+    add("--dropout", type=float, help="of the LoRA's output")
+    add("--lr", type=float, help="AdamW's learning rate")
+    add("--weight-decay", type=float, help="AdamW's weight decay")
+    # by which passes:
+    add("--loss", choices=tuple(losses.LOSSES), help="what is minimised")
+    add("--align", choices=("output", "epsilon", "x0"), help="compare what the network says (the "
+        "noise in ZeroScope, v in the tiny model), the noise, or the denoised clip")
+    add("--stride", type=int, help="frame stride c of residuals")
+    add("--beta", type=float, help="strength of MotionDirector's debiasing")
+    add("--timesteps", choices=("uniform", "coarse"), help="distribution of the timesteps")
+    add("--alpha", type=float, help="how coarse (NewMove's α), 0 to 1")
+    add("--augment", action=argparse.BooleanOptionalAction, default=None, help="enlarge, shift and "
+        "recolour the clip (default: newmove with one clip)")
+    # what learns the looks, and words:
+    add("--look-layers", help="what learns the appearance")
+    add("--look-rank", type=int, help="its LoRA's rank")
+    add("--look-lr", type=float, help="its learning rate")
+    add("--absorber", help="customize-a-video's: lora, word, both, none, a LoRA file of another "
+        "program, or the weights of an image UNet (default: lora)")
+    add("--word", help="the word that stands for the motion in captions; '' for none")
+    add("--train-word", action=argparse.BooleanOptionalAction, default=None, help="learn the "
+        "word's vector too")
+    add("--word-lr", type=float, help="its learning rate")
+    add("--word-vectors", type=int, help="vectors of a learned word")
+    add("--word-init", default="thing", help="a known word to begin from (default: thing)")
+    add("--subject-layers", default="spatial", help="what learns from --images in newmove "
+        "(default: spatial)")
+    add("--subject-word", default="X*", help="the subject's word in its captions (default: X*)")
+    # what shall not be forgotten:
+    add("--prior", help="prior clips: a folder, 'generated' by the base model, the tiny 'world', "
+        "or none")
+    add("--prior-weight", type=float, help="weight of their loss")
+    add("--prior-prompt", help="the caption of generated prior clips (default: the caption "
+        "without the word)")
+    add("--prior-clips", type=int, default=16, help="how many are made (default: 16)")
+    # how long:
+    add("--steps", type=int, help="training steps; of the last stage, where there are two")
+    add("--first-steps", type=int, help="training steps of the first of two stages")
+    add("--clip-grad", type=float, help="longest gradient")
+    add("--noise-prior", type=float, help="p in the start √p·inverted + √(1-p)·noise of samples")
+    add("--sampling-steps", type=int, help="steps for generate.py to take")
     add("--seed", type=int, default=0, help="of every random draw (default: 0)")
     # the clip's shape
     add("--frames", type=int, default=16, help="frames to learn from (default: 16)")
@@ -114,64 +267,348 @@ def parse(argv=None):
     add("--preview-every", type=int, default=100, help="steps between samples, or 0 (default: 100)")
     add("--preview-steps", type=int, default=30, help="sampling steps of a sample (default: 30)")
     add("--guidance", type=float, help="guidance of a sample (default: 9; tiny model: 4)")
-    add("--save-every", type=int, default=100, help="steps between saved states (default: 100)")
+    add("--save-every", type=int, help="steps between saved states, and keep the adapter of each "
+        "(default: 100, and keep the last alone)")
+    add("--stop-at-appearance", type=float, help="stop where a sample's CLIP score with "
+        "--look-prompt, looked at with each sample, falls to this (NewMove: 0.265)")
     add("--out", type=Path, help="folder (default: out/<clip>-<method>)")
     add("--resume", action="store_true", help="go on from the last saved state in the folder")
     return parser.parse_args(argv)
 
 
+# flag -> field, of each kind of thing that a flag can change
+PART_FLAGS = {"layers": "layers", "rank": "rank", "lora_scale": "scale", "dropout": "dropout",
+              "lr": "lr", "weight_decay": "weight_decay"}
+LOOK_FLAGS = {"look_layers": "layers", "look_rank": "rank", "look_lr": "lr"}
+WORD_FLAGS = {"word_lr": "lr", "word_vectors": "vectors"}
+PASS_FLAGS = dict.fromkeys(("loss", "align", "stride", "beta", "timesteps", "alpha"))
+METHOD_FLAGS = dict.fromkeys(("clip_grad", "word", "noise_prior", "sampling_steps", "prior"))
+
+
+def given(args, flags):
+    """{field: value} of those of `flags` that were given."""
+    values = {field or flag: getattr(args, flag) for flag, field in flags.items()}
+    return {field: value for field, value in values.items() if value is not None}
+
+
 def resolve(args):
-    """Fill in the method's defaults; an explicit flag wins. Returns where each value came from."""
+    """The method, changed as the flags (or the tiny model) say. Raises BadInput for flags that do
+    not go with it. Returns it and {flag: value} of what the tiny model changed."""
     if args.method not in METHODS:
         raise BadInput(f"--method {args.method!r} is unknown; choose from {', '.join(METHODS)}.")
-    if args.video is None:
+    if not args.video and not args.images:
         raise BadInput("no clip to learn from; give --video clip.mp4, or a folder of pictures.")
-    method, tiny = METHODS[args.method], TINY[args.method] if args.weights is None else {}
-    source = {}
-    for name in [f.name for f in fields(Method) if hasattr(args, f.name)]:
-        if getattr(args, name) is not None:
-            source[name] = "flag"
-        else:
-            source[name] = "tiny model's default" if name in tiny else method.source
-            setattr(args, name, tiny.get(name, getattr(method, name)))
+    method = METHODS[args.method]
+    tiny = {} if args.weights else {
+        k: v for k, v in TINY[args.method].items() if getattr(args, k) is None}
+    for name, value in tiny.items():
+        setattr(args, name, value)
     if args.guidance is None:
         args.guidance = 4.0 if args.weights is None else 9.0
     generate.require(args, {
-        "steps": 1, "frames": data.FEWEST_FRAMES, "stride": 1, "lr": 1e-12, "weight_decay": 0,
-        "clip_grad": 1e-12, "fps": 0.01, "start": 0, "seed": 0, "width": 8, "height": 8,
-        "preview_every": 0, "preview_steps": 1, "save_every": 1, "guidance": 0})
-    args.out = args.out or Path("out") / f"{data.slug(args.video.stem)}-{args.method}"
+        "steps": 1, "first_steps": 1, "frames": data.FEWEST_FRAMES, "stride": 1, "lr": 1e-12,
+        "look_lr": 0, "word_lr": 0, "weight_decay": 0, "rank": 0, "look_rank": 1,
+        "word_vectors": 1, "lora_scale": 0, "dropout": 0, "beta": 0, "alpha": 0,
+        "prior_weight": 0, "prior_clips": 1, "noise_prior": 0, "clip_grad": 1e-12, "fps": 0.01,
+        "start": 0, "seed": 0, "width": 8, "height": 8, "preview_every": 0, "preview_steps": 1,
+        "save_every": 1, "guidance": 0, "stop_at_appearance": 0})
+    method = replace(method, **given(args, METHOD_FLAGS))
+    method = choose_parts(args, method, tiny)
+    method = choose_passes(args, method, tiny)
+    first = (args.video or args.images)[0]
+    args.out = args.out or Path("out") / f"{data.slug(first.stem)}-{args.method}"
     if args.resume and not (args.out / "state.pt").is_file():
         raise BadInput(f"{args.out / 'state.pt'} does not exist, so there is nothing to resume; "
                        "leave --resume out.")
-    return source
+    return method, tiny
+
+
+def choose_parts(args, method, tiny):
+    """What learns, after the flags. Raises BadInput for a flag whose part the method lacks."""
+    parts = dict(method.parts)
+    if "look-word" in parts:  # an absorber of one kind or another, or both
+        kinds = {"lora": ("look",), "word": ("look-word",), "both": ("look", "look-word")}
+        keep = () if args.absorber == "none" else kinds.get(args.absorber or "lora", ("look",))
+        parts = {n: p for n, p in parts.items() if not n.startswith("look") or n in keep}
+    elif args.absorber:
+        raise BadInput(f"--absorber is customize-a-video's; {args.method} has none.")
+    if args.train_word and "word" not in parts:
+        parts["word"] = Part(vectors=1, lr=args.word_lr or parts["motion"].lr)
+    if args.train_word is False:
+        parts.pop("word", None)
+    if args.images and "look" not in parts:
+        if args.method != "newmove":
+            raise BadInput(f"--images teach a subject to newmove, or a look to motiondirector; "
+                           f"{args.method} takes --video alone.")
+        parts["subject"] = replace(parts["motion"], layers=args.subject_layers)
+        parts["subject-word"] = Part(vectors=1, lr=parts["motion"].lr)
+    main = "motion" if "motion" in parts else "word"
+    for name, flags in ((main, PART_FLAGS), ("look", LOOK_FLAGS), ("word", WORD_FLAGS),
+                        ("look-word", WORD_FLAGS)):
+        if name in parts:
+            parts[name] = replace(parts[name], **given(args, flags))
+        elif name == "look":
+            for flag in flags:
+                if getattr(args, flag) is not None and flag not in tiny:
+                    raise BadInput(f"--{flag.replace('_', '-')}: {args.method} learns no look.")
+    if any(p.vectors for n, p in parts.items() if n == "word") and not method.word:
+        raise BadInput("a word that learns needs a name; give --word sks.")
+    return replace(method, parts=parts)
+
+
+def borrowed(args):
+    """Whether the absorber is a file, and so learns nothing."""
+    return args.absorber not in (None, "lora", "word", "both", "none")
+
+
+def choose_passes(args, method, tiny):
+    """Stages and passes, after the flags and what there is to learn from."""
+    changes = given(args, PASS_FLAGS)
+    stages = []
+    for i, stage in enumerate(method.stages):
+        passes = []
+        for p in stage.passes:
+            there = [n for n in p.learns if n in method.parts]
+            if borrowed(args):
+                there = [n for n in there if n != "look"]
+            p = replace(p, learns=tuple(there),
+                        beside=tuple(n for n in p.beside if n in method.parts))
+            if args.train_word and p.of == "clips":
+                p = replace(p, learns=tuple(dict.fromkeys((*p.learns, "word"))))
+            if p.of == "prior":
+                p = p if args.prior_weight is None else replace(p, weight=args.prior_weight)
+                p = replace(p, **{k: v for k, v in changes.items() if k in ("timesteps", "alpha")})
+            elif p.says == "prompt" and p.sees == "whole":
+                p = replace(p, **changes)
+            if p.of == "prior" and method.prior == "none" or not p.learns:
+                continue
+            if not args.video:  # pictures alone: what they look like
+                p = replace(p, of="images")
+            if args.video or p.sees == "frame":
+                passes.append(p)
+        last = i == len(method.stages) - 1
+        steps = (args.steps if last else args.first_steps) or stage.steps
+        if passes:
+            stages.append(Stage(tuple(passes), steps))
+    wrong = args.first_steps and "first_steps" not in tiny
+    if wrong and len(stages) == 1 and "subject" not in method.parts:
+        raise BadInput(f"--first-steps: {args.method} has one stage here; give --steps.")
+    if "subject" in method.parts:  # the motion first, then both (NewMove App. A)
+        subject = Pass(("subject", "subject-word"), sees="frame", of="images")
+        both = Stage((*stages[-1].passes, subject), stages[-1].steps)
+        stages = [replace(stages[-1], steps=args.first_steps or stages[-1].steps), both]
+    if not stages:
+        raise BadInput(f"{args.method} learns nothing from what was given; give --video.")
+    used = {n for s in stages for p in s.passes for n in (*p.learns, *p.beside)}
+    parts = {n: p for n, p in method.parts.items() if n in used}
+    return replace(method, parts=parts, stages=tuple(stages))
+
+
+# ------------------------------------------------------------------------------------------------
+# What learns, at run time. Each learner has .parameters() and .on; what is off does not act.
+
+
+class Whole:
+    """Layers tuned in full. They always act: there is nothing beside them."""
+
+    def __init__(self, unet, layers):
+        self.chosen, self.on = lora.select(unet, layers), True
+
+    def parameters(self):
+        return self.chosen
+
+
+class Words:
+    """A learned word's vectors, in the text encoder. They act where a caption has the word."""
+
+    def __init__(self, text, word, vectors, init, seed):
+        table, ids = text.tower.token_embedding.weight, model.words_to_ids(word)
+        # A word that is a single token begins as what it is; a made-up one as `init`, with a little
+        # noise that tells its vectors apart.
+        known = ids if len(ids) == 1 else model.words_to_ids(init)[:1]
+        start = table[known].detach().float().expand(vectors, -1)
+        noise = sampler.noise_like_shape(start.shape, [seed])[0].to(start) * table.std() * 0.1
+        self.word, self.on = word, True
+        self.vectors = nn.Parameter(start + noise * (vectors > 1))
+        text.learned[word] = self.vectors
+
+    def parameters(self):
+        return {f"word.{self.word}": self.vectors}
+
+
+class Borrowed:
+    """An appearance that was not learned here: a LoRA file, or the weights of an image UNet, which
+    take the place of the model's own while on."""
+
+    def __init__(self, parts, path):
+        own = dict(parts.unet.named_parameters())
+        adapter = lora.read_adapter(path, parts.unet)
+        lora.check_fit(parts.unet, adapter)
+        if adapter.pairs:
+            self.lora = lora.LoRA(parts.unet, None, 0, pairs=adapter.pairs)
+        self.swapped, self.own = adapter.tensors, own
+        self._on = False
+
+    @property
+    def on(self):
+        return self._on
+
+    @on.setter
+    def on(self, on):
+        if hasattr(self, "lora"):
+            self.lora.on = on
+        if on != self._on:
+            for name, tensor in self.swapped.items():
+                p = self.own[name]
+                p.data, self.swapped[name] = tensor.to(p), p.data
+        self._on = on
+
+    def parameters(self):
+        return {}
+
+
+def make_learners(args, method, parts, clips):
+    """{part: its learners}: one each, or one a clip."""
+    learners = {}
+    for number, (name, p) in enumerate(method.parts.items()):
+        seed = args.seed * 100 + number
+        if name == "look" and borrowed(args):
+            learners[name] = [Borrowed(parts, args.absorber)]
+        elif p.vectors:
+            word = {"word": method.word, "subject-word": args.subject_word}.get(name, "<look>")
+            learners[name] = [Words(parts.text, word, p.vectors, args.word_init, seed)]
+        elif p.rank:
+            count = len(clips) if p.per_clip else 1
+            learners[name] = [lora.LoRA(parts.unet, p.layers, p.rank, p.scale, p.dropout,
+                                        seed + 1000 * i) for i in range(count)]
+        else:
+            learners[name] = [Whole(parts.unet, p.layers)]
+    return learners
+
+
+def named(learners):
+    """{unique name: parameter} of all learners, in a fixed order. Layers that two parts tune in
+    full are one and the same parameter."""
+    out = {}
+    for part, several in learners.items():
+        for i, one in enumerate(several):
+            prefix = "" if isinstance(one, (Whole, Words)) else f"{part}.{i}."
+            out |= {prefix + n: p for n, p in one.parameters().items()}
+    return out
+
+
+def make_optimizer(method, learners):
+    """AdamW with each part's own rate and decay."""
+    seen, rows = set(), []
+    for part, several in learners.items():
+        mine = [p for one in several for p in one.parameters().values() if id(p) not in seen]
+        seen |= {id(p) for p in mine}
+        if mine:
+            p = method.parts[part]
+            rows.append({"params": mine, "lr": p.lr, "weight_decay": p.weight_decay})
+    return torch.optim.AdamW(rows, betas=(0.9, 0.999), eps=1e-8, foreach=True)
+
+
+def switch(learners, learn=(), act=(), clip=0):
+    """Let the parts in `learn` learn and act, those in `act` act, and all others rest."""
+    for one in (one for several in learners.values() for one in several):
+        one.on = False
+        for p in one.parameters().values():
+            p.requires_grad_(False)
+    for name in (*act, *learn):
+        several = learners.get(name, ())
+        for one in several[clip : clip + 1] if len(several) > 1 else several:
+            one.on = True
+            for p in one.parameters().values():
+                p.requires_grad_(name in learn)
 
 
 # ------------------------------------------------------------------------------------------------
 # One step
 
 
-def draw(seed, step, shape, weights):
-    """A step's timestep (1,) and noise (1, *shape), from (seed, step) alone: this is why a resumed
-    run is the same run. Also seeds the temporal convolutions' dropout."""
-    g = sampler.generator(seed, step)
-    torch.manual_seed(int(torch.randint(2**62, (1,), generator=sampler.generator(seed, step, 1))))
-    return sampler.draw_timesteps(weights, 1, g), torch.randn(1, *shape, generator=g)
+@dataclass
+class Run:
+    """All that a run works with, made once in `prepare`."""
+
+    args: argparse.Namespace
+    method: Method
+    parts: model.Model
+    clips: list
+    images: list
+    prior: list
+    learners: dict = field(default_factory=dict)
+    states: dict = field(default_factory=dict)  # caption -> its states, while no word learns
 
 
-def loss_at(parts, args, latents, text, step, weights):
-    """The method's loss for one clip: (loss, timestep, what the loss does not see)."""
-    S = parts.schedule
-    t, noise = draw(args.seed, step, latents.shape[1:], weights)
-    noise = noise.to(latents)
-    x = S.add_noise(latents, noise, t)
+def encode(run, video):
+    """(3, F, H, W) -> scaled latents (1, C, F, h, w)."""
+    with torch.no_grad():
+        return run.parts.vae.encode_video(video[None].to(run.args.device)).float()
+
+
+def read_caption(run, caption):
+    """A caption's states (1, N, D), made once unless it holds a word that is learning."""
+    if any(v.requires_grad and w in caption for w, v in run.parts.text.learned.items()):
+        return run.parts.text([caption])
+    key = caption, any(w in caption for w in run.parts.text.learned)
+    if key[1] or key not in run.states:
+        with torch.no_grad():
+            run.states[key] = run.parts.text([caption]).float()
+    return run.states[key]
+
+
+def learn(run, step, p, number, off):
+    """One pass: forward and backward. Returns what the log says of it, or None if it was left out,
+    and then adds what it teaches to `off`, which does not act for the rest of the step."""
+    args, S = run.args, run.parts.schedule
+    # Passes over the same data share a step's clip, timestep and noise (MotionDirector's two paths
+    # do); what else is random is the pass's own. Dropout draws from the global generator.
+    source = {"clips": run.clips, "images": run.images, "prior": run.prior}[p.of]
+    shared = sampler.generator(args.seed, step, ("clips", "images", "prior").index(p.of))
+    own = sampler.generator(args.seed, step, 10 + number)
+    torch.manual_seed(int(torch.randint(2**62, (), generator=own)))
+    index = int(torch.randint(len(source), (), generator=shared))
+    clip = source[index]
+    weights = sampler.timestep_weights(p.timesteps, S.num_train_timesteps, p.alpha)
+    t = sampler.draw_timesteps(weights, 1, shared)
+    noise = torch.randn(clip.latents.shape, generator=shared)
+    if torch.rand((), generator=own) >= p.chance:
+        off.update(p.learns)
+        return None
+    switch(run.learners, p.learns, [n for n in p.beside if n not in off], index)
+    view = "augmented" if args.augment and p.sees == "whole" and p.of == "clips" else p.sees
+    latents, frames = data.VIEWS[view](clip, own, lambda video: encode(run, video))
+    noise = noise[:, :, frames].to(latents)
+    x, a = S.add_noise(latents, noise, t), S.at(t, latents)
     with generate.autocast(args.device, args.precision):
-        prediction = parts.unet(x, t.to(args.device), text)
-    a = S.at(t, x)
+        text = read_caption(run, caption_of(run, p, clip))
+        temporal = p.sees == "whole"  # single frames go past every temporal layer
+        prediction = run.parts.unet(x, t.to(args.device), text.float(), temporal=temporal)
     x0, eps = S.split(prediction.float(), x, a)
-    pair = (eps, noise) if args.align == "epsilon" else (x0, latents)
-    loss = losses.LOSSES[args.loss](*pair, a.to(x), args.stride)
-    return loss, t.item(), losses.unseen_by_cosine(eps, noise)
+    pair = {"output": (prediction.float(), S.target(latents, noise, t)),
+            "epsilon": (eps, noise), "x0": (x0, latents)}[p.align]
+    anchor = int(torch.randint(latents.shape[2], (), generator=own))
+    loss = losses.LOSSES[p.loss](*pair, a=a.to(x), stride=p.stride, anchor=anchor, beta=p.beta)
+    (p.weight * loss).backward()
+    seen = losses.unseen_by_cosine(eps, noise) if "cosine" in p.loss else {}
+    return {"loss": loss.item(), "t": t.item(), "clip": str(clip.path)} | seen
+
+
+def caption_of(run, p, clip):
+    """What a pass reads: the clip's caption, or its appearance's; with the absorber's word."""
+    args = run.args
+    caption = args.look_prompt if p.says == "look" and args.look_prompt else clip.prompt
+    return f"{caption} <look>" if "look-word" in (*p.learns, *p.beside) else caption
+
+
+def stage_at(method, step):
+    """The index of the stage that a step belongs to."""
+    for i, stage in enumerate(method.stages):
+        if step < stage.steps:
+            return i
+        step -= stage.steps
+    return i
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,26 +630,55 @@ class Stop:
         data.say("\nstopping after this step; once more to stop at once")
 
 
-def save(args, step, trained, optimizer, latents, meta):
-    """The adapter for use and the state for --resume. Either is there whole or not at all."""
-    path = args.out / f"{args.method}.safetensors"
-    lora.save_adapter(path, trained, latents[0], **meta, step=step)
+def save_adapters(run, folder, step, meta):
+    """What was learned, in files for use: the motion in <method>.safetensors, and what is apart
+    from it, an appearance, in <method>-look.safetensors (-look-2 … for more clips)."""
+    args, learners, paths = run.args, run.learners, []
+    of = lambda kind, looks: [one for part, several in learners.items() for one in several
+                              if isinstance(one, kind) and part.startswith("look") == looks]
+    files = [("", of(lora.LoRA, False), of(Words, False))]
+    looks = of(lora.LoRA, True)
+    for i in range(max(len(looks), len(of(Words, True)[:1]))):
+        files.append((f"-look-{i + 1}" if i else "-look", looks[i : i + 1], of(Words, True)))
+    whole = {n: p for one in of(Whole, False) for n, p in one.parameters().items()}
+    for suffix, loras, words in files:
+        tensors = whole if not suffix else {}
+        if not (loras or words or tensors):
+            continue
+        path = folder / f"{args.method}{suffix}.safetensors"
+        ranks = {"rank": next(iter(loras[0].pairs.values()))[0].shape[0]} if loras else {}
+        lora.save_adapter(path, tensors, loras, {w.word: w.vectors for w in words},
+                          run.clips[0].latents[0] if run.clips else None,
+                          **meta, **ranks, step=step)
+        paths.append(path)
+    return paths
+
+
+def save(run, step, optimizer, meta):
+    """The adapters for use and the state for --resume. Either is there whole or not at all."""
+    args, trained = run.args, named(run.learners)
+    paths = save_adapters(run, args.out, step, meta)
+    if run.keep:
+        save_adapters(run, args.out / "steps" / f"{step:06d}", step, meta)
     data.room_for(args.out / "state.pt", 3 * sum(p.nbytes for p in trained.values()))
     with data.publish(args.out / "state.pt") as part:
-        torch.save({"step": step, "run": identity(args, latents, meta), "args": saved_args(args),
+        torch.save({"step": step, "run": identity(run, meta), "args": saved_args(args),
                     "trained": {n: p.detach().cpu() for n, p in trained.items()},
                     "optimizer": optimizer.state_dict()}, part)
+    return paths
 
 
-def identity(args, latents, meta):
-    """What must not change under a resumed run's feet: the base model and the clip itself."""
-    clip = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()[:12]
-    return {"base model": meta["base"], "clip": clip}
+def identity(run, meta):
+    """What must not change under a resumed run's feet: base model, clips and captions."""
+    digest = hashlib.sha256()
+    for clip in (*run.clips, *run.images, *run.prior):
+        digest.update(clip.latents.cpu().numpy().tobytes() + clip.prompt.encode())
+    return {"base model": meta["base"], "clip": digest.hexdigest()[:12]}
 
 
-def resume(args, trained, optimizer, latents, meta):
+def resume(run, optimizer, meta):
     """Put the last saved state back and return its step. BadInput when anything has changed."""
-    path = args.out / "state.pt"
+    args, path = run.args, run.args.out / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["args"] | state["run"]
@@ -221,23 +687,33 @@ def resume(args, trained, optimizer, latents, meta):
                        "begin again.") from None
     free = {"steps", "resume", "preview_every", "preview_steps", "preview_prompt", "guidance",
             "save_every", "device", "out", "checkpointing"}
-    now = saved_args(args) | identity(args, latents, meta)
+    if "subject" in run.method.parts and args.first_steps is None:
+        free.remove("steps")  # it would move the border between the stages
+    now = saved_args(args) | identity(run, meta)
     changed = [f"{k.replace('_', '-')} was {before.get(k)}, is {v}"
                for k, v in now.items() if k not in free and before.get(k) != v]
     if changed:
         raise BadInput(f"{args.out} was begun with other settings: {'; '.join(changed[:3])}. "
                        "Give the same ones, or another --out.")
-    if state["step"] >= args.steps:
+    if state["step"] >= total_steps(run.method):
         raise BadInput(f"{args.out} is already at step {state['step']}; give more --steps.")
+    trained = named(run.learners)
     for name, tensor in state["trained"].items():
         trained[name].data.copy_(tensor)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 
 
+def total_steps(method):
+    """Steps of all stages together."""
+    return sum(stage.steps for stage in method.stages)
+
+
 def saved_args(args):
     """The flags as JSON can hold them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    plain = lambda v: str(v) if isinstance(v, Path) else v
+    return {k: [plain(i) for i in v] if isinstance(v, list) else plain(v)
+            for k, v in vars(args).items()}
 
 
 def open_log(out, step):
@@ -251,8 +727,10 @@ def open_log(out, step):
 
 def clear(out):
     """Forget an earlier run in the folder, and what a killed one was writing."""
-    for path in [*out.glob("*.safetensors"), *out.glob("state.pt"), *out.glob("log.jsonl"),
-                 *out.glob("samples/step-*.mp4"), *out.rglob(data.PART + "*")]:
+    adapters = [p for p in out.glob("*.safetensors") if p.name != "prior.safetensors"]
+    for path in [*adapters, *out.glob("steps/*/*.safetensors"),
+                 *out.glob("state.pt"), *out.glob("log.jsonl"), *out.glob("samples/step-*.mp4"),
+                 *out.rglob(data.PART + "*")]:
         path.unlink()
 
 
@@ -260,14 +738,28 @@ def clear(out):
 # Looking
 
 
-def preview(parts, args, latents):
+def acting(method, stage):
+    """The parts that act in a sample: all that is learned but appearances, which were there to be
+    left out; they act where a stage, or the whole run, learns nothing else."""
+    learned = {n for p in stage.passes for n in p.learns}
+    motions = [n for n in method.parts if not n.startswith("look")]
+    return motions if any(n in learned for n in motions) else list(learned)
+
+
+@torch.no_grad()
+def preview(run, stage):
     """One sample (3, F, H, W) of the preview prompt, from where the method starts sampling."""
+    args, parts, act = run.args, run.parts, acting(run.method, stage)
     parts.unet.eval()
-    if METHODS[args.method].init == "inverted":
-        start = generate.invert(parts, latents, args.preview_steps, args.precision)
-    else:
-        start = sampler.noise_like_shape(latents.shape[1:], [args.seed])
-    return generate.sample(parts, [args.preview_prompt], start, [args.seed], args.preview_steps,
+    switch(run.learners, act=act)
+    prompt = args.preview_prompt + (" <look>" if "look-word" in act else "")
+    like = (run.clips or run.images)[0].latents
+    shape = like.shape[1], max(like.shape[2], 1), *like.shape[3:]
+    start = sampler.noise_like_shape(shape, [args.seed]).to(args.device)
+    if run.method.noise_prior and run.clips:
+        inverted = generate.invert(parts, like, args.preview_steps, args.precision)
+        start = sampler.blend_noise(inverted, start, run.method.noise_prior)
+    return generate.sample(parts, [prompt], start, [args.seed], args.preview_steps,
                            args.guidance, precision=args.precision)[0]
 
 
@@ -275,110 +767,218 @@ def preview(parts, args, latents):
 # The run
 
 
-def prepare(args):
-    """Load the model and the clip, and compute once all that is the same at every step.
-
-    Returns the model's parts, the video (3, F, H, W), its latents (1, C, F, h, w), the caption's
-    states (1, N, D) and where the caption is from.
-    """
-    caption, caption_source = data.find_caption(args.video, args.prompt)
-    args.prompt = caption
-    args.preview_prompt = data.check_prompt(args.preview_prompt or caption)
+def prepare(args, method):
+    """Load the model and what there is to learn from, and compute once all that is the same at
+    every step. Returns the Run, and where each clip's caption is from."""
     parts = generate.load_base(args)
     generate.check_steps(parts.schedule, args.preview_steps, "preview-steps")
-    generate.check_steps(parts.schedule, args.sampling_steps, "sampling-steps")
+    generate.check_steps(parts.schedule, method.sampling_steps, "sampling-steps")
     factor = parts.vae.config.factor
     side = parts.unet.config.sample_size * factor
     args.width, args.height = args.width or side, args.height or side
     if args.width % factor or args.height % factor:
         raise BadInput(f"{args.width}×{args.height} pixels: wanted multiples of {factor}.")
-    size = (args.height, args.width)
-    video = data.read_video(args.video, args.frames, size, args.fps, args.start)
-    if video.shape[1] <= args.stride:
-        raise BadInput(f"--stride {args.stride}: wanted less than the clip's "
-                       f"{video.shape[1]} frames.")
-    with torch.no_grad():
-        latents = parts.vae.encode_video(video[None].to(args.device))
-        text = parts.text([caption]).float()
-    return parts, video, latents, text, caption_source
+    clips, sources = read_clips(args, method)
+    images = read_images(args)
+    prompts = [c.prompt for c in clips or images]
+    args.prompt = prompts if len(set(prompts)) > 1 else prompts[:1]
+    args.preview_prompt = data.check_prompt(args.preview_prompt or args.prompt[0])
+    if args.augment is None:
+        args.augment = args.method == "newmove" and len(clips) == 1
+    run = Run(args, method, parts, clips, images, [])
+    for clip in (*clips, *images):
+        clip.latents = encode(run, clip.video)
+    run.prior = read_prior(run)
+    if method.prior != "none" and not run.prior:
+        data.say(f"warning: no prior clips: {args.method} forgets more without; give --prior "
+                 "FOLDER, or --prior generated")
+        stages = tuple(replace(s, passes=tuple(p for p in s.passes if p.of != "prior"))
+                       for s in method.stages)
+        run.method = replace(method, prior="none", stages=stages)
+    run.keep = args.save_every is not None
+    args.save_every = args.save_every or 100
+    run.learners = make_learners(args, run.method, parts, clips or images)
+    return run, sources
 
 
-def report(args, source, caption_source, parts, trained):
-    """Say what trains, with which settings, and where each of them came from."""
+def read_clips(args, method):
+    """The clips with their captions, and where these are from. Raises BadInput."""
+    paths, size = data.find_clips(args.video), (args.height, args.width)
+    prompts = args.prompt or [None]
+    if len(prompts) not in (1, len(paths)) and paths:
+        raise BadInput(f"--prompt: {len(prompts)} captions for {len(paths)} clips; give one for "
+                       "all, or one a clip.")
+    clips, sources = [], []
+    for i, path in enumerate(paths):
+        caption, source = data.find_caption(path, prompts[i % len(prompts)])
+        if method.word and method.word not in caption:
+            caption, source = data.check_prompt(f"{caption} {method.word}"), f"{source}, and --word"
+        video = data.read_video(path, args.frames, size, args.fps, args.start)
+        stride = max((p.stride for s in method.stages for p in s.passes), default=1)
+        if video.shape[1] <= stride:
+            raise BadInput(f"--stride {stride}: wanted less than {path}'s {video.shape[1]} frames.")
+        clips.append(data.Clip(video.flip(1) if args.reverse else video, caption, path))
+        sources.append(source)
+    return clips, sources
+
+
+def read_images(args):
+    """The subject's pictures (F = 1) with their captions."""
+    images = []
+    for path in data.find_pictures(args.images):
+        prompt = args.subject_prompt or (args.prompt[0] if args.prompt and not args.video else None)
+        caption, _ = data.find_caption(path, prompt)
+        picture = data.fit(data.read_picture(path), (args.height, args.width))
+        images.append(data.Clip(picture[:, None], caption, path))
+    return images
+
+
+def read_prior(run):
+    """The prior clips, encoded: of a folder, of the tiny world, or made by the base model, which
+    are kept beside the run, so that a resumed one need not make them again."""
+    args, kind = run.args, run.method.prior
+    if kind == "none" or kind == "folder":
+        return []
+    if kind == "world":
+        from tiny import world  # only where it is asked for
+
+        scenes = world.sample_scenes(args.prior_clips * 4, sampler.generator(args.seed, 1, 1))
+        videos = world.render(scenes, args.frames)
+        made = zip(videos, world.captions(scenes), scenes.x)
+        prior = [data.Clip(video, caption, Path("world")) for video, caption, _ in made]
+        if videos.shape[-2:] != (args.height, args.width):
+            raise BadInput("--prior world is 64×64 pixels; leave --width and --height out.")
+    elif kind == "generated":
+        return generate_prior(run)
+    else:
+        prior = []
+        for path in data.find_clips([Path(kind)]):
+            video = data.read_video(path, args.frames, (args.height, args.width), args.fps)
+            prior.append(data.Clip(video, data.find_caption(path)[0], path))
+    for clip in prior:
+        clip.latents = encode(run, clip.video)
+    return prior
+
+
+def generate_prior(run):
+    """Clips of the caption without its word, by the untrained model (DreamBooth Sec. 3.2)."""
+    args, path = run.args, run.args.out / "prior.safetensors"
+    word = run.method.word or ""
+    prompt = args.prior_prompt or " ".join(w for w in args.prompt[0].split() if w != word)
+    prompt = data.check_prompt(prompt or "a video")
+    if not (args.resume and path.is_file()):
+        F, h, w = run.clips[0].latents.shape[2:]
+        shape, made = (run.clips[0].latents.shape[1], F, h, w), []
+        for seed in tqdm(range(args.prior_clips), desc="prior clips"):
+            start = sampler.noise_like_shape(shape, [args.seed * 10**4 + seed]).to(args.device)
+            video = generate.sample(run.parts, [prompt], start, [seed], args.preview_steps,
+                                    args.guidance, precision=args.precision)[0]
+            made.append(encode(run, video))
+        with data.publish(path) as part:
+            lora.save_file({f"{i}": x.cpu().contiguous() for i, x in enumerate(made)}, part)
+    latents = model.read_tensors(path)
+    return [data.Clip(torch.zeros(3, x.shape[2], 1, 1), prompt, path, x.to(args.device))
+            for x in latents.values()]
+
+
+def report(run, sources, tiny):
+    """Say what trains, from what, with which settings, and where they came from."""
+    args, method = run.args, run.method
+    for clip, source in zip(run.clips, sources):
+        print(f"clip: {clip.path}, {clip.video.shape[1]} frames, {clip.prompt!r} (from {source})")
+    for clip in run.images:
+        print(f"picture: {clip.path}, {clip.prompt!r}")
+    if run.prior:
+        print(f"prior: {len(run.prior)} clips ({method.prior}), such as {run.prior[0].prompt!r}")
+    trained = named(run.learners)
+    whole = sum(p.numel() for p in run.parts.unet.parameters())
     count = sum(p.numel() for p in trained.values())
-    whole = sum(p.numel() for p in parts.unet.parameters())
-    print(f"caption: {args.prompt!r} (from {caption_source})")
-    print(f"training: {count:,} of {whole:,} parameters in {len(trained)} tensors")
-    for kind, (tensors, numbers) in lora.groups(trained).items():
-        print(f"  {kind}: {numbers:,} in {tensors}")
-    for origin in dict.fromkeys(source.values()):
-        mine = ", ".join(f"{k} {getattr(args, k)}" for k, v in source.items() if v == origin)
-        print(f"settings ({origin}): {mine}")
+    print(f"training: {count:,} parameters in {len(trained)} tensors (the UNet has {whole:,})")
+    for part, several in run.learners.items():
+        mine = {n: p for one in several for n, p in one.parameters().items()}
+        numbers = sum(p.numel() for one in several for p in one.parameters().values())
+        plain = {k: v for k, v in asdict(method.parts.get(part, Part())).items() if v}
+        print(f"  {part}: {numbers:,} in {len(mine) * len(several)}: "
+              + ", ".join(f"{k} {v}" for k, v in plain.items()))
+        for kind, (tensors, count) in lora.groups(mine).items():
+            print(f"    {kind}: {count:,} in {tensors}")
+    for i, stage in enumerate(method.stages):
+        print(f"stage {i + 1} of {len(method.stages)}: {stage.steps} steps of")
+        for p in stage.passes:
+            print(f"  {' and '.join(p.learns)} from {p.of} ({p.sees}): {p.loss} of {p.align}, "
+                  f"timesteps {p.timesteps}, weight {p.weight:g}, chance {p.chance:g}"
+                  + (f", beside {', '.join(p.beside)}" if p.beside else ""))
+    print(f"settings: {method.source}"
+          + (f"; tiny model's own: {', '.join(f'{k} {v}' for k, v in tiny.items())}" if tiny
+             else ""))
     print(f"on: {args.width}×{args.height}, up to {args.frames} frames at {args.fps:g} fps, "
-          f"{args.device}, {args.precision}, seed {args.seed}")
+          f"{args.device}, {args.precision}, seed {args.seed}", flush=True)
 
 
 def main(argv=None):
-    """One run of one method on one clip."""
+    """One run of one method."""
     args = parse(argv)
-    source = resolve(args)
+    method, tiny = resolve(args)
     model.keep_memory()
-    parts, video, latents, text, caption_source = prepare(args)
-    meta = {"method": args.method, "base": lora.fingerprint(parts.unet), "prompt": args.prompt,
+    run, sources = prepare(args, method)
+    method, parts = run.method, run.parts
+    meta = {"method": args.method, "base": lora.fingerprint(parts.unet), "prompt": args.prompt[0],
             "base_name": (args.weights or Path("tiny")).name, "seed": args.seed, "fps": args.fps,
-            "layers": args.layers, "sampling_steps": args.sampling_steps}
-    trained = lora.train_only(parts.unet, args.layers)
+            "sampling_steps": method.sampling_steps, "noise_prior": method.noise_prior}
+    trained = named(run.learners)
     generate.on_gpu(args, parts.unet, trained)
     parts.unet.checkpointing = args.checkpointing
-    report(args, source, caption_source, parts, trained)
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay,
-                                  betas=(0.9, 0.999), eps=1e-8, foreach=True)
-    stop = Stop()
+    report(run, sources, tiny)
+    optimizer = make_optimizer(method, run.learners)
+    stop, last = Stop(), total_steps(method)
     # The untrained model's sample, drawn before a resumed run's weights are put back.
-    before = preview(parts, args, latents) if args.preview_every else None
-    first = resume(args, trained, optimizer, latents, meta) if args.resume else 0
+    before = preview(run, method.stages[-1]) if args.preview_every else None
+    first = resume(run, optimizer, meta) if args.resume else 0
     if not args.resume:
         clear(args.out)
     with data.publish(args.out / "args.json") as path:
         path.write_text(json.dumps(saved_args(args), indent=1))
     log = open_log(args.out, first)
-    weights = sampler.timestep_weights(args.timesteps, parts.schedule.num_train_timesteps)
-    bar = tqdm(initial=first, total=args.steps, desc=args.method)
-    for step in range(first, args.steps + 1):
+    bar = tqdm(initial=first, total=last, desc=args.method)
+    for step in range(first, last + 1):
+        stage = method.stages[stage_at(method, step)]
         # save, and look
-        end = step == args.steps or stop.signal
+        end = step == last or stop.signal
         if end or (step % args.save_every == 0 and step > first):
-            save(args, step, trained, optimizer, latents, meta)
+            paths = save(run, step, optimizer, meta)
         if args.preview_every and (step % args.preview_every == 0 or end) and not stop.signal:
-            now = preview(parts, args, latents) if step else before
-            row = torch.cat([video, before, now], dim=3)  # (3, F, H, 3·W)
+            now = preview(run, stage) if step else before
+            reference = (run.clips or run.images)[0].video.expand_as(now)
+            row = torch.cat([reference, before, now], dim=3)  # (3, F, H, 3·W)
             data.write_video(args.out / "samples" / f"step-{step:06d}.mp4", row, args.fps)
         if end:
             break
         # learn
         parts.unet.train()
-        started = time.time()
-        loss, t, unseen = loss_at(parts, args, latents, text, step, weights)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip_grad)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            sys.exit(f"error: loss {loss.item()}, gradient {norm.item()} at step {step}, timestep "
-                     f"{t}, clip {args.video}; the last saved state is kept. Lower --lr, or give "
-                     "--precision fp32.")
+        started, off = time.time(), set()
+        logs = [learn(run, step, p, i, off) for i, p in enumerate(stage.passes)]
+        norm = nn.utils.clip_grad_norm_(trained.values(), method.clip_grad)
+        logs = [line for line in logs if line]
+        loss = sum(line["loss"] for line in logs)
+        if not math.isfinite(loss + norm.item()):
+            where = "; ".join(f"timestep {line['t']}, clip {line['clip']}" for line in logs)
+            sys.exit(f"error: loss {loss}, gradient {norm.item()} at step {step}, {where}; the "
+                     "last saved state is kept. Lower --lr, or give --precision fp32.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # log
-        line = {"step": step, "loss": loss.item(), "t": t, "grad": norm.item()} | unseen
+        line = {"step": step, "loss": loss, "grad": norm.item(), "passes": logs}
         log.write(json.dumps(line | {"seconds": round(time.time() - started, 4)}) + "\n")
-        bar.set_postfix(loss=f"{line['loss']:.4f}")
+        bar.set_postfix(loss=f"{loss:.4f}")
         bar.update()
     bar.close()
-    adapter = args.out / f"{args.method}.safetensors"
-    if stop.signal and step < args.steps:
+    if stop.signal and step < last:
         print(f"stopped and saved at step {step}; add --resume to the same command to go on")
         sys.exit(128 + stop.signal)
-    print(f"adapter: {adapter}\nsamples: {args.out / 'samples'}\n"
-          f"next: python generate.py --adapter {adapter} --prompt \"…\"")
+    for path in paths:
+        print(f"adapter: {path}")
+    print(f"samples: {args.out / 'samples'}\n"
+          f"next: python generate.py --adapter {paths[0]} --prompt \"…\"")
 
 
 if __name__ == "__main__":

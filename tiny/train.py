@@ -32,8 +32,25 @@ from tiny import world  # noqa: E402
 HERE = Path(__file__).resolve().parent
 STAGES = ("vae", "clip", "pictures", "clips")
 STEPS = {"vae": 1800, "clip": 3000, "pictures": 1000, "clips": 20000}
-BATCH = {"vae": 24, "clip": 128, "pictures": 128, "clips": 12}
+BATCH = {"vae": 24, "clip": 128, "pictures": 128}
 RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 1.5e-3, "clips": 1e-3}
+
+# How clips are learned: until this step, so many frames a clip and clips a step, which motions, and
+# timesteps from `low` up. "Left" differs from "right" in the product of direction, frame and place
+# alone: given any two of the three, the others average out, and there is no slope to follow (we saw
+# none in a thousand steps). With one direction of each pair first, frame times place has a slope,
+# and the features it leaves make the opposites easy: minutes instead of never. Motion is decided
+# at high noise, and four frames show a line as well as sixteen at a quarter of the cost; four
+# frames would alias what swings, so that comes with the eight.
+FORTH = ("moving left", "moving up", "growing", "standing still",
+         "standing still while the camera pans")
+LINES = (*FORTH, "moving right", "moving down", "shrinking")
+CURRICULUM = (
+    (250, 4, 32, FORTH, 350),
+    (700, 4, 32, LINES, 350),
+    (2000, 8, 20, world.BASE, 250),
+    (math.inf, 16, 12, world.BASE, 0),
+)
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [32, 32, 64, 64],
@@ -61,12 +78,14 @@ TEXT_CONFIG = {  # all of CLIP's text layers but the last, as ZeroScope's 23 of 
     "vocab_size": 49408,
 }
 # With 8×8 latents that hardly change from pixel to pixel, noise hides less than it does in a large
-# picture. The linear schedule, which ends in almost pure noise, v-prediction, and latents scaled to
-# a standard deviation of 0.5 make up for it.
+# picture, so with v-prediction and latents scaled to a standard deviation of 0.5 a linear schedule
+# serves better than ZeroScope's. It is cut at 700 of 1000 timesteps: beyond, nothing is decided.
+# That leaves ᾱ = 0.007 at the end, as ZeroScope's own does (0.0047): hence a start from an inverted
+# clip keeps a trace of its layout, which VMC counts on.
 SCHEDULE = {
-    "_class_name": "DDIMScheduler", "beta_start": 0.0001, "beta_end": 0.02,
-    "beta_schedule": "linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-    "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False,
+    "_class_name": "DDIMScheduler", "beta_start": 0.0001, "beta_end": 0.014024,
+    "beta_schedule": "linear", "num_train_timesteps": 700, "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing", "steps_offset": 0, "clip_sample": False,
     "set_alpha_to_one": False,
 }
 LATENT_STD = 0.5
@@ -92,9 +111,10 @@ def generator(stage, step):
 
 
 def rate(step, steps, peak, warm=100):
-    """Linear warm-up, then a half cosine to a tenth of nothing."""
-    done = min(1.0, step / steps)
-    return peak * min(1.0, (step + 1) / warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+    """Linear warm-up, constant, and over the last fifth down to a fiftieth: so that the number of
+    steps can still be raised until then."""
+    left = (steps - step) / (0.2 * steps)
+    return peak * min(1.0, (step + 1) / warm) * (0.02 + 0.98 * min(1.0, left))
 
 
 class Average:
@@ -287,14 +307,12 @@ def build_schedule():
     return Schedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
 
 
-def unet_loss(unet, schedule, latents, text, g, args, temporal, skew):
-    """Mean squared error of v, at timesteps T·u^skew: 1 is uniform, more than 1 favours low noise.
-
-    With this schedule a thing's shape and colour are decided below t = 400 or so, and its motion,
-    which all frames show together, between 400 and 750; above, there is little to learn.
-    """
-    B = len(latents)
-    t = (torch.rand(B, generator=g) ** skew * schedule.num_train_timesteps).long()
+def unet_loss(unet, schedule, latents, text, g, args, temporal, skew, low=0):
+    """Mean squared error of v, at timesteps low + (T − low)·u^skew: with 1 they are uniform, with
+    more low noise is favoured. With this schedule a thing's shape and colour are decided below
+    t = 400 or so, its motion, which all frames show together, above."""
+    B, T = len(latents), schedule.num_train_timesteps
+    t = (low + torch.rand(B, generator=g) ** skew * (T - low)).long()
     noise = torch.randn(latents.shape, generator=g).to(latents)
     x, goal = schedule.add_noise(latents, noise, t), schedule.target(latents, noise, t)
     with autocast(args):
@@ -324,16 +342,18 @@ class Pool:
 
     REUSE = 6
 
-    def __init__(self, stage, size, render, args):
-        self.stage, self.size, self.render, self.args = stage, size, render, args
+    def __init__(self, key, size, batch, render, motions, args):
+        self.key, self.size, self.batch_size, self.args = key, size, batch, args
+        self.render, self.motions = render, motions
         self.vae = model.load_vae(args.out, args.device)
         self.text = model.load_text(args.out, args.device)
-        self.steps, self.number = size * self.REUSE // BATCH[stage], None
+        self.steps, self.number = size * self.REUSE // batch, None
 
     def fill(self, number):
-        self.number, g = number, generator(self.stage, 10**8 + number)
-        motions = self.args.motions or world.BASE
-        self.scenes, latents = world.sample_scenes(self.size, g, motions), []
+        """Render and encode the pool's `number`-th contents."""
+        self.number, latents = number, []
+        g = generator("clips", 10**8 + self.key * 10**6 + number)
+        self.scenes = world.sample_scenes(self.size, g, self.motions)
         for rows in torch.arange(self.size).split(64):
             video = self.render(self.scenes[rows], g).to(self.args.device)
             with torch.no_grad(), autocast(self.args):
@@ -341,10 +361,10 @@ class Pool:
         self.latents = torch.cat(latents)
 
     def batch(self, step, g, motion):
-        """Latents (B, C, F, h, w) and caption states (B, N, D) of a step, from (stage, step)."""
+        """Latents (B, C, F, h, w) and caption states (B, N, D) of a step, from its number."""
         if step // self.steps != self.number:
             self.fill(step // self.steps)
-        rows = torch.randint(self.size, (BATCH[self.stage],), generator=g)
+        rows = torch.randint(self.size, (self.batch_size,), generator=g)
         with torch.no_grad(), autocast(self.args):
             states = self.text(world.captions(self.scenes[rows], g, motion)).float()
         return self.latents[rows], states
@@ -352,7 +372,8 @@ class Pool:
 
 def picture_pool(args):
     """Encoded single frames."""
-    return Pool("pictures", 8192, lambda scenes, g: frames_of(scenes, g)[:, :, None], args)
+    render = lambda scenes, g: frames_of(scenes, g)[:, :, None]
+    return Pool(0, 8192, BATCH["pictures"], render, world.BASE, args)
 
 
 def train_pictures(args):
@@ -370,22 +391,33 @@ def train_pictures(args):
 
 
 def train_clips(args):
-    """Whole clips: how things move; every third step is one of pictures, which keeps looks right
-    at little cost. Starts from the pictures' state where there is one, else from the
-    weights that are there: so the committed model can be trained on."""
+    """Whole clips, along CURRICULUM: how things move; every fourth step is one of pictures, which
+    keeps looks right at little cost. Starts from the pictures' state where there is one, else
+    from the weights that are there, and then in the curriculum's last part: so the committed
+    model can be trained on."""
     unet, schedule = build_unet(args), build_schedule()
-    pictures = picture_pool(args)
-    clips = Pool("clips", 1536, lambda scenes, g: world.render(scenes), args)
+    pictures, pools, offset = picture_pool(args), {}, 0
     if (args.work / "pictures.pt").exists():
         unet.load_state_dict(torch.load(args.work / "pictures.pt", weights_only=True)["average"])
     else:
         unet.load_state_dict(model.load_unet(args.out).state_dict())
+        offset = CURRICULUM[-2][0]
+    for p in unet.parameters():
+        p.requires_grad_(True)
 
     def loss_of(step):
-        g, moving = generator("clips", step), step % 3 > 0
-        pool, skew = (clips, 1.0) if moving else (pictures, 1.5)
-        latents, states = pool.batch(step, g, moving)
-        return unet_loss(unet, schedule, latents, states, g, args, moving, skew)
+        g = generator("clips", step)
+        part = next(i for i, c in enumerate(CURRICULUM) if step + offset < c[0])
+        _, frames, batch, motions, low = CURRICULUM[part]
+        if step % 4 == 3:
+            latents, states = pictures.batch(step // 4, g, False)
+            return unet_loss(unet, schedule, latents, states, g, args, False, skew=1.5)
+        if part not in pools:
+            pools.clear()
+            render = lambda scenes, g: world.render(scenes, frames)
+            pools[part] = Pool(1 + part, 24576 // frames, batch, render, motions, args)
+        latents, states = pools[part].batch(step, g, True)
+        return unet_loss(unet, schedule, latents, states, g, args, True, args.skew, low)
 
     run("clips", unet, loss_of, export_unet(args), args)
 
@@ -399,7 +431,8 @@ def main():
     parser.add_argument("--work", type=Path, default=HERE / "work", help="where the state goes")
     parser.add_argument("--steps", type=int, help="last step of the stage; default per stage")
     parser.add_argument("--rate", type=float, help="peak learning rate; default per stage")
-    parser.add_argument("--motions", nargs="*", help="only these motions, for experiments")
+    parser.add_argument("--skew", type=float, default=0.8,
+                        help="clips' timesteps are T·u^skew (default: 0.8, somewhat to high noise)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where to compute; default: a GPU if any")
     args = parser.parse_args()
