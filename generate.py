@@ -65,11 +65,14 @@ def on_gpu(args, unet, keep):
 
 
 def require(args, least):
-    """Raises BadInput when a flag's number lies under its least value, or is none at all."""
+    """Raises BadInput when a flag's number lies under its least value (or, where two are given,
+    outside them), or is none at all."""
     for name, value in least.items():
+        low, high = value if isinstance(value, tuple) else (value, None)
         got = getattr(args, name)
-        if got is not None and not value <= got < float("inf"):
-            raise BadInput(f"--{name.replace('_', '-')} {got}: wanted {value} or more.")
+        if got is not None and not (low <= got < float("inf") and (high is None or got <= high)):
+            wanted = f"{low} or more" if high is None else f"{low} to {high}"
+            raise BadInput(f"--{name.replace('_', '-')} {got}: wanted {wanted}.")
 
 
 def check_steps(schedule, steps, name="steps"):
@@ -144,9 +147,10 @@ def pairwise_differences_loss(got, want):
 def low_frequencies(x, factor=4):
     """(B, C, F, h, w) without spatial detail finer than `factor` latents."""
     h, w = x.shape[-2:]
-    small = torch.nn.functional.interpolate(
-        x.flatten(0, 2)[None], (max(1, h // factor), max(1, w // factor)), mode="area")
-    return torch.nn.functional.interpolate(small, (h, w), mode="nearest").view(x.shape)
+    resize = lambda x, size: torch.nn.functional.interpolate(
+        x, size, mode="bilinear", antialias=True)
+    small = resize(x.flatten(0, 2)[None], (max(1, h // factor), max(1, w // factor)))
+    return resize(small, (h, w)).view(x.shape)
 
 
 def motion_transfer(parts, latents, prompts, start, seeds, args):
@@ -224,14 +228,23 @@ def parse(argv=None):
     add("--batch", type=int, help="videos at a time (default: 1; tiny model: 4)")
     # a second model over the first one's videos, as ZeroScope XL
     add("--refine", type=Path, help="its hub-layout folder; its size is --refine-width and -height")
-    add("--strength", type=float, default=0.6, help="how much it may change, 0 to 1 (default: 0.6)")
+    add("--strength", type=float, help="how much it may change, 0 to 1 (default: 0.6)")
+    add("--refine-steps", type=int, help="its sampling steps (default: 50)")
+    add("--refine-guidance", type=float, help="its guidance (default: 15; tiny model: 4)")
     add("--refine-width", type=int, help="pixels (default: as made)")
     add("--refine-height", type=int, help="pixels (default: as made)")
     add("--out", type=Path, default=Path("out/generated"), help="folder (default: out/generated)")
     args = parser.parse_args(argv)
     require(args, {"frames": 1, "width": 8, "height": 8, "fps": 0.01, "seed": 0, "seeds": 1,
-                   "steps": 1, "batch": 1, "guidance": 0, "strength": 0, "refine_width": 8,
-                   "refine_height": 8})
+                   "steps": 1, "batch": 1, "guidance": 0, "strength": (0, 1),
+                   "refine_width": 8, "refine_height": 8, "refine_steps": 1, "refine_guidance": 0})
+    if not args.refine:
+        for name in ("strength", "refine_width", "refine_height", "refine_steps",
+                     "refine_guidance"):
+            if getattr(args, name) is not None:
+                raise BadInput(f"--{name.replace('_', '-')} needs --refine.")
+    args.strength = 0.6 if args.strength is None else args.strength
+    args.refine_steps = args.refine_steps or 50
     return args
 
 
@@ -253,29 +266,32 @@ def read_prompts(args):
 
 
 def check(args, parts):
-    """Merge the adapters, and fill in what the flags leave open from the first of them and the
-    model; raise BadInput early. Returns the first adapter that has a clip, or None."""
+    """Read the adapters, and fill in what the flags leave open from the first of them that has a
+    clip, and from the model; raise BadInput early. Returns adapters, scales, and that first one."""
     factor, tiny, meta = parts.vae.config.factor, args.weights is None, {}
     adapters = [lora.read_adapter(path, parts.unet) for path in args.adapter]
-    if args.scale and len(args.scale) not in (1, len(adapters)):
-        raise BadInput(f"--scale: {len(args.scale)} numbers for {len(adapters)} adapters; give one "
+    scales = args.scale or [1.0]
+    if len(scales) not in (1, len(adapters)) or args.scale and not adapters:
+        raise BadInput(f"--scale: {len(scales)} numbers for {len(adapters)} adapters; give one "
                        "for each.")
-    scales = (args.scale or [1.0]) * (1 if args.scale and len(args.scale) > 1 else len(adapters))
-    lora.apply_adapters(parts, adapters, scales)
-    on_gpu(args, parts.unet, {n for a in adapters for n in a.tensors})
+    scales = scales * len(adapters) if len(scales) == 1 else scales
     clip = next((a for a in adapters if a.latents is not None), None)
     meta = (clip or adapters[0]).meta if adapters else {}
     own = parts.unet.config.sample_size
     F, h, w = clip.latents.shape[1:] if clip else (16, own, own)
-    prior = float(meta.get("noise_prior", 0)) or float(args.init_video is not None)
-    if args.init == "inverted" and args.noise_prior is None:
+    source = clip or args.init_video
+    if args.init == "noise" and (args.noise_prior or args.init_video):
+        raise BadInput("--init noise uses no clip; leave --noise-prior and --init-video out.")
+    prior = float(meta.get("noise_prior", 0)) if clip else 0.0
+    if args.init_video or args.init == "inverted":
         prior = prior or 1.0
-    if args.init is None and args.noise_prior:
-        args.init = "inverted"
+    prior = prior if args.noise_prior is None else args.noise_prior
+    if args.init is None:
+        args.init = "inverted" if prior and source else "noise"
     defaults = {"frames": F, "height": h * factor, "width": w * factor, "noise_prior": prior,
-                "init": "inverted" if prior else "noise",
                 "fps": float(meta.get("fps", 8)), "steps": int(meta.get("sampling_steps", 50)),
-                "guidance": 4.0 if tiny else 9.0, "batch": 4 if tiny else 1}
+                "guidance": 4.0 if tiny else float(meta.get("guidance", 9)),
+                "batch": 4 if tiny else 1}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -294,7 +310,7 @@ def check(args, parts):
                        "--sampler out, and give --init noise.")
     if args.init == "inverted" and args.sampler == "dpm":
         raise BadInput("--init inverted retraces DDIM's own timesteps; use --sampler ddim.")
-    return clip
+    return adapters, scales, clip
 
 
 def read_latents(args, parts, path):
@@ -325,14 +341,17 @@ def starting_latents(args, parts, adapter):
     return invert(parts, latents, args.steps, args.precision)
 
 
-def load_refiner(args):
+def load_refiner(args, first):
     """The second model, for `refine`. Raises BadInput when its size makes no sense."""
-    if args.strength > 1:
-        raise BadInput(f"--strength {args.strength}: wanted 0 (no change) to 1 (all anew).")
     parts = model.load(args.refine, args.device)
     on_gpu(args, parts.unet, {})
+    if parts.text.config.hidden_size == first.text.config.hidden_size:
+        parts.text.learned = first.text.learned
     args.refine_width = args.refine_width or args.width
     args.refine_height = args.refine_height or args.height
+    if args.refine_guidance is None:
+        args.refine_guidance = 4.0 if args.refine == TINY else 15.0
+    check_steps(parts.schedule, args.refine_steps, "refine-steps")
     if args.refine_width % parts.vae.config.factor or args.refine_height % parts.vae.config.factor:
         raise BadInput(f"--refine-width {args.refine_width}, --refine-height {args.refine_height}: "
                        f"wanted multiples of {parts.vae.config.factor}.")
@@ -349,7 +368,7 @@ def refine(parts, videos, prompts, seeds, args):
     flat = model.fold_frames(videos)
     flat = torch.nn.functional.interpolate(flat, size, mode="bicubic", antialias=True).clamp(-1, 1)
     latents = []
-    for part in flat.split(8):
+    for part in flat.split(max(1, model.PIXELS_AT_ONCE // (size[0] * size[1]))):
         mean, std = parts.vae.encode(part.to(args.device))
         latents.append(torch.cat([mean, std], 1))
     mean, std = torch.cat(latents).chunk(2, 1)
@@ -357,12 +376,13 @@ def refine(parts, videos, prompts, seeds, args):
         (mean.shape[1], frames, *mean.shape[2:]), [sampler.generator(s, key) for s in seeds])
     x0 = model.unfold_frames(mean, frames) + model.unfold_frames(std, frames) * draw(2).to(mean)
     x0 = x0 * parts.vae.config.scaling_factor
-    skip = args.steps - min(int(args.steps * args.strength), args.steps)
-    if skip == args.steps:
+    steps = args.refine_steps
+    skip = steps - min(int(steps * args.strength), steps)
+    if skip == steps:
         return parts.vae.decode_video(x0).cpu()
-    t = torch.tensor([parts.schedule.timesteps(args.steps)[skip]] * B)
+    t = torch.tensor([parts.schedule.timesteps(steps)[skip]] * B)
     start = parts.schedule.add_noise(x0, draw(3).to(x0), t)
-    return sample(parts, prompts, start, seeds, args.steps, args.guidance,
+    return sample(parts, prompts, start, seeds, steps, args.refine_guidance,
                   negative=args.negative, precision=args.precision, skip=skip)
 
 
@@ -372,8 +392,14 @@ def main(argv=None):
     prompts = read_prompts(args)
     model.keep_memory()
     parts = load_base(args)
-    adapter = check(args, parts)
-    inverted = starting_latents(args, parts, adapter)
+    adapters, scales, clip = check(args, parts)
+    inverted = None
+    if clip and clip.meta.get("inverts") == "base":  # before the motion is in the weights
+        inverted = starting_latents(args, parts, clip)
+    lora.apply_adapters(parts, adapters, scales)
+    on_gpu(args, parts.unet, {n for a in adapters for n in a.tensors})
+    if inverted is None:
+        inverted = starting_latents(args, parts, clip)
     with torch.no_grad():
         reference = read_latents(args, parts, args.dmt) if args.dmt else None
     factor, channels = parts.vae.config.factor, parts.unet.config.in_channels
@@ -385,7 +411,7 @@ def main(argv=None):
     with data.publish(args.out / "settings.json") as path:
         path.write_text(json.dumps(settings | {"all_prompts": prompts}, indent=1))
 
-    second = load_refiner(args) if args.refine else None
+    second = load_refiner(args, parts) if args.refine else None
     jobs = [(p, s) for p in prompts for s in range(args.seed, args.seed + args.seeds)]
     made = []
     for i in range(0, len(jobs), args.batch):

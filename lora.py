@@ -102,17 +102,16 @@ class LoRA:
     lives beside the UNet, whose modules and names stay as they are, and acts while `on`.
     """
 
-    def __init__(self, unet, layers, rank, scale=1.0, dropout=0.0, seed=0, pairs=None):
+    def __init__(self, unet, layers, rank, scale=1.0, dropout=0.0, seed=0):
         self.scale, self.dropout, self.on, self.pairs = scale, dropout, True, {}
-        g, device = torch.Generator().manual_seed(seed), unet.conv_in.weight.device
-        for site, layer in sites(unet, layers).items() if pairs is None else ():
+        g = torch.Generator().manual_seed(seed)
+        for site, layer in sites(unet, layers).items():
             wide, narrow, *kernel = layer.weight.shape
-            r = min(rank, wide, narrow)
+            r, device = min(rank, wide, narrow), layer.weight.device
             A = torch.empty(r, narrow, *kernel).normal_(0, 1 / r, generator=g)
-            self.pairs[site] = A, torch.zeros(wide, r, *[1] * len(kernel))
-        for site, (A, B) in (pairs or self.pairs).items():
+            B = torch.zeros(wide, r, *[1] * len(kernel))
             self.pairs[site] = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
-            unet.get_submodule(site).register_forward_hook(self._beside(*self.pairs[site]))
+            layer.register_forward_hook(self._beside(*self.pairs[site]))
 
     def _beside(self, A, B):
         def add(layer, inputs, out):
@@ -137,7 +136,16 @@ def sites(unet, layers):
     """{module name: linear layer or temporal convolution} with a weight in a set of layers."""
     names = [n.removesuffix(".weight") for n in select(unet, layers) if n.endswith(".weight")]
     found = {n: unet.get_submodule(n) for n in names}
-    return {n: m for n, m in found.items() if isinstance(m, (nn.Linear, TimeConv))}
+    found = {n: m for n, m in found.items() if isinstance(m, (nn.Linear, TimeConv))}
+    if not found:
+        raise BadInput(f"--layers {layers!r} has no linear layer or temporal convolution, so no "
+                       "LoRA can stand beside it; choose other layers, or --rank 0.")
+    return found
+
+
+def product(A, B, W):
+    """B·A in the shape of W, also of convolutions."""
+    return (B.flatten(1).float() @ A.flatten(1).float()).view(W.shape).to(W)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,12 +154,22 @@ def sites(unet, layers):
 
 
 def from_peft(state, unet):
-    """diffusers and peft: unet.<module>.lora_A.weight, with or without an adapter's name."""
+    """diffusers and peft: unet.<module>.lora_A.weight, with or without an adapter's name; alpha is
+    taken to be the rank unless the metadata say otherwise (`peft_scale`)."""
     pairs = {}
     for name, A in state.items():
         if m := re.fullmatch(r"(?:unet\.)?(.*)\.lora_A(\.\w+)?\.weight", name):
             pairs[m[1]] = A, state[name.replace(".lora_A", ".lora_B")]
     return pairs
+
+
+def peft_scale(meta):
+    """alpha / rank of the metadata that diffusers writes beside a LoRA, or 1."""
+    try:
+        values = json.loads(meta.get("lora_adapter_metadata", "{}"))
+        return values["unet.lora_alpha"] / values["unet.r"]
+    except (ValueError, KeyError, TypeError):
+        return 1.0
 
 
 def from_stable_lora(state, unet):
@@ -278,6 +296,8 @@ def read_adapter(path, unet=None):
             pairs = pairs or rename(rest, unet) if unet or rename is not from_kohya else pairs
         except KeyError as error:
             raise BadInput(f"{path} has half of a pair: {error} is missing.") from None
+    if (scale := peft_scale(meta)) != 1:
+        pairs = {site: (A, B * scale) for site, (A, B) in pairs.items()}
     whole = {n.removeprefix("unet."): t for n, t in rest.items()
              if "lora" not in n and not n.endswith(".alpha")}
     if not (pairs or words or whole):
@@ -308,12 +328,17 @@ def check_fit(unet, adapter):
 def apply_adapters(parts, adapters, scales=None):
     """Merge adapters into the model, each with its scale: W + Σ s·(change). Scale 0 leaves W as it
     is to the bit, scale 1 of whole tensors sets them exactly. Learned words join the text encoder,
-    whatever the scale. Raises BadInput when one does not fit; then nothing is changed."""
+    at any scale but 0. Raises BadInput when one does not fit, or when two bring the same word; then
+    nothing is changed."""
     for adapter in adapters:
         check_fit(parts.unet, adapter)
+    words = [w for adapter in adapters for w in adapter.words]
+    if twice := {w for w in words if words.count(w) > 1}:
+        raise BadInput(f"two adapters bring the word {', '.join(twice)}; train one of them with "
+                       "another --word.")
     own, before = dict(parts.unet.named_parameters()), {}
     chosen = [(a, s) for a, s in zip(adapters, scales or [1.0] * len(adapters)) if s != 0]
-    for adapter in adapters:
+    for adapter, _ in chosen:
         device = own["conv_in.weight"].device
         parts.text.learned |= {w: t.to(device) for w, t in adapter.words.items()}
     for adapter, scale in chosen:
@@ -326,5 +351,4 @@ def apply_adapters(parts, adapters, scales=None):
     for adapter, scale in chosen:
         for site, (A, B) in adapter.pairs.items():
             p = own[f"{site}.weight"]
-            change = (B.flatten(1).float() @ A.flatten(1).float()).view(p.shape)
-            p.data = p.data + scale * change.to(p)
+            p.data = p.data + scale * product(A, B, p.data)

@@ -668,12 +668,22 @@ START, END = 49406, 49407  # <|startoftext|> and <|endoftext|> in CLIP's vocabul
 _tokenizer = None
 
 
+def word_pattern(words):
+    """The pattern of any of the words, standing alone: 'sks' is not in 'desks'."""
+    words = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    return rf"(?<!\w)({words})(?!\w)"
+
+
+def has_word(prompt, word):
+    """Whether a prompt has a word standing alone."""
+    return re.search(word_pattern([word]), prompt) is not None
+
+
 def words_to_ids(prompt, learned=None):
     """A prompt's token ids, without start and end; learned: {word: its ids} of learned words."""
     global _tokenizer
     if learned:
-        words = "|".join(map(re.escape, sorted(learned, key=len, reverse=True)))
-        parts = re.split(rf"(?<!\w)({words})(?!\w)", prompt)
+        parts = re.split(word_pattern(learned), prompt)
         return [i for p in parts for i in (learned[p] if p in learned else words_to_ids(p))]
     if _tokenizer is None:
         from open_clip.tokenizer import SimpleTokenizer  # here, because it takes seconds to import

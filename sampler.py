@@ -113,7 +113,7 @@ class Schedule:
 
 def generator(*key):
     """A CPU generator for a key of ints ≥ 0, such as (seed, step); other keys, other streams."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 

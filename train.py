@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import eval
 import generate
 import lora
 import losses
@@ -88,7 +89,9 @@ class Method:
     word: str = None  # stands in the caption for what is learned
     prior: str = "none"  # "folder", "generated", or the tiny "world": where prior clips come from
     noise_prior: float = 0.0  # how much of the inverted clip sampling starts from
+    inverts: str = "tuned"  # the model that inverts it: as it was tuned, or the "base"
     sampling_steps: int = 50
+    sampling_guidance: float = 9.0
 
 
 METHODS = {
@@ -111,7 +114,8 @@ METHODS = {
          "motion": Part("temporal-attention-ff", 32, dropout=0.1, lr=5e-4)},
         (Stage((Pass(("look",), sees="frame", chance=0.8),
                 Pass(("motion",), beside=("look",), loss="motiondirector")), 150),),
-        clip_grad=math.inf, noise_prior=0.5, sampling_steps=30),
+        clip_grad=math.inf, noise_prior=0.5, inverts="base", sampling_steps=30,
+        sampling_guidance=12.0),
     # A motion becomes a rare word: the temporal layers and how frames read the text are tuned in
     # full, mostly at high noise, where motion is decided (Materzyńska et al. 2023, Sec. 3, Eq. 3);
     # clips of other motions, at half the weight, keep the model from forgetting (rate, weight and
@@ -161,7 +165,13 @@ METHODS = {
     "tune-a-video": Method(
         "Tune-A-Video, as NewMove adapts it",
         {"motion": Part("tune-a-video", lr=3e-5)},
-        (Stage((Pass(("motion",)),), 500),), noise_prior=1.0),
+        (Stage((Pass(("motion",)),), 500),), noise_prior=1.0, sampling_guidance=12.5),
+}
+# Where a recipe depends on what there is to learn from.
+BY_DATA = {
+    ("motiondirector", "several clips"): {"steps": 500, "weight_decay": 1e-4, "noise_prior": 0.0},
+    ("motiondirector", "pictures"): {"steps": 300, "look_weight_decay": 1e-4},
+    ("newmove", "one clip"): {"steps": 1000},  # its supplement, Sec. 3
 }
 # What the tiny model does otherwise. It is hundreds of times smaller, and so wants larger steps and
 # fewer of them.
@@ -221,11 +231,12 @@ def parse(argv=None):
     add("--timesteps", choices=("uniform", "coarse"), help="distribution of the timesteps")
     add("--alpha", type=float, help="how coarse (NewMove's α), 0 to 1")
     add("--augment", action=argparse.BooleanOptionalAction, default=None, help="enlarge, shift and "
-        "recolour the clip (default: newmove with one clip)")
+        "recolour the clips (default: in newmove)")
     # what learns the looks, and words:
     add("--look-layers", help="what learns the appearance")
     add("--look-rank", type=int, help="its LoRA's rank")
     add("--look-lr", type=float, help="its learning rate")
+    add("--look-weight-decay", type=float, help="its weight decay")
     add("--absorber", help="customize-a-video's: lora, word, both, none, a LoRA file of another "
         "program, or the weights of an image UNet (default: lora)")
     add("--word", help="the word that stands for the motion in captions; '' for none")
@@ -233,17 +244,17 @@ def parse(argv=None):
         "word's vector too")
     add("--word-lr", type=float, help="its learning rate")
     add("--word-vectors", type=int, help="vectors of a learned word")
-    add("--word-init", default="thing", help="a known word to begin from (default: thing)")
-    add("--subject-layers", default="spatial", help="what learns from --images in newmove "
-        "(default: spatial)")
-    add("--subject-word", default="X*", help="the subject's word in its captions (default: X*)")
+    add("--word-init", help="a known word to begin from (default: the word itself where it is a "
+        "single token, else 'thing')")
+    add("--subject-layers", help="what learns from --images in newmove (default: spatial)")
+    add("--subject-word", help="the subject's word in its captions (default: X*)")
     # what shall not be forgotten:
     add("--prior", help="prior clips: a folder, 'generated' by the base model, the tiny 'world', "
         "or none")
     add("--prior-weight", type=float, help="weight of their loss")
     add("--prior-prompt", help="the caption of generated prior clips (default: the caption "
         "without the word)")
-    add("--prior-clips", type=int, default=16, help="how many are made (default: 16)")
+    add("--prior-clips", type=int, help="how many are made (default: 16; of the world: 64)")
     # how long:
     add("--steps", type=int, help="training steps; of the last stage, where there are two")
     add("--first-steps", type=int, help="training steps of the first of two stages")
@@ -266,11 +277,13 @@ def parse(argv=None):
     add("--preview-prompt", help="what the samples show (default: the caption)")
     add("--preview-every", type=int, default=100, help="steps between samples, or 0 (default: 100)")
     add("--preview-steps", type=int, default=30, help="sampling steps of a sample (default: 30)")
-    add("--guidance", type=float, help="guidance of a sample (default: 9; tiny model: 4)")
+    add("--guidance", type=float, help="of a sample (default: the method's; tiny model: 4)")
     add("--save-every", type=int, help="steps between saved states, and keep the adapter of each "
         "(default: 100, and keep the last alone)")
     add("--stop-at-appearance", type=float, help="stop where a sample's CLIP score with "
         "--look-prompt, looked at with each sample, falls to this (NewMove: 0.265)")
+    add("--clip", help="the open_clip model of that score (default: the tiny CLIP)")
+    add("--clip-weights", type=Path, help="its weights, a local file")
     add("--out", type=Path, help="folder (default: out/<clip>-<method>)")
     add("--resume", action="store_true", help="go on from the last saved state in the folder")
     return parser.parse_args(argv)
@@ -279,7 +292,8 @@ def parse(argv=None):
 # flag -> field, of each kind of thing that a flag can change
 PART_FLAGS = {"layers": "layers", "rank": "rank", "lora_scale": "scale", "dropout": "dropout",
               "lr": "lr", "weight_decay": "weight_decay"}
-LOOK_FLAGS = {"look_layers": "layers", "look_rank": "rank", "look_lr": "lr"}
+LOOK_FLAGS = {"look_layers": "layers", "look_rank": "rank", "look_lr": "lr",
+              "look_weight_decay": "weight_decay"}
 WORD_FLAGS = {"word_lr": "lr", "word_vectors": "vectors"}
 PASS_FLAGS = dict.fromkeys(("loss", "align", "stride", "beta", "timesteps", "alpha"))
 METHOD_FLAGS = dict.fromkeys(("clip_grad", "word", "noise_prior", "sampling_steps", "prior"))
@@ -292,66 +306,76 @@ def given(args, flags):
 
 
 def resolve(args):
-    """The method, changed as the flags (or the tiny model) say. Raises BadInput for flags that do
-    not go with it. Returns it and {flag: value} of what the tiny model changed."""
+    """The method, changed as the flags, the data or the tiny model say. Raises BadInput for flags
+    that do not go with it. Returns it and {flag: value} of what the tiny model changed."""
     if args.method not in METHODS:
         raise BadInput(f"--method {args.method!r} is unknown; choose from {', '.join(METHODS)}.")
     if not args.video and not args.images:
         raise BadInput("no clip to learn from; give --video clip.mp4, or a folder of pictures.")
-    method = METHODS[args.method]
-    tiny = {} if args.weights else {
-        k: v for k, v in TINY[args.method].items() if getattr(args, k) is None}
-    for name, value in tiny.items():
-        setattr(args, name, value)
-    if args.guidance is None:
-        args.guidance = 4.0 if args.weights is None else 9.0
+    asked = {k for k, v in vars(args).items() if v is not None and v is not False and v != []}
     generate.require(args, {
         "steps": 1, "first_steps": 1, "frames": data.FEWEST_FRAMES, "stride": 1, "lr": 1e-12,
-        "look_lr": 0, "word_lr": 0, "weight_decay": 0, "rank": 0, "look_rank": 1,
-        "word_vectors": 1, "lora_scale": 0, "dropout": 0, "beta": 0, "alpha": 0,
-        "prior_weight": 0, "prior_clips": 1, "noise_prior": 0, "clip_grad": 1e-12, "fps": 0.01,
-        "start": 0, "seed": 0, "width": 8, "height": 8, "preview_every": 0, "preview_steps": 1,
-        "save_every": 1, "guidance": 0, "stop_at_appearance": 0})
-    method = replace(method, **given(args, METHOD_FLAGS))
-    method = choose_parts(args, method, tiny)
-    method = choose_passes(args, method, tiny)
+        "look_lr": 0, "word_lr": 0, "weight_decay": 0, "look_weight_decay": 0, "rank": 0,
+        "look_rank": 1, "word_vectors": 1, "lora_scale": 0, "dropout": (0, 0.99), "beta": 0,
+        "alpha": (0, 1), "prior_weight": 0, "prior_clips": 1, "noise_prior": (0, 1),
+        "clip_grad": 1e-12, "fps": 0.01, "start": 0, "seed": 0, "width": 8, "height": 8,
+        "preview_every": 0, "preview_steps": 1, "save_every": 1, "guidance": 0,
+        "stop_at_appearance": 0})
+    clips = len(data.find_clips(args.video))
+    kind = "pictures" if not clips else "one clip" if clips == 1 else "several clips"
+    tiny = {} if args.weights else TINY.get(args.method, {})
+    defaults = BY_DATA.get((args.method, kind), {}) | tiny
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    method = replace(METHODS[args.method], **given(args, METHOD_FLAGS))
+    method = choose_parts(args, method, several=clips > 1)
+    method = choose_passes(args, method)
+    check_flags(args, method, asked)
+    if args.guidance is None:
+        args.guidance = method.sampling_guidance if args.weights else 4.0
+    if not args.video:
+        method = replace(method, noise_prior=0.0)
+    if args.augment is None:
+        args.augment = args.method == "newmove"
+    args.subject_word = args.subject_word or "X*"
+    args.prior_clips = args.prior_clips or (64 if method.prior == "world" else 16)
     first = (args.video or args.images)[0]
     args.out = args.out or Path("out") / f"{data.slug(first.stem)}-{args.method}"
     if args.resume and not (args.out / "state.pt").is_file():
         raise BadInput(f"{args.out / 'state.pt'} does not exist, so there is nothing to resume; "
                        "leave --resume out.")
-    return method, tiny
+    return method, {k: v for k, v in tiny.items() if k not in asked}
 
 
-def choose_parts(args, method, tiny):
-    """What learns, after the flags. Raises BadInput for a flag whose part the method lacks."""
+def choose_parts(args, method, several):
+    """What learns, after the flags."""
     parts = dict(method.parts)
     if "look-word" in parts:  # an absorber of one kind or another, or both
-        kinds = {"lora": ("look",), "word": ("look-word",), "both": ("look", "look-word")}
-        keep = () if args.absorber == "none" else kinds.get(args.absorber or "lora", ("look",))
+        kinds = {"none": (), "word": ("look-word",), "both": ("look", "look-word")}
+        keep = kinds.get(args.absorber, ("look",))
         parts = {n: p for n, p in parts.items() if not n.startswith("look") or n in keep}
-    elif args.absorber:
-        raise BadInput(f"--absorber is customize-a-video's; {args.method} has none.")
     if args.train_word and "word" not in parts:
-        parts["word"] = Part(vectors=1, lr=args.word_lr or parts["motion"].lr)
+        parts["word"] = Part(vectors=1)
     if args.train_word is False:
         parts.pop("word", None)
-    if args.images and "look" not in parts:
-        if args.method != "newmove":
-            raise BadInput(f"--images teach a subject to newmove, or a look to motiondirector; "
-                           f"{args.method} takes --video alone.")
-        parts["subject"] = replace(parts["motion"], layers=args.subject_layers)
-        parts["subject-word"] = Part(vectors=1, lr=parts["motion"].lr)
     main = "motion" if "motion" in parts else "word"
-    for name, flags in ((main, PART_FLAGS), ("look", LOOK_FLAGS), ("word", WORD_FLAGS),
-                        ("look-word", WORD_FLAGS)):
+    for name, flags in ((main, PART_FLAGS), ("look", LOOK_FLAGS)):
         if name in parts:
             parts[name] = replace(parts[name], **given(args, flags))
-        elif name == "look":
-            for flag in flags:
-                if getattr(args, flag) is not None and flag not in tiny:
-                    raise BadInput(f"--{flag.replace('_', '-')}: {args.method} learns no look.")
-    if any(p.vectors for n, p in parts.items() if n == "word") and not method.word:
+    if "look" in parts and not args.video:
+        parts["look"] = replace(parts["look"], per_clip=False)
+    if args.images and args.method == "newmove":  # a subject beside the motion
+        layers = args.subject_layers or "spatial"
+        parts["subject"] = replace(parts["motion"], layers=layers)
+        parts["subject-word"] = Part(vectors=1)
+    for name, p in parts.items():
+        if p.vectors and name != main:  # words learn at the motion's rate, unless told otherwise
+            rate = parts[main].lr if name not in METHODS[args.method].parts else p.lr
+            parts[name] = replace(p, lr=rate)
+        if p.vectors:
+            parts[name] = replace(parts[name], **given(args, WORD_FLAGS))
+    if "word" in parts and not method.word:
         raise BadInput("a word that learns needs a name; give --word sks.")
     return replace(method, parts=parts)
 
@@ -361,47 +385,85 @@ def borrowed(args):
     return args.absorber not in (None, "lora", "word", "both", "none")
 
 
-def choose_passes(args, method, tiny):
+def choose_passes(args, method):
     """Stages and passes, after the flags and what there is to learn from."""
-    changes = given(args, PASS_FLAGS)
-    stages = []
+    changes, stages = given(args, PASS_FLAGS), []
+    gone = {"look"} if borrowed(args) else set()
     for i, stage in enumerate(method.stages):
         passes = []
         for p in stage.passes:
-            there = [n for n in p.learns if n in method.parts]
-            if borrowed(args):
-                there = [n for n in there if n != "look"]
-            p = replace(p, learns=tuple(there),
+            p = replace(p, learns=tuple(n for n in p.learns if n in method.parts and n not in gone),
                         beside=tuple(n for n in p.beside if n in method.parts))
-            if args.train_word and p.of == "clips":
-                p = replace(p, learns=tuple(dict.fromkeys((*p.learns, "word"))))
             if p.of == "prior":
                 p = p if args.prior_weight is None else replace(p, weight=args.prior_weight)
                 p = replace(p, **{k: v for k, v in changes.items() if k in ("timesteps", "alpha")})
             elif p.says == "prompt" and p.sees == "whole":
                 p = replace(p, **changes)
-            if p.of == "prior" and method.prior == "none" or not p.learns:
-                continue
+                if args.train_word:
+                    p = replace(p, learns=tuple(dict.fromkeys((*p.learns, "word"))))
             if not args.video:  # pictures alone: what they look like
-                p = replace(p, of="images")
-            if args.video or p.sees == "frame":
+                p = replace(p, of="images", chance=1.0)
+            if p.learns and (args.video or p.sees != "whole") and (
+                    p.of != "prior" or method.prior != "none"):
                 passes.append(p)
         last = i == len(method.stages) - 1
-        steps = (args.steps if last else args.first_steps) or stage.steps
         if passes:
-            stages.append(Stage(tuple(passes), steps))
-    wrong = args.first_steps and "first_steps" not in tiny
-    if wrong and len(stages) == 1 and "subject" not in method.parts:
-        raise BadInput(f"--first-steps: {args.method} has one stage here; give --steps.")
-    if "subject" in method.parts:  # the motion first, then both (NewMove App. A)
+            stages.append(Stage(tuple(passes), (args.steps if last else args.first_steps)
+                                or stage.steps))
+    if not stages or not args.video and args.method != "motiondirector":
+        raise BadInput(f"{args.method} learns nothing from pictures alone; give --video.")
+    if "subject" in method.parts:  # the motion first, then both (NewMove's supplement, Sec. 2)
         subject = Pass(("subject", "subject-word"), sees="frame", of="images")
         both = Stage((*stages[-1].passes, subject), stages[-1].steps)
         stages = [replace(stages[-1], steps=args.first_steps or stages[-1].steps), both]
-    if not stages:
-        raise BadInput(f"{args.method} learns nothing from what was given; give --video.")
     used = {n for s in stages for p in s.passes for n in (*p.learns, *p.beside)}
     parts = {n: p for n, p in method.parts.items() if n in used}
     return replace(method, parts=parts, stages=tuple(stages))
+
+
+def check_flags(args, method, asked):
+    """Raises BadInput for a flag that was asked for and does nothing with this method."""
+    parts, passes = method.parts, [p for s in method.stages for p in s.passes]
+    motion = parts.get("motion", Part())
+    has = {
+        "a prior": any(p.of == "prior" for p in passes),
+        "an appearance of its own": "look" in parts and not borrowed(args),
+        "an absorber": "look-word" in METHODS[args.method].parts,
+        "layers that learn the motion": motion.layers is not None,
+        "a LoRA": motion.rank > 0,
+        "a word that learns": any(p.vectors for p in parts.values()),
+        "pictures": bool(args.images) and ("subject" in parts or not args.video),
+        "a subject": "subject" in parts,
+        "coarse timesteps": any(p.timesteps == "coarse" for p in passes),
+        "a debiased loss": any(p.loss in ("motiondirector", "appearance-debiased")
+                               for p in passes),
+        "residuals": any("residual" in p.loss or p.loss not in losses.LOSSES for p in passes),
+        "two stages": len(method.stages) > 1,
+        "a caption of the looks": any(p.says == "look" for p in passes)
+        or args.stop_at_appearance is not None,
+    }
+    needs = {
+        "prior_weight": "a prior", "prior_prompt": "a prior", "prior_clips": "a prior",
+        "look_layers": "an appearance of its own", "look_rank": "an appearance of its own",
+        "look_lr": "an appearance of its own", "look_weight_decay": "an appearance of its own",
+        "absorber": "an absorber", "layers": "layers that learn the motion",
+        "rank": "layers that learn the motion", "lora_scale": "a LoRA", "dropout": "a LoRA",
+        "word_lr": "a word that learns", "word_vectors": "a word that learns",
+        "word_init": "a word that learns", "images": "pictures", "subject_prompt": "pictures",
+        "subject_layers": "a subject", "subject_word": "a subject", "alpha": "coarse timesteps",
+        "beta": "a debiased loss", "stride": "residuals", "first_steps": "two stages",
+        "look_prompt": "a caption of the looks"}
+    if args.prior not in (None, "none"):
+        needs["prior"] = "a prior"
+    for flag, need in needs.items():
+        if flag in asked and not has[need]:
+            raise BadInput(f"--{flag.replace('_', '-')} does nothing here: {args.method}, with "
+                           f"these flags, has not {need}.")
+        if not has[need] and flag not in ("images", "prior", "layers", "rank"):
+            setattr(args, flag, None)  # a default that does nothing is not worth keeping
+    if args.stop_at_appearance is not None and not (args.look_prompt and args.preview_every):
+        raise BadInput("--stop-at-appearance looks at the samples; give --look-prompt (what is "
+                       "seen, without the motion) and --preview-every.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -423,9 +485,9 @@ class Words:
 
     def __init__(self, text, word, vectors, init, seed):
         table, ids = text.tower.token_embedding.weight, model.words_to_ids(word)
-        # A word that is a single token begins as what it is; a made-up one as `init`, with a little
-        # noise that tells its vectors apart.
-        known = ids if len(ids) == 1 else model.words_to_ids(init)[:1]
+        # A word that is a single token begins as what it is; a made-up one as `init` or a thing,
+        # with a little noise that tells its vectors apart.
+        known = ids if len(ids) == 1 and not init else model.words_to_ids(init or "thing")[:1]
         start = table[known].detach().float().expand(vectors, -1)
         noise = sampler.noise_like_shape(start.shape, [seed])[0].to(start) * table.std() * 0.1
         self.word, self.on = word, True
@@ -441,13 +503,17 @@ class Borrowed:
     take the place of the model's own while on."""
 
     def __init__(self, parts, path):
-        own = dict(parts.unet.named_parameters())
         adapter = lora.read_adapter(path, parts.unet)
         lora.check_fit(parts.unet, adapter)
-        if adapter.pairs:
-            self.lora = lora.LoRA(parts.unet, None, 0, pairs=adapter.pairs)
-        self.swapped, self.own = adapter.tensors, own
-        self._on = False
+        if adapter.words:
+            raise BadInput(f"{path} holds words ({', '.join(adapter.words)}), which no caption "
+                           "here has; learn the absorber here, or give a LoRA.")
+        self.own, self._on = dict(parts.unet.named_parameters()), False
+        self.swapped = {n: t.float() for n, t in adapter.tensors.items()}
+        for site, (A, B) in adapter.pairs.items():
+            name = f"{site}.weight"
+            W = self.swapped.get(name, self.own[name].data)
+            self.swapped[name] = W + lora.product(A, B, W)
 
     @property
     def on(self):
@@ -455,8 +521,6 @@ class Borrowed:
 
     @on.setter
     def on(self, on):
-        if hasattr(self, "lora"):
-            self.lora.on = on
         if on != self._on:
             for name, tensor in self.swapped.items():
                 p = self.own[name]
@@ -549,13 +613,13 @@ def encode(run, video):
 
 def read_caption(run, caption):
     """A caption's states (1, N, D), made once unless it holds a word that is learning."""
-    if any(v.requires_grad and w in caption for w, v in run.parts.text.learned.items()):
+    learned = [v for w, v in run.parts.text.learned.items() if model.has_word(caption, w)]
+    if any(v.requires_grad for v in learned):
         return run.parts.text([caption])
-    key = caption, any(w in caption for w in run.parts.text.learned)
-    if key[1] or key not in run.states:
+    if learned or caption not in run.states:
         with torch.no_grad():
-            run.states[key] = run.parts.text([caption]).float()
-    return run.states[key]
+            run.states[caption] = run.parts.text([caption]).float()
+    return run.states[caption]
 
 
 def learn(run, step, p, number, off):
@@ -592,7 +656,7 @@ def learn(run, step, p, number, off):
     loss = losses.LOSSES[p.loss](*pair, a=a.to(x), stride=p.stride, anchor=anchor, beta=p.beta)
     (p.weight * loss).backward()
     seen = losses.unseen_by_cosine(eps, noise) if "cosine" in p.loss else {}
-    return {"loss": loss.item(), "t": t.item(), "clip": str(clip.path)} | seen
+    return {"loss": loss.item(), "weight": p.weight, "t": t.item(), "clip": str(clip.path)} | seen
 
 
 def caption_of(run, p, clip):
@@ -636,21 +700,21 @@ def save_adapters(run, folder, step, meta):
     args, learners, paths = run.args, run.learners, []
     of = lambda kind, looks: [one for part, several in learners.items() for one in several
                               if isinstance(one, kind) and part.startswith("look") == looks]
-    files = [("", of(lora.LoRA, False), of(Words, False))]
-    looks = of(lora.LoRA, True)
-    for i in range(max(len(looks), len(of(Words, True)[:1]))):
-        files.append((f"-look-{i + 1}" if i else "-look", looks[i : i + 1], of(Words, True)))
     whole = {n: p for one in of(Whole, False) for n, p in one.parameters().items()}
-    for suffix, loras, words in files:
-        tensors = whole if not suffix else {}
-        if not (loras or words or tensors):
-            continue
-        path = folder / f"{args.method}{suffix}.safetensors"
-        ranks = {"rank": next(iter(loras[0].pairs.values()))[0].shape[0]} if loras else {}
-        lora.save_adapter(path, tensors, loras, {w.word: w.vectors for w in words},
-                          run.clips[0].latents[0] if run.clips else None,
-                          **meta, **ranks, step=step)
-        paths.append(path)
+    clip = run.clips[0].latents[0] if run.clips else None
+    files = [("", whole, of(lora.LoRA, False), of(Words, False), clip, meta)]
+    looks, words = of(lora.LoRA, True), of(Words, True)
+    for i in range(max(len(looks), len(words[:1]))):  # a look has no motion, and so no clip
+        own = {"prompt": (run.clips or run.images)[i].prompt, "noise_prior": 0.0}
+        suffix = f"-look-{i + 1}" if i else "-look"
+        files.append((suffix, {}, looks[i : i + 1], words, None, meta | own))
+    for suffix, tensors, loras, words, clip, meta in files:
+        if loras or words or tensors:
+            path = folder / f"{args.method}{suffix}.safetensors"
+            rank = {"rank": next(iter(loras[0].pairs.values()))[0].shape[0]} if loras else {}
+            lora.save_adapter(path, tensors, loras, {w.word: w.vectors for w in words}, clip,
+                              **meta, **rank, step=step)
+            paths.append(path)
     return paths
 
 
@@ -672,7 +736,7 @@ def identity(run, meta):
     """What must not change under a resumed run's feet: base model, clips and captions."""
     digest = hashlib.sha256()
     for clip in (*run.clips, *run.images, *run.prior):
-        digest.update(clip.latents.cpu().numpy().tobytes() + clip.prompt.encode())
+        digest.update(clip.video.numpy().tobytes() + clip.prompt.encode())
     return {"base model": meta["base"], "clip": digest.hexdigest()[:12]}
 
 
@@ -751,16 +815,28 @@ def preview(run, stage):
     """One sample (3, F, H, W) of the preview prompt, from where the method starts sampling."""
     args, parts, act = run.args, run.parts, acting(run.method, stage)
     parts.unet.eval()
-    switch(run.learners, act=act)
     prompt = args.preview_prompt + (" <look>" if "look-word" in act else "")
     like = (run.clips or run.images)[0].latents
-    shape = like.shape[1], max(like.shape[2], 1), *like.shape[3:]
+    shape = like.shape[1], like.shape[2] if run.clips else args.frames, *like.shape[3:]
     start = sampler.noise_like_shape(shape, [args.seed]).to(args.device)
-    if run.method.noise_prior and run.clips:
+    switch(run.learners, act=act if run.method.inverts == "tuned" else ())
+    if run.method.noise_prior:
         inverted = generate.invert(parts, like, args.preview_steps, args.precision)
         start = sampler.blend_noise(inverted, start, run.method.noise_prior)
+    switch(run.learners, act=act)
     return generate.sample(parts, [prompt], start, [args.seed], args.preview_steps,
                            args.guidance, precision=args.precision)[0]
+
+
+def looks_gone(args, video, step):
+    """Whether a sample's appearance score has fallen to --stop-at-appearance (NewMove's supplement,
+    Sec. 4): from there on, what is learned is the clip itself."""
+    if args.stop_at_appearance is None or not step:
+        return False
+    score = eval.text_alignment(eval.load_clip(args.clip, args.clip_weights), video,
+                                args.look_prompt)
+    data.say(f"step {step}: appearance score {score:.3f}")
+    return score <= args.stop_at_appearance
 
 
 # ------------------------------------------------------------------------------------------------
@@ -783,8 +859,6 @@ def prepare(args, method):
     prompts = [c.prompt for c in clips or images]
     args.prompt = prompts if len(set(prompts)) > 1 else prompts[:1]
     args.preview_prompt = data.check_prompt(args.preview_prompt or args.prompt[0])
-    if args.augment is None:
-        args.augment = args.method == "newmove" and len(clips) == 1
     run = Run(args, method, parts, clips, images, [])
     for clip in (*clips, *images):
         clip.latents = encode(run, clip.video)
@@ -811,7 +885,7 @@ def read_clips(args, method):
     clips, sources = [], []
     for i, path in enumerate(paths):
         caption, source = data.find_caption(path, prompts[i % len(prompts)])
-        if method.word and method.word not in caption:
+        if method.word and not model.has_word(caption, method.word):
             caption, source = data.check_prompt(f"{caption} {method.word}"), f"{source}, and --word"
         video = data.read_video(path, args.frames, size, args.fps, args.start)
         stride = max((p.stride for s in method.stages for p in s.passes), default=1)
@@ -828,6 +902,8 @@ def read_images(args):
     for path in data.find_pictures(args.images):
         prompt = args.subject_prompt or (args.prompt[0] if args.prompt and not args.video else None)
         caption, _ = data.find_caption(path, prompt)
+        if args.method == "newmove" and not model.has_word(caption, args.subject_word):
+            caption = data.check_prompt(f"{args.subject_word} {caption}")
         picture = data.fit(data.read_picture(path), (args.height, args.width))
         images.append(data.Clip(picture[:, None], caption, path))
     return images
@@ -842,10 +918,10 @@ def read_prior(run):
     if kind == "world":
         from tiny import world  # only where it is asked for
 
-        scenes = world.sample_scenes(args.prior_clips * 4, sampler.generator(args.seed, 1, 1))
+        scenes = world.sample_scenes(args.prior_clips, sampler.generator(args.seed, 1, 1))
         videos = world.render(scenes, args.frames)
-        made = zip(videos, world.captions(scenes), scenes.x)
-        prior = [data.Clip(video, caption, Path("world")) for video, caption, _ in made]
+        made = zip(videos, world.captions(scenes))
+        prior = [data.Clip(video, caption, Path("world")) for video, caption in made]
         if videos.shape[-2:] != (args.height, args.width):
             raise BadInput("--prior world is 64×64 pixels; leave --width and --height out.")
     elif kind == "generated":
@@ -870,7 +946,8 @@ def generate_prior(run):
         F, h, w = run.clips[0].latents.shape[2:]
         shape, made = (run.clips[0].latents.shape[1], F, h, w), []
         for seed in tqdm(range(args.prior_clips), desc="prior clips"):
-            start = sampler.noise_like_shape(shape, [args.seed * 10**4 + seed]).to(args.device)
+            source = sampler.generator(args.seed, seed, 4)  # no start that --seed could name
+            start = sampler.noise_like_shape(shape, [source]).to(args.device)
             video = generate.sample(run.parts, [prompt], start, [seed], args.preview_steps,
                                     args.guidance, precision=args.precision)[0]
             made.append(encode(run, video))
@@ -924,7 +1001,8 @@ def main(argv=None):
     method, parts = run.method, run.parts
     meta = {"method": args.method, "base": lora.fingerprint(parts.unet), "prompt": args.prompt[0],
             "base_name": (args.weights or Path("tiny")).name, "seed": args.seed, "fps": args.fps,
-            "sampling_steps": method.sampling_steps, "noise_prior": method.noise_prior}
+            "sampling_steps": method.sampling_steps, "noise_prior": method.noise_prior,
+            "inverts": method.inverts, "guidance": method.sampling_guidance}
     trained = named(run.learners)
     generate.on_gpu(args, parts.unet, trained)
     parts.unet.checkpointing = args.checkpointing
@@ -951,6 +1029,8 @@ def main(argv=None):
             reference = (run.clips or run.images)[0].video.expand_as(now)
             row = torch.cat([reference, before, now], dim=3)  # (3, F, H, 3·W)
             data.write_video(args.out / "samples" / f"step-{step:06d}.mp4", row, args.fps)
+            if looks_gone(args, now, step):
+                paths, end = save(run, step, optimizer, meta), True
         if end:
             break
         # learn
@@ -959,7 +1039,7 @@ def main(argv=None):
         logs = [learn(run, step, p, i, off) for i, p in enumerate(stage.passes)]
         norm = nn.utils.clip_grad_norm_(trained.values(), method.clip_grad)
         logs = [line for line in logs if line]
-        loss = sum(line["loss"] for line in logs)
+        loss = sum(line["weight"] * line["loss"] for line in logs)
         if not math.isfinite(loss + norm.item()):
             where = "; ".join(f"timestep {line['t']}, clip {line['clip']}" for line in logs)
             sys.exit(f"error: loss {loss}, gradient {norm.item()} at step {step}, {where}; the "

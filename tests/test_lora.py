@@ -116,9 +116,8 @@ def test_lora_by_hand():
     """y = W·x + s·B·A·x with W = 0, x = (1, 2), A = (3, 4), B = (5, 6), s = 2: A·x = 11."""
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
     layer[0].weight.data.zero_()
-    layer.conv_in = torch.nn.Linear(1, 1)  # where a LoRA looks for the device
-    pairs = {"0": (torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0], [6.0]]))}
-    lora.LoRA(layer, None, 0, scale=2.0, pairs=pairs)
+    A, B = lora.LoRA(layer, "all", 1, scale=2.0).pairs["0"]
+    A.data, B.data = torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0], [6.0]])
     assert layer[0](torch.tensor([[1.0, 2.0]])).tolist() == [[110.0, 132.0]]
 
 

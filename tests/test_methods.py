@@ -1,11 +1,13 @@
 """The nine methods of train.py: what learns, from what, beside what; and that each resumes."""
 import json
-import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -355,10 +357,23 @@ def test_save_every_keeps_the_adapters_on_the_way(clip, tmp_path):
 
 
 @pytest.mark.parametrize("more,says", [
-    (("--look-rank", 4), "learns no look"),
-    (("--absorber", "lora"), "customize-a-video's"),
-    (("--first-steps", 4), "one stage"),
-    (("--images", "x.png"), "subject to newmove"),
+    (("--look-rank", 4), "does nothing here"),
+    (("--absorber", "lora"), "does nothing here"),
+    (("--first-steps", 4), "does nothing here"),
+    (("--prior-weight", 1), "does nothing here"),
+    (("--alpha", 0.2), "does nothing here"),
+    (("--beta", 0.2), "does nothing here"),
+    (("--method", "motiondirector", "--stride", 2), "does nothing here"),
+    (("--method", "newmove", "--dropout", 0.2), "does nothing here"),
+    (("--method", "textual-inversion", "--rank", 2), "does nothing here"),
+    (("--look-prompt", "x"), "does nothing here"),
+    (("--images", "x.png"), "does nothing here"),
+    (("--method", "motiondirector", "--images", "x.png"), "does nothing here"),
+    (("--noise-prior", 1.5), "wanted 0 to 1"),
+    (("--method", "lora", "--dropout", 1.5), "wanted 0 to"),
+    (("--method", "newmove", "--alpha", 2), "wanted 0 to 1"),
+    (("--rank", 2, "--layers", ".*norm.*"), "no linear layer"),
+    (("--stop-at-appearance", 0.2), "give --look-prompt"),
     (("--method", "newmove", "--prompt", "a", "b"), "captions for 1 clips"),
     (("--method", "textual-inversion", "--word", ""), "needs a name"),
     (("--method", "newmove", "--prior", "/nowhere"), "does not exist"),
@@ -376,11 +391,10 @@ def test_refining_resizes_and_keeps_what_strength_leaves(tiny, tmp_path):
     """Strength 0 is the VAE's round trip; more strength, more change."""
     scenes = world.sample_scenes(1, torch.Generator().manual_seed(2))
     video = world.render(scenes)
-    args = generate.parse(["--prompt", "a red star", "--refine", str(TINY), "--steps", "10",
-                           "--guidance", "1"])
+    args = generate.parse(["--prompt", "a red star", "--refine", str(TINY)])
     args.refine_width = args.refine_height = 64
-    args.device, args.precision = "cpu", "fp32"
-    change = []
+    args.device, args.precision, args.refine_guidance = "cpu", "fp32", 1.0
+    args.refine_steps, change = 10, []
     for strength in (0.0, 0.3, 0.9):
         args.strength = strength
         out = generate.refine(tiny, video, ["a thing"], [0], args)
@@ -421,9 +435,34 @@ def test_dmt_pulls_features_towards_the_reference(tiny, clip, tmp_path):
     assert len(list(tmp_path.glob("*.mp4"))) == 1
 
 
-def test_low_frequencies_keep_means_and_nothing_finer():
-    x = torch.randn(1, 2, 3, 8, 8)
-    low = generate.low_frequencies(x)
-    assert torch.allclose(low.mean((3, 4)), x.mean((3, 4)), atol=1e-6)
-    assert torch.allclose(generate.low_frequencies(low), low) and math.isclose(
-        low[0, 0, 0, 0, 0].item(), low[0, 0, 0, 3, 3].item())
+def test_low_frequencies_keep_what_is_coarse_and_drop_what_is_fine():
+    fine = torch.ones(16, 16)
+    fine[::2] = -1
+    coarse = torch.linspace(-1, 1, 16).expand(16, 16)
+    low = generate.low_frequencies((coarse + fine).expand(1, 2, 3, 16, 16))
+    assert (low[..., 2:-2, 2:-2] - coarse[2:-2, 2:-2]).abs().max() < 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# Adding a method
+
+
+def test_the_readmes_own_methods_apply_and_run(clip, tmp_path):
+    """The two diffs of "Add your own", each at most 30 lines in at most 2 files."""
+    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(diffs) == 2
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in ROOT.glob("*.py"):
+        (copy / path.name).write_text(path.read_text())
+    (copy / "tiny").symlink_to(ROOT / "tiny")
+    for diff in diffs:
+        assert len(diff.splitlines()) <= 30 and diff.count("diff --git") <= 2
+        subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
+    for more in (("--method", "tap"), ("--loss", "spectral", "--align", "x0")):
+        flags = ("--video", clip, "--out", tmp_path / "out", "--steps", 2, *more, *FAST)
+        done = subprocess.run([sys.executable, copy / "train.py", *map(str, flags)],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    line = (tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["loss"] > 0

@@ -1,16 +1,19 @@
-"""Measure the tiny model, and VMC on it, with the world's own instruments.
+"""Measure the tiny model, and the methods on it, with the world's own instruments.
 
     python tiny/measure.py base                 # 200 held-out prompts of base motions
     python tiny/measure.py vmc                  # six novel motions, base and tuned, two starts
-    python tiny/measure.py vmc --layers all     # the ceiling: every parameter tuned
+    python tiny/measure.py vmc --layers all --loss mse    # the ceiling: every parameter tuned
+    python tiny/measure.py methods --clips 10   # all methods, from ten clips where they take them
 
-Prints a table, and writes it with a contact sheet to out/measure-*.
+Prints a table, and writes it with contact sheets to out/measure-*. Flags that are not its own go to
+train.py.
 
 Axes: N videos, F frames.
 """
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -28,14 +31,15 @@ from tiny import instruments, world  # noqa: E402
 LOOK = ("colour", "shape", "background")
 
 
-def make(parts, prompts, seeds, args, inverted=None):
-    """Videos (N, 3, F, H, W) of N prompts, sixteen at a time, from noise or the inverted clip."""
+def make(parts, prompts, seeds, args, inverted=None, p=1.0):
+    """Videos (N, 3, F, H, W) of N prompts, sixteen at a time, from noise, or from the inverted clip
+    with a share p."""
     videos = []
     shape = (parts.unet.config.in_channels, world.FRAMES, 8, 8)
     for i in range(0, len(prompts), 16):
         start = sampler.noise_like_shape(shape, seeds[i : i + 16])
         if inverted is not None:
-            start = inverted.expand(len(start), -1, -1, -1, -1)
+            start = sampler.blend_noise(inverted, start, p)
         videos.append(generate.sample(parts, prompts[i : i + 16], start, seeds[i : i + 16],
                                       args.steps, args.guidance, precision=args.precision))
     return torch.cat(videos)
@@ -91,40 +95,98 @@ def other_looks(scenes, n, g):
     return candidates[differs][torch.arange(n)]
 
 
-def measure_motion(name, args):
-    """One novel motion: learn it from one clip, make 8 prompts × 2 seeds in each of four cells."""
+def learn_motion(name, method, args):
+    """One novel motion, learned by one method from one clip (or --clips). Returns the folder, the
+    first clip's scene, the words that now name the motion, what else it looks like in 8 scenes, and
+    how many seconds it took."""
     g = torch.Generator().manual_seed(world.MOTIONS.index(name))
     clip = world.sample_scenes(1, g, (name,), speeds=False)
-    folder = args.out / data.slug(name)
-    data.write_video(folder / "clip.mp4", world.render(clip)[0], world.FPS)
-    prompt = world.caption(shape=world.SHAPES[clip.shape], motion=name)
-    flags = ["--video", folder / "clip.mp4", "--prompt", prompt, "--out", folder / "run",
-             "--preview-every", 0, "--seed", 0, *args.train]
-    train.main([str(f) for f in flags])
     looks = other_looks(clip, 8, g)
-    prompts = 2 * world.captions(looks.but(motion=clip.motion.expand(8)))
-    seeds, rows, sheets = [0] * 8 + [1] * 8, {}, []
+    several = "look" not in train.METHODS[method].parts or method == "motiondirector"
+    count = args.clips if several and method not in ("vmc", "tune-a-video") else 1
+    scenes = world.sample_scenes(count, g, (name,), speeds=False)
+    for field in vars(scenes):
+        getattr(scenes, field)[:1] = getattr(clip, field)
+    folder = args.out / method / data.slug(name)
+    words = f"doing the {word}" if (word := train.METHODS[method].word) else name
+    for i, video in enumerate(world.render(scenes)):
+        path = folder / "clips" / f"{i}.mp4"
+        data.write_video(path, video, world.FPS)
+        path.with_suffix(".txt").write_text(
+            world.caption(shape=world.SHAPES[scenes.shape[i]], motion=words))
+    flags = ["--method", method, "--video", folder / "clips", "--out", folder / "run",
+             "--preview-every", 0, "--seed", 0, *args.train]
+    started = time.time()
+    train.main([str(f) for f in flags])
+    return folder, clip, words, looks, time.time() - started
+
+
+def score(videos, clip, looks):
+    """The figures of N videos, whose looks were asked for in turn, against a clip's motion."""
+    reading, repeat = instruments.read(videos), len(videos) // len(looks)
+    right = {n: getattr(reading, n) == getattr(looks, n).repeat(repeat) for n in LOOK}
+    return {"agreement": round(agreement(reading, world.trajectory(clip)).mean().item(), 3),
+            "recognised": share(reading.motion == clip.motion),
+            **{n: share(hits) for n, hits in right.items()},
+            "all three": share(right["colour"] & right["shape"] & right["background"]),
+            "leak": share(reading.background == clip.background)}
+
+
+def prompts_of(looks, words, seeds):
+    """The prompts of `looks` with the words of the motion, once a seed, and the seeds."""
+    count = range(len(looks))
+    name = lambda table, field, i: list(table)[getattr(looks, field)[i]]
+    prompts = [world.caption(name(world.COLOURS, "colour", i), name(world.SHAPES, "shape", i),
+                             words, "", name(world.BACKGROUNDS, "background", i)) for i in count]
+    return prompts * seeds, [s for s in range(seeds) for _ in count]
+
+
+def measure_motion(name, args):
+    """VMC on one novel motion: 8 prompts × 2 seeds in each of four cells."""
+    folder, clip, words, looks, seconds = learn_motion(name, "vmc", args)
+    prompts, seeds = prompts_of(looks, words, 2)
     adapter = lora.read_adapter(folder / "run" / "vmc.safetensors")
+    rows, sheets = {}, []
     for tuned in (False, True):
         parts = load(args)
         if tuned:
-            lora.apply_adapter(parts.unet, adapter)
+            lora.apply_adapters(parts, [adapter])
         inverted = generate.invert(parts, adapter.latents[None], args.steps, args.precision)
         for start in ("noise", "inverted"):
             videos = make(parts, prompts, seeds, args, inverted if start == "inverted" else None)
-            reading = instruments.read(videos)
-            right = {n: getattr(reading, n) == getattr(looks, n).repeat(2) for n in LOOK}
-            score = agreement(reading, world.trajectory(clip))
-            rows[f"{'tuned' if tuned else 'base'}, {start}"] = {
-                "agreement": round(score.mean().item(), 3),
-                "recognised": share(reading.motion == clip.motion),
-                **{n: share(hits) for n, hits in right.items()},
-                "all three": share(right["colour"] & right["shape"] & right["background"]),
-                "leak": share(reading.background == clip.background)}
+            rows[f"{'tuned' if tuned else 'base'}, {start}"] = score(videos, clip, looks)
             sheets += list(videos[:3])
-    data.contact_sheet(folder / "sheet.png", [world.render(clip)[0], *sheets])
-    write_gif(folder / "result.gif", [world.render(clip)[0], *videos[:4]])
+    rows["tuned, inverted"]["seconds"] = round(seconds)
+    reference = world.render(clip)[0]
+    data.contact_sheet(folder / "sheet.png", [reference, *sheets])
+    write_gif(folder / "result.gif", [reference, *videos[:4]])
     return rows
+
+
+def measure_methods(args):
+    """Each method on novel motions, sampled as it says: 8 prompts, one seed."""
+    table = {}
+    for method in args.methods or train.METHODS:
+        rows = []
+        for name in args.motions or world.NOVEL[:1]:
+            folder, clip, words, looks, seconds = learn_motion(name, method, args)
+            prompts, seeds = prompts_of(looks, words, 1)
+            parts = load(args)
+            adapter = lora.read_adapter(folder / "run" / f"{method}.safetensors")
+            lora.apply_adapters(parts, [adapter])
+            p, inverted = train.METHODS[method].noise_prior, None
+            if p:
+                inverted = generate.invert(parts, adapter.latents[None], args.steps, args.precision)
+            videos = make(parts, prompts, seeds, args, inverted, p)
+            data.contact_sheet(folder / "sheet.png", [world.render(clip)[0], *videos])
+            trained = [*adapter.tensors.values(), *adapter.words.values(),
+                       *(t for pair in adapter.pairs.values() for t in pair)]
+            rows.append(score(videos, clip, looks) | {
+                "seconds": round(seconds), "parameters": sum(t.numel() for t in trained)})
+        table[method] = {k: round(sum(r[k] for r in rows) / len(rows), 3) for k in rows[0]}
+        print(f"{method:20} {table[method]}", flush=True)
+    with data.publish(args.out / "methods.json") as path:
+        path.write_text(json.dumps(table | vars_of(args), indent=1))
 
 
 def write_gif(path, videos, scale=2):
@@ -169,9 +231,11 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("base", "vmc"), help="what to measure")
+    add("what", choices=("base", "vmc", "methods"), help="what to measure")
     add("--prompts", type=int, default=200, help="prompts for base (default: 200)")
-    add("--motions", nargs="*", help="novel motions for vmc (default: all six)")
+    add("--motions", nargs="*", help="novel motions (default: all six; methods: the first)")
+    add("--methods", nargs="*", help="which methods (default: all)")
+    add("--clips", type=int, default=1, help="clips, for methods that take several (default: 1)")
     add("--steps", type=int, default=30, help="sampling and inversion steps (default: 30)")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance (default: 4)")
     add("--weights", type=Path, default=generate.TINY, help="the model (default: tiny/weights)")
@@ -181,7 +245,7 @@ def main():
     args.precision = args.precision or generate.default_precision("cpu")
     args.out = args.out or Path("out") / f"measure-{args.what}"
     model.keep_memory()
-    {"base": measure_base, "vmc": measure_vmc}[args.what](args)
+    {"base": measure_base, "vmc": measure_vmc, "methods": measure_methods}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -131,10 +131,10 @@ class Average:
         torch._foreach_lerp_([self.state[n] for n in names], list(values), 1 - decay)
 
 
-def run(stage, module, loss_of, export, args, decay=0.999, no_decay=()):
+def run(stage, module, loss_of, export, args, decay=0.999, no_decay=(), file=None):
     """Train `module` on loss_of(step) to the stage's last step; resume, log, save and export.
 
-    Names that hold one of `no_decay` get no weight decay.
+    Names that hold one of `no_decay` get no weight decay; the state goes to `file`.pt.
     """
     steps, peak = args.steps or STEPS[stage], args.rate or RATE[stage]
     kept = [p for n, p in module.named_parameters() if p.dim() < 2 or any(s in n for s in no_decay)]
@@ -143,7 +143,7 @@ def run(stage, module, loss_of, export, args, decay=0.999, no_decay=()):
         [{"params": decayed, "weight_decay": 0.01}, {"params": kept, "weight_decay": 0.0}],
         betas=(0.9, 0.99), fused=True)
     average, first = Average(module, decay), 0
-    path = args.work / f"{stage}.pt"
+    path = args.work / f"{file or stage}.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True, map_location=args.device)
         module.load_state_dict(saved["module"])
@@ -229,20 +229,57 @@ def train_vae(args):
 # CLIP
 
 
+def word_directions():
+    """{token id: a vector (64,)} of every word of colour and shape: its own axis of a fixed random
+    frame, less the mean of its kind. See train_clip."""
+    words = [*world.SHAPES, *world.COLOURS]
+    g = torch.Generator().manual_seed(3)
+    frame = torch.linalg.qr(torch.randn(64, len(words), generator=g)).Q.T  # (14, 64)
+    shapes, colours = frame[: len(world.SHAPES)], frame[len(world.SHAPES) :]
+    code = torch.cat([shapes - shapes.mean(0), colours - colours.mean(0)])
+    code = 3 * F.normalize(code, dim=1)  # of states that are about eight long
+    return {model.words_to_ids(w)[-1]: code[i] for i, w in enumerate(words)}, frame
+
+
 def train_clip(args):
-    """Frames against captions (Radford et al. 2021, Fig. 3). Frames do not show motion, so a linear
-    head that exists only here also reads the scene, the thing's path above all, from the text: the
-    words "left" and "right" then get states as far apart as words of colour."""
+    """Frames against captions (Radford et al. 2021, Fig. 3). Two things are added, or the UNet
+    would read next to nothing. Frames do not show motion, so a linear head that exists only here
+    reads the scene, the thing's path above all, from the text: the words "left" and "right" then
+    get states as far apart as words of colour. And words of shape and colour, whose states CLIP
+    leaves almost alike (cosine 1.00 between "star" and "cross"), get fixed directions of their own.
+
+    With --keep-text the text encoder stays as it is, for the UNet's sake, and the rest learns."""
     torch.manual_seed(1)
     clip = open_clip.model.CLIP(**CLIP_CONFIG)
     head = nn.Linear(64, 5 * world.FRAMES + 8 + 6 + 5)
     both = nn.ModuleDict({"clip": clip, "head": head}).to(args.device)
+    directions, frame = word_directions()
+    frame, on = frame.to(args.device), model.words_to_ids("on")[0]
+    layers = clip.transformer.resblocks
+    if args.keep_text:
+        kept = model.load_text(args.out, args.device).tower.state_dict()
+        clip.load_state_dict(kept, strict=False)
+        for name, p in clip.named_parameters():
+            p.requires_grad_(name not in kept)
 
-    def read_text(texts):
-        ids = model.tokenize(texts)[:, :24].to(args.device)  # causal: the rest changes nothing
-        x = clip.token_embedding(ids) + clip.positional_embedding[:24]
-        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:24, :24]))
-        return x[torch.arange(len(ids)), ids.argmax(1)] @ clip.text_projection  # at the end token
+    def read_text(ids):
+        """The text encoder's states (B, N, 64), and CLIP's features (B, 64)."""
+        mask = clip.attn_mask[: ids.shape[1], : ids.shape[1]]
+        x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
+        for layer in layers[:-1]:
+            x = layer(x, attn_mask=mask)
+        last = clip.ln_final(layers[-1](x, attn_mask=mask))
+        end = ids.argmax(1)
+        return clip.ln_final(x), last[torch.arange(len(ids)), end] @ clip.text_projection
+
+    def word_loss(states, ids):
+        """Along the frame, every state is the sum of the words of the thing read so far; those of
+        the background, after "on", do not count."""
+        goal, thing = torch.zeros_like(states), ((ids == on).cumsum(1) == 0)[..., None]
+        for token, vector in directions.items():
+            read = (((ids == token)[..., None] & thing).cumsum(1) > 0).float()
+            goal = goal + read * vector.to(goal)
+        return (((states - goal) @ frame.T) ** 2).mean()
 
     def scene_loss(text, scenes):
         path, reach = world.trajectory(scenes), scenes.reach[:, None]
@@ -254,34 +291,43 @@ def train_clip(args):
 
     def loss_of(step):
         g = generator("clip", step)
-        scenes = world.sample_scenes(BATCH["clip"] * (1 if step % 3 == 0 else 2), g)
+        pictures = args.keep_text or step % 3 == 0  # two steps in three are text alone, and cheap
+        scenes = world.sample_scenes(BATCH["clip"] * (1 if pictures else 2), g)
         texts = world.captions(scenes, g)
+        ids = model.tokenize(texts)[:, :24].to(args.device)  # causal: the rest changes nothing
         with autocast(args):
-            text = read_text(texts)
-        if step % 3:  # two steps in three are text alone, and cheap
-            return 10 * scene_loss(text, scenes)
+            states, text = read_text(ids)
+        loss = 0
+        if not args.keep_text:
+            ends = states[torch.arange(len(ids)), ids.argmax(1)]
+            loss = 10 * (scene_loss(text, scenes) + scene_loss(ends, scenes))
+            loss = loss + word_loss(states.float(), ids)
+        return loss + contrast(text, texts, frames_of(scenes, g)) if pictures else loss
+
+    def contrast(text, texts, frames):
         with autocast(args):
-            image = clip.encode_image(frames_of(scenes, g).to(args.device))
+            image = clip.encode_image(frames.to(args.device))
         image, words = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
         logits = clip.logit_scale.exp() * image @ words.T
         number = {t: i for i, t in enumerate(texts)}
         number = torch.tensor([number[t] for t in texts])
         same = (number[:, None] == number).float().to(args.device)
         same = same / same.sum(1, keepdim=True)  # equal captions are not each other's negatives
-        contrast = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-        return contrast + 10 * scene_loss(text, scenes)
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
     def export(state):
         state = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
         last = f"transformer.resblocks.{CLIP_CONFIG['text_cfg']['layers'] - 1}."
         stem = ("token_embedding", "positional_embedding", "transformer.", "ln_final")
         text = {n: t for n, t in state.items() if n.startswith(stem) and not n.startswith(last)}
-        write_part(args.out, "text_encoder", TEXT_CONFIG, model.text_to_hub(text), "model")
+        if not args.keep_text:
+            write_part(args.out, "text_encoder", TEXT_CONFIG, model.text_to_hub(text), "model")
         # What the text encoder does not hold: the last text layer, the projections, the pictures.
         rest = {n: t for n, t in state.items() if n not in text}
         write_part(args.out, "clip", CLIP_CONFIG, rest, "model", "open_clip_config.json")
 
-    run("clip", both, loss_of, export, args, no_decay=("embedding",))
+    run("clip", both, loss_of, export, args, no_decay=("embedding",),
+        file="clip-kept" if args.keep_text else "clip")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -391,9 +437,9 @@ def train_pictures(args):
 
 
 def train_clips(args):
-    """Whole clips, along CURRICULUM: how things move; every fourth step is one of pictures, which
-    keeps looks right at little cost. Starts from the pictures' state where there is one, else
-    from the weights that are there, and then in the curriculum's last part: so the committed
+    """Whole clips, along CURRICULUM: how things move. Every second step is one of pictures, which
+    keeps looks right at a third of the cost. Starts from the pictures' state where there is one,
+    else from the weights that are there, and then in the curriculum's last part: so the committed
     model can be trained on."""
     unet, schedule = build_unet(args), build_schedule()
     pictures, pools, offset = picture_pool(args), {}, 0
@@ -409,8 +455,8 @@ def train_clips(args):
         g = generator("clips", step)
         part = next(i for i, c in enumerate(CURRICULUM) if step + offset < c[0])
         _, frames, batch, motions, low = CURRICULUM[part]
-        if step % 4 == 3:
-            latents, states = pictures.batch(step // 4, g, False)
+        if step % 2:
+            latents, states = pictures.batch(step // 2, g, False)
             return unet_loss(unet, schedule, latents, states, g, args, False, skew=1.5)
         if part not in pools:
             pools.clear()
@@ -431,6 +477,8 @@ def main():
     parser.add_argument("--work", type=Path, default=HERE / "work", help="where the state goes")
     parser.add_argument("--steps", type=int, help="last step of the stage; default per stage")
     parser.add_argument("--rate", type=float, help="peak learning rate; default per stage")
+    parser.add_argument("--keep-text", action="store_true",
+                        help="clip: learn all but the text encoder, which a UNet already reads")
     parser.add_argument("--skew", type=float, default=0.8,
                         help="clips' timesteps are T·u^skew (default: 0.8, somewhat to high noise)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
