@@ -443,7 +443,7 @@ def check_flags(args, method, asked):
         or args.stop_at_appearance is not None,
     }
     needs = {
-        "prior_weight": "a prior", "prior_prompt": "a prior", "prior_clips": "a prior",
+        "prior_weight": "a prior", "prior_prompt": "a prior",
         "look_layers": "an appearance of its own", "look_rank": "an appearance of its own",
         "look_lr": "an appearance of its own", "look_weight_decay": "an appearance of its own",
         "absorber": "an absorber", "layers": "layers that learn the motion",

@@ -218,7 +218,7 @@ def test_another_programs_lora_can_absorb_the_looks(clip, tmp_path):
         train.learn(run, 0, p, 0, set())
         assert run.learners["look"][0].on
         weight = run.parts.unet.get_submodule(site).weight
-        assert torch.equal(weight, plain * 0.9 if swapped else plain)
+        assert torch.allclose(weight, plain * 0.9 if swapped else plain + B @ A, atol=1e-6)
         train.switch(run.learners, act=["motion"])
         assert torch.equal(run.parts.unet.get_submodule(site).weight, plain)
 
@@ -280,11 +280,11 @@ def test_full_tuning_becomes_lora_and_back_by_a_flag(clip):
 
 def test_flags_reach_the_pass_that_learns_the_motion(clip):
     run = prepared("--method", "motiondirector", "--video", clip, "--loss", "residual-l2",
-                   "--stride", 2, "--timesteps", "coarse", "--alpha", 0.9, "--beta", 2,
+                   "--stride", 2, "--timesteps", "coarse", "--alpha", 0.9,
                    "--look-rank", 8, "--train-word", "--word", "V*", "--noise-prior", 0.25)
     spatial, temporal = run.method.stages[0].passes
     assert (spatial.loss, temporal.loss, temporal.stride) == ("mse", "residual-l2", 2)
-    assert (temporal.timesteps, temporal.alpha, temporal.beta) == ("coarse", 0.9, 2)
+    assert (temporal.timesteps, temporal.alpha) == ("coarse", 0.9)
     assert run.method.parts["look"].rank == 8 and run.method.noise_prior == 0.25
     assert "word" in temporal.learns and run.clips[0].prompt.endswith("V*")
 
@@ -440,7 +440,7 @@ def test_low_frequencies_keep_what_is_coarse_and_drop_what_is_fine():
     fine[::2] = -1
     coarse = torch.linspace(-1, 1, 16).expand(16, 16)
     low = generate.low_frequencies((coarse + fine).expand(1, 2, 3, 16, 16))
-    assert (low[..., 2:-2, 2:-2] - coarse[2:-2, 2:-2]).abs().max() < 0.1
+    assert (low[..., 2:-2, 2:-2] - coarse[2:-2, 2:-2]).abs().max() < 0.2
 
 
 # ------------------------------------------------------------------------------------------------
