@@ -176,7 +176,7 @@ BY_DATA = {
 # What the tiny model does otherwise. It is hundreds of times smaller, and so wants larger steps and
 # fewer of them.
 TINY = {
-    "vmc": {"layers": "temporal", "steps": 200, "lr": 1e-3, "sampling_steps": 20},
+    "vmc": {"layers": "temporal", "align": "x0", "steps": 200, "lr": 1e-3, "sampling_steps": 20},
     "motiondirector": {"steps": 200, "lr": 3e-3, "look_lr": 3e-3},
     "newmove": {"steps": 300, "lr": 3e-4, "prior": "world"},
     "customize-a-video": {"steps": 200, "first_steps": 100, "lr": 3e-3, "look_lr": 1e-3},
@@ -338,7 +338,8 @@ def resolve(args):
         method = replace(method, noise_prior=0.0)
     if args.augment is None:
         args.augment = args.method == "newmove"
-    args.subject_word = args.subject_word or "X*"
+    if "subject" in method.parts:
+        args.subject_word = args.subject_word or "X*"
     args.prior_clips = args.prior_clips or (64 if method.prior == "world" else 16)
     first = (args.video or args.images)[0]
     args.out = args.out or Path("out") / f"{data.slug(first.stem)}-{args.method}"

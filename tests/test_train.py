@@ -332,7 +332,7 @@ def test_a_mistake_leaves_no_traceback(tmp_path):
     (lambda p, c: ["--video", c, "--steps", "0"], "wanted 1 or more"),
     (lambda p, c: ["--video", c, "--layers", "nothing"], "known sets"),
     (lambda p, c: ["--video", c, "--width", "60"], "multiples of 8"),
-    (lambda p, c: ["--video", c, "--stride", "16"], "less than the clip's"),
+    (lambda p, c: ["--video", c, "--stride", "16"], "wanted less than"),
     (lambda p, c: ["--video", c, "--wrong"], "unrecognized"),
     (lambda p, c: ["--video", c, "--clip-grad", "-1"], "wanted"),
     (lambda p, c: ["--video", c, "--lr", "nan"], "wanted"),
