@@ -322,3 +322,27 @@ def test_full_size_unet_equals_diffusers():
         error = relative(ours(x, t, text), theirs(x, t, text).sample)
     print(f"full size, fp32: relative L2 {error:.2e}")
     assert error <= 4e-6
+
+
+# ------------------------------------------------------------------------------------------------
+# ModelScope's original format
+
+
+def test_pth_names_are_modelscopes():
+    listed = json.loads((ROOT / "tests/reference/unet_modelscope_pth_map.json").read_text())
+    assert len(listed) == 1480
+    assert {ours: model.pth_name(ours) for ours in listed} == {k: v[0] for k, v in listed.items()}
+
+
+def test_an_original_pth_loads_as_the_same_unet(tmp_path):
+    """Written under ModelScope's names, with its convolutions of width 1, and read back."""
+    unet = model.UNet(model.UNetConfig(**NARROW_UNET))
+    state = {}
+    for name, tensor in unet.state_dict().items():
+        wide = name.endswith(("proj_in.weight", "proj_out.weight"))
+        state[model.pth_name(name)] = tensor[..., None] if wide else tensor
+    (tmp_path / "unet").mkdir()
+    torch.save({"state_dict": state}, tmp_path / "unet" / "text2video.pth")
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(NARROW_UNET))
+    read = model.load_unet(tmp_path).state_dict()
+    assert all(torch.equal(read[n], t) for n, t in unet.state_dict().items())

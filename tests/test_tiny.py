@@ -127,7 +127,7 @@ def test_the_tiny_model_draws_what_is_asked(tiny):
     videos = generate.sample(tiny, world.captions(s), noise, list(range(8)), steps=20, guidance=4)
     right = instruments.accuracy(s, instruments.read(videos))
     print("on eight prompts:", right)
-    assert right["colour"] >= 0.35 and right["background"] >= 0.75
+    assert right["colour"] >= 0.6 and right["background"] >= 0.85 and right["motion"] >= 0.5
 
 
 def test_the_tiny_clip_has_no_part_twice():
