@@ -5,11 +5,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 demo: $(VENV)/ready
-	$(BIN)/python train.py --method vmc --video assets/hopping.mp4 \
-	    --preview-prompt "a white star hopping on a brown dotted background"
-	$(BIN)/python generate.py --adapter out/hopping-vmc/vmc.safetensors --out out/demo \
+	$(BIN)/python train.py --method vmc --video assets/eight.mp4 \
+	    --preview-prompt "a red star moving in a figure eight on a grey background"
+	$(BIN)/python generate.py --adapter out/eight-vmc/vmc.safetensors --out out/demo \
 	    --prompts assets/prompts.txt
-	@echo "The clip, the untrained and the trained model side by side: out/hopping-vmc/samples/"
+	@echo "The clip, the untrained and the trained model side by side: out/eight-vmc/samples/"
 	@echo "The new videos: out/demo/, all in one picture: out/demo/sheet.png"
 
 test: $(VENV)/ready-test

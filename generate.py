@@ -1,6 +1,6 @@
 """Make videos, with a learned motion or without.
 
-    python generate.py --adapter out/hopping-vmc/vmc.safetensors --prompt "a pink star hopping"
+    python generate.py --adapter out/eight-vmc/vmc.safetensors --prompts assets/prompts.txt
     python generate.py --adapter motion.safetensors look.safetensors --scale 1 0.7 --prompt "…"
     python generate.py --adapter A.safetensors --prompts prompts.txt --seeds 4
     python generate.py --prompt "a red ring moving left on a grey background"

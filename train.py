@@ -195,7 +195,7 @@ TINY = {
 def parse(argv=None):
     """The flags."""
     examples = """examples:
-  python train.py --method vmc --video assets/hopping.mp4
+  python train.py --method vmc --video assets/eight.mp4
   python train.py --method motiondirector --video clips/ --prompt "a person is riding a bicycle" \\
       --weights zeroscope_v2_576w --width 384 --height 384
   python train.py --method newmove --video clip.mp4 --loss motiondirector --rank 32 --lr 5e-4

@@ -49,7 +49,7 @@ def full_size_folder(tmp_path_factory):
 def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
     """8 frames of 128×128, from the repository's own clip."""
     size = ("--weights", full_size_folder, "--frames", 8, "--width", 128, "--height", 128)
-    clip = ROOT / "assets" / "hopping.mp4"
+    clip = ROOT / "assets" / "eight.mp4"
     done = run("train.py", "--video", clip, "--steps", 2, "--preview-every", 0,
                "--out", tmp_path / "run", *size)
     print(done.stdout)
