@@ -116,9 +116,9 @@ def test_recipes_have_the_papers_numbers():
 
 
 @pytest.mark.parametrize("method", train.METHODS)
-def test_every_method_teaches_what_it_says_and_nothing_else(method, clip):
+def test_every_method_teaches_what_it_says_and_nothing_else(method, clip, tmp_path):
     """After each pass's backward, gradients are where the pass learns, and nowhere else."""
-    run = prepared(*flags_of(method, clip, "unused"))
+    run = prepared(*flags_of(method, clip, tmp_path))
     everything = dict(run.parts.unet.named_parameters()) | train.named(run.learners)
     for stage in run.method.stages:
         for i, p in enumerate(stage.passes):
