@@ -250,8 +250,8 @@ def crop(clip, g, encode):
 
 def augmented(clip, g, encode):
     """All frames, all alike a little enlarged, shifted, and changed in brightness, contrast and
-    saturation (NewMove App. B names spatial and colour augmentation, with no figures). Never
-    flipped: a flip turns left into right."""
+    saturation (NewMove's supplement names spatial and colour augmentation, with no figures).
+    Never flipped: a flip turns left into right."""
     video = zoom(clip.video, 0.8, 1.0, g)
     light, contrast, colour = 0.8 + 0.4 * torch.rand(3, generator=g)
     video = ((video + 1) * light - 1 - video.mean()) * contrast + video.mean()

@@ -215,7 +215,7 @@ class SSCD:
 
 def copy_score(features, references):
     """Largest cosine between any frame of a video (F, D) and any training frame (list of (F, D)):
-    NewMove, Sec. 4.2."""
+    NewMove's supplement, Sec. 5."""
     return max((features @ r.T).max().item() for r in references)
 
 
@@ -283,8 +283,8 @@ def track(video, every=4, textured=0.02):
 
 
 def motion_fidelity(source, made, still=0.05):
-    """Yatim et al. 2023, Eq. 9: for every track of one video the best correlation among the
-    other's, averaged, both ways. A correlation is the mean over frames of the cosine between
+    """Yatim et al. 2023: for every track of one video the best correlation among the other's,
+    averaged, both ways. A correlation is the mean over frames of the cosine between
     displacements; two that are both still (shorter than `still` pixels) agree, one that is still
     and one that moves do not. Tracks (P, F, 2) of equal F; at most 2."""
     if not len(source) or not len(made):

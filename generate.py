@@ -124,7 +124,7 @@ DMT_SHARE, DMT_STEPS, DMT_RATE = 0.4, 10, (0.007, 0.004)  # of the steps; Adam's
 
 
 def frame_features(unet, x, t, text):
-    """Spatially averaged features (B, F, C) of the second upward block (its Sec. 4.1)."""
+    """Spatially averaged features (B, F, C) of the second upward block."""
     block, seen = unet.up_blocks[1], []
     last = block.upsamplers[0] if hasattr(block, "upsamplers") else block.temp_attentions[-1]
     hook = last.register_forward_hook(lambda module, inputs, out: seen.append(out))
@@ -137,7 +137,7 @@ def frame_features(unet, x, t, text):
 
 def pairwise_differences_loss(got, want):
     """1 − cosine of the differences between each frame and every anchor frame, on (B, F, C)
-    features (Eq. 6): what all frames share cancels."""
+    features: what all frames share cancels."""
     difference = lambda f: f[:, :, None] - f[:, None]  # (B, F, F, C)
     other = ~torch.eye(got.shape[1], dtype=torch.bool, device=got.device)
     cosine = torch.nn.functional.cosine_similarity(difference(got), difference(want), dim=-1)

@@ -34,7 +34,7 @@ LAYERS = {
     # VMC App. D: q, k, v of the temporal attentions. Both of a transformer's are temporal; the
     # published code leaves transformer_in out.
     "temporal-attention-qkv": r".*temp_attentions\..*\.attn[12]\.to_[qkv]\.weight",
-    # MotionDirector Sec. 4.2: self-attention and feed-forward, cross-attention never.
+    # MotionDirector Sec. 3.2: self-attention and feed-forward, cross-attention never.
     "spatial-self-attention-ff": rf"{_SPATIAL}.*({_LINEARS.format(1)}|{_FF})\.weight",
     "temporal-attention-ff": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight",
     # Customize-A-Video: its text names q, k, v, its parameter counts need the output as well.
@@ -43,8 +43,8 @@ LAYERS = {
     # NewMove Sec. 3.2: all of the temporal layers, and how the pictures read the text.
     "temporal-and-cross-kv": r"transformer_in\..*|.*temp_(attentions|convs)\..*"
                              rf"|{_SPATIAL}.*attn2\.to_[kv]\.weight",
-    "cross-attention-kv": rf"{_SPATIAL}.*attn2\.to_[kv]\.weight",  # Custom Diffusion Sec. 3.1
-    # Tune-A-Video Sec. 4.2: the spatial queries and the temporal attention.
+    "cross-attention-kv": rf"{_SPATIAL}.*attn2\.to_[kv]\.weight",  # Custom Diffusion
+    # Tune-A-Video: the spatial queries and the temporal attention.
     "tune-a-video": rf"{_SPATIAL}.*attn[12]\.to_q\.weight|{_TEMPORAL}.*attn[12]\..*",
     "temporal": r"transformer_in\..*|.*temp_(attentions|convs)\..*",
     "temporal-convs": r".*temp_convs\..*",

@@ -128,7 +128,7 @@ def timestep_weights(kind, T=1000, alpha=0.5):
     """Probabilities (T,) of the training timesteps.
 
     'uniform', or NewMove's 'coarse', f(t) = (1 − α·cos(πt/T))/T, which favours high noise, where
-    motion is decided (NewMove Sec. 3.3, α = 0.5: three times as likely at T as at 0).
+    motion is decided (NewMove Sec. 3.2, α = 0.5: three times as likely at T as at 0).
     """
     t = torch.arange(T, dtype=torch.float64)
     coarse = 1 - alpha * torch.cos(torch.pi * t / T)

@@ -106,7 +106,7 @@ METHODS = {
         noise_prior=1.0, sampling_steps=75),
     # Two paths share a step's noise and timestep. A LoRA per clip learns its look from one frame,
     # without the temporal layers; beside it, frozen, a temporal LoRA learns the motion, with the
-    # look pulled out of its loss (Zhao et al. 2023, Sec. 4.2, Eq. 5-7). Rank, rate, dropout, no
+    # look pulled out of its loss (Zhao et al. 2023, Sec. 3.2 and 3.3, Eq. 5-7). Rank, rate, dropout, no
     # clipping and the skipped fifth of the spatial passes are the published code's.
     "motiondirector": Method(
         "MotionDirector, Eq. 5-7, and its code",
@@ -119,7 +119,8 @@ METHODS = {
     # A motion becomes a rare word: the temporal layers and how frames read the text are tuned in
     # full, mostly at high noise, where motion is decided (Materzyńska et al. 2023, Sec. 3, Eq. 3);
     # clips of other motions, at half the weight, keep the model from forgetting (rate, weight and
-    # clipping from the published code). With --images a subject learns too (App. A).
+    # clipping from the published code). With --images a subject learns too (its
+    # supplement, "A X* man doing the V* sign").
     "newmove": Method(
         "NewMove, Sec. 3, and its code",
         {"motion": Part("temporal-and-cross-kv", lr=5e-6)},
@@ -127,7 +128,7 @@ METHODS = {
                 Pass(("motion",), of="prior", timesteps="coarse", weight=0.5)), 3000),),
         word="sks", prior="folder"),
     # First an appearance absorber on patches of single frames, then, beside it, a temporal LoRA,
-    # which is all that is used in the end (Ren et al. 2024, Sec. 3; ranks, scales and rates from
+    # which is all that is used in the end (Ren et al. 2024; ranks, scales and rates from
     # its supplement, which gives no steps: these are ours).
     "customize-a-video": Method(
         "Customize-A-Video, supplement",
@@ -149,7 +150,7 @@ METHODS = {
         (Stage((Pass(("motion",)), Pass(("motion",), of="prior")), 800),),
         word="sks", prior="generated"),
     # Keys and values of the cross-attention, and a word's vector, beside real prior clips (Kumari
-    # et al. 2022, Sec. 3; rate and steps theirs).
+    # et al. 2022; rate and steps theirs).
     "custom-diffusion": Method(
         "Custom Diffusion, as NewMove adapts it",
         {"motion": Part("cross-attention-kv", lr=1e-5), "word": Part(vectors=1, lr=1e-5)},
@@ -169,7 +170,8 @@ METHODS = {
 }
 # Where a recipe depends on what there is to learn from.
 BY_DATA = {
-    ("motiondirector", "several clips"): {"steps": 500, "weight_decay": 1e-4, "noise_prior": 0.0},
+    ("motiondirector", "several clips"): {"steps": 500, "weight_decay": 1e-4,
+                                          "look_weight_decay": 1e-4, "noise_prior": 0.0},
     ("motiondirector", "pictures"): {"steps": 300, "look_weight_decay": 1e-4},
     ("newmove", "one clip"): {"steps": 1000},  # its supplement, Sec. 3
 }
@@ -329,7 +331,7 @@ def resolve(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     method = replace(METHODS[args.method], **given(args, METHOD_FLAGS))
-    method = choose_parts(args, method, several=clips > 1)
+    method = choose_parts(args, method)
     method = choose_passes(args, method)
     check_flags(args, method, asked)
     if args.guidance is None:
@@ -349,7 +351,7 @@ def resolve(args):
     return method, {k: v for k, v in tiny.items() if k not in asked}
 
 
-def choose_parts(args, method, several):
+def choose_parts(args, method):
     """What learns, after the flags."""
     parts = dict(method.parts)
     if "look-word" in parts:  # an absorber of one kind or another, or both
@@ -438,7 +440,7 @@ def check_flags(args, method, asked):
         "coarse timesteps": any(p.timesteps == "coarse" for p in passes),
         "a debiased loss": any(p.loss in ("motiondirector", "appearance-debiased")
                                for p in passes),
-        "residuals": any("residual" in p.loss or p.loss not in losses.LOSSES for p in passes),
+        "residuals": any("residual" in p.loss for p in passes),
         "two stages": len(method.stages) > 1,
         "a caption of the looks": any(p.says == "look" for p in passes)
         or args.stop_at_appearance is not None,
@@ -938,7 +940,7 @@ def read_prior(run):
 
 
 def generate_prior(run):
-    """Clips of the caption without its word, by the untrained model (DreamBooth Sec. 3.2)."""
+    """Clips of the caption without its word, by the untrained model (DreamBooth)."""
     args, path = run.args, run.args.out / "prior.safetensors"
     word = run.method.word or ""
     prompt = args.prior_prompt or " ".join(w for w in args.prompt[0].split() if w != word)
