@@ -106,8 +106,8 @@ METHODS = {
         noise_prior=1.0, sampling_steps=75),
     # Two paths share a step's noise and timestep. A LoRA per clip learns its look from one frame,
     # without the temporal layers; beside it, frozen, a temporal LoRA learns the motion, with the
-    # look pulled out of its loss (Zhao et al. 2023, Sec. 3.2 and 3.3, Eq. 5-7). Rank, rate, dropout, no
-    # clipping and the skipped fifth of the spatial passes are the published code's.
+    # look pulled out of its loss (Zhao et al. 2023, Sec. 3.2 and 3.3, Eq. 5-7). Rank, rate,
+    # dropout, no clipping and the skipped fifth of the spatial passes are the published code's.
     "motiondirector": Method(
         "MotionDirector, Eq. 5-7, and its code",
         {"look": Part("spatial-self-attention-ff", 32, dropout=0.1, per_clip=True, lr=5e-4),
