@@ -1,21 +1,29 @@
-"""Score videos: what they show, how steady they are, what they copied, and how they move.
+"""Score videos, and lay them out to be looked at: what they show, what they copied, how they move.
 
-    python eval.py out/generated                                   # what generate.py wrote
-    python eval.py out/vmc out/newmove --reference clip.mp4        # compare two, to one clip
+    python eval.py out/vmc                          # a folder of train.py's: base, steps, result
+    python eval.py out/generated                    # a folder of generate.py's
+    python eval.py out/a out/b --reference clip.mp4 # compare two, to one clip
     python eval.py some/videos --reference other/videos --size 256
+    python eval.py out/a out/b --user-study         # blind pairs, for people to choose from
+    python eval.py --votes votes.json               # what they chose
 
-A run is a folder that generate.py wrote, or any folder of videos with captions. Prints a table and
-writes metrics.json to --out.
+A run is a folder that train.py or generate.py wrote, or any folder of videos with captions. Prints
+a table and writes metrics.json and page.html to --out.
 
 Axes: N videos or pictures, F frames, P points, D feature width, H W picture.
 """
 import argparse
+import base64
 import json
-from dataclasses import dataclass
+import math
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import data
 import generate
@@ -38,39 +46,86 @@ class Sample:
 
 @dataclass
 class Run:
-    """Samples, the clips they learned from (a list of (3, F, H, W)), and the settings."""
+    """Samples, the clips they learned from, and the settings of the sampling and of the training
+    (both dicts, empty where unknown)."""
 
     name: str
+    path: Path
     samples: list
     references: list
     settings: dict
+    training: dict
 
 
-def read_run(path, references, args):
+def samples_of(path, args):
+    """The folders of videos that a path stands for, by name. For train.py's folder they are made
+    here, with --prompts: the base model's, those of every kept step, and the result's."""
+    path = Path(path)
+    if not path.is_dir():
+        raise BadInput(f"{path} is not a folder; give train.py's or generate.py's, or one of "
+                       "videos.")
+    if not (path / "log.jsonl").is_file():
+        return {path.name: path}
+    trained = model.read_json(path / "args.json")
+    name = f"{trained['method']}.safetensors"
+    if not (path / name).is_file():
+        raise BadInput(f"{path} holds no {name} yet; wait for train.py to save it.")
+    jobs = {"base": (path / name, 0), path.name: (path / name, 1)}
+    jobs |= {f"step {int(p.name)}": (p / name, 1) for p in sorted(path.glob("steps/*"))}
+    prompts = args.prompts.read_text() if args.prompts else trained["preview_prompt"]
+    file = path / "eval" / "prompts.txt"
+    if not file.is_file() or file.read_text() != prompts:
+        with data.publish(file) as part:
+            part.write_text(prompts)
+    folders = {}
+    for job, (adapter, scale) in jobs.items():
+        out = folders[job] = path / "eval" / data.slug(job)
+        if not up_to_date(out, args.seeds, adapter, file):
+            for old in out.glob("*.mp4"):
+                old.unlink()
+            flags = ["--adapter", adapter, "--scale", scale, "--prompts", file, "--out", out,
+                     "--seeds", args.seeds]
+            flags += ["--weights", trained["weights"]] if trained["weights"] else []
+            generate.main([str(f) for f in flags])
+    return folders
+
+
+def up_to_date(out, seeds, *sources):
+    """Whether a folder of samples is whole, has as many seeds, and is younger than its sources."""
+    last = out / "sheet.png"
+    return (last.is_file() and model.read_json(out / "settings.json")["seeds"] == seeds
+            and all(last.stat().st_mtime > p.stat().st_mtime for p in sources))
+
+
+def read_run(name, path, references, args):
     """A folder of videos. What generate.py wrote names its prompts, and through its adapter the
     clips that were learned from, unless `references` (paths) are given. Raises BadInput."""
-    path, settings = Path(path), {}
-    if not path.is_dir():
-        raise BadInput(f"{path} is not a folder; give one of generate.py's, or one of videos.")
+    settings, training = {}, {}
     if (path / "settings.json").is_file():
         settings = model.read_json(path / "settings.json")
-    samples = []
+    prompts, samples = settings.get("all_prompts"), []
     for file in data.find_clips([path]):
-        prompts = settings.get("all_prompts")
         prompt = prompts[int(file.name[:3])] if prompts else data.find_caption(file)[0]
         seed = int(file.stem.rpartition("seed")[2]) if prompts else 0
         samples.append(Sample(read(file, args), prompt, seed, file))
-    if not references:
-        runs = [Path(a).parent / "args.json" for a in settings.get("adapter") or []]
-        trained = [model.read_json(p) for p in runs if p.is_file()]
-        references = [Path(v) for t in trained for v in t.get("video") or []]
-    clips = [read(file, args) for file in data.find_clips(references)]
-    return Run(path.name, samples, clips, settings)
+    for adapter in map(Path, settings.get("adapter") or []):
+        for folder in (adapter.parent, adapter.parent.parent.parent):  # the latter from steps/…/
+            if not training and (folder / "args.json").is_file():
+                training = model.read_json(folder / "args.json") | {"folder": str(folder)}
+    references = references or [Path(v) for v in training.get("video") or []]
+    clips = [Sample(read(f, args), "", 0, f) for f in data.find_clips(references)]
+    return Run(name, path, samples, clips, settings, training)
 
 
 def read(path, args):
     """A clip at the size and rate that everything is measured at."""
-    return data.read_video(path, args.frames, (args.size, args.size), args.fps)
+    video = data.read_video(path, args.frames, (args.size, args.size), args.fps)
+    if args.keyframes:
+        if max(args.keyframes) >= video.shape[1]:
+            raise BadInput(f"--keyframes {max(args.keyframes)}: {path} has {video.shape[1]} frames "
+                           "at this rate.")
+        video = video[:, args.keyframes]
+    return video
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,9 +135,9 @@ def read(path, args):
 class Clip:
     """A picture and a text tower. `images` and `texts` give unit features (N, D)."""
 
-    def __init__(self, net, tokenize, size, mean=0.5, std=0.5):
-        self.net, self.tokenize, self.size = net.eval(), tokenize, size
-        self.mean, self.std = torch.as_tensor(mean), torch.as_tensor(std)
+    def __init__(self, net, tokenize, size, mean=0.5, std=0.5, device="cpu"):
+        self.net, self.tokenize, self.size = net.eval().to(device), tokenize, size
+        self.mean, self.std, self.device = torch.as_tensor(mean), torch.as_tensor(std), device
 
     @torch.no_grad()
     def images(self, video):
@@ -91,15 +146,16 @@ class Clip:
         frames = F.interpolate(frames, (self.size, self.size), mode="bicubic", antialias=True)
         shape = lambda v: v.view(-1, 1, 1)
         frames = (frames.clamp(0, 1) - shape(self.mean)) / shape(self.std)
-        return F.normalize(self.net.encode_image(frames), dim=-1)
+        return F.normalize(self.net.encode_image(frames.to(self.device)), dim=-1).cpu()
 
     @torch.no_grad()
     def texts(self, prompts):
         """list of N strings -> (N, D)."""
-        return F.normalize(self.net.encode_text(self.tokenize(prompts)), dim=-1)
+        tokens = self.tokenize(prompts).to(self.device)
+        return F.normalize(self.net.encode_text(tokens), dim=-1).cpu()
 
 
-def tiny_clip(folder=generate.TINY):
+def tiny_clip(folder=generate.TINY, device="cpu"):
     """The tiny model's CLIP: its text encoder, and what the folder clip/ holds beside."""
     import open_clip
 
@@ -108,14 +164,14 @@ def tiny_clip(folder=generate.TINY):
     text = model.text_from_hub(model.read_tensors(model.find_weights(folder / "text_encoder")))
     state = text | model.read_tensors(folder / "clip" / "model.safetensors")
     model.load_strictly(net, {n: t.float() for n, t in state.items()}, folder / "clip")
-    return Clip(net, model.tokenize, config["vision_cfg"]["image_size"])
+    return Clip(net, model.tokenize, config["vision_cfg"]["image_size"], device=device)
 
 
-def load_clip(name=None, weights=None):
+def load_clip(name=None, weights=None, device="cpu"):
     """The tiny CLIP, or any of open_clip's by name with local weights; these may be in the hub's
     format, as PickScore's are. Raises BadInput."""
     if name is None:
-        return tiny_clip()
+        return tiny_clip(device=device)
     import open_clip
 
     if weights is None or not Path(weights).is_file():
@@ -130,7 +186,7 @@ def load_clip(name=None, weights=None):
         state = clip_from_hub(state)
     model.load_strictly(net, state, weights)
     cfg = net.visual.preprocess_cfg
-    return Clip(net.float(), model.tokenize, cfg["size"][0], cfg["mean"], cfg["std"])
+    return Clip(net.float(), model.tokenize, cfg["size"][0], cfg["mean"], cfg["std"], device)
 
 
 CLIP_NAMES = [  # the hub's CLIPModel -> open_clip's, the picture tower's
@@ -196,12 +252,9 @@ def diversity(features):
 class SSCD:
     """The TorchScript copy detector of NewMove's copy score; `images` as Clip's."""
 
-    def __init__(self, path):
-        try:
-            self.net = torch.jit.load(path, map_location="cpu").eval()
-        except (RuntimeError, ValueError) as error:
-            raise BadInput(f"{path} is no TorchScript ({str(error).splitlines()[0][:80]}); give "
-                           "sscd_disc_mixup.torchscript.pt.") from None
+    def __init__(self, path, device="cpu"):
+        self.net = load_script(path, "sscd_disc_mixup.torchscript.pt", device)
+        self.device = device
 
     @torch.no_grad()
     def images(self, video):
@@ -210,7 +263,7 @@ class SSCD:
                                antialias=True).clamp(0, 1)
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         frames = (frames - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-        return F.normalize(self.net(frames), dim=-1)
+        return F.normalize(self.net(frames.to(self.device)), dim=-1).cpu()
 
 
 def copy_score(features, references):
@@ -282,6 +335,21 @@ def track(video, every=4, textured=0.02):
     return torch.stack(tracks, 1)
 
 
+def tracks_of(sample, args):
+    """A sample's tracks: --tracks' where they are given, else followed here. Raises BadInput."""
+    if args.tracks is None:
+        return track(sample.video)
+    path = args.tracks / f"{sample.path.stem}.npy"
+    try:
+        tracks = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        P, frames, two = tracks.shape
+    except (OSError, ValueError, TypeError):
+        raise BadInput(f"{path} holds no tracks; wanted an array of (P, F, 2).") from None
+    if (frames, two) != (sample.video.shape[1], 2):
+        raise BadInput(f"{path} is {tuple(tracks.shape)}, wanted (P, {sample.video.shape[1]}, 2).")
+    return tracks
+
+
 def motion_fidelity(source, made, still=0.05):
     """Yatim et al. 2023: for every track of one video the best correlation among the other's,
     averaged, both ways. A correlation is the mean over frames of the cosine between
@@ -299,114 +367,421 @@ def motion_fidelity(source, made, still=0.05):
 
 
 # ------------------------------------------------------------------------------------------------
+# Kinds of motion
+
+
+class TRN(nn.Module):
+    """Temporal relation network, multi-scale (Zhou et al. 2018, Eq. 3): for each number k of frames
+    an MLP reads the features of k ordered ones. Here the k frames are evenly spaced, from every
+    start; the features of a frame keep their place, for a path is what is asked for; and a frame
+    comes with its change since the one before, or what spins looks as if it stood still.
+
+    (B, 3, F, H, W) in [-1, 1] -> logits (B, classes)."""
+
+    SIZE, FRAMES, SCALES, WIDTH = 64, 16, (2, 3, 4, 8, 16), 64
+
+    def __init__(self, classes):
+        super().__init__()
+        conv = lambda a, b: (nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())
+        self.features = nn.Sequential(
+            *conv(6, 16), *conv(16, 32), *conv(32, 32), nn.Conv2d(32, 8, 1), nn.Flatten(),
+            nn.Linear(8 * (self.SIZE // 8) ** 2, self.WIDTH))
+        self.relations = nn.ModuleList(nn.Sequential(
+            nn.ReLU(), nn.Linear(k * self.WIDTH, 128), nn.ReLU(), nn.Linear(128, classes))
+            for k in self.SCALES)
+
+    def forward(self, video):
+        B, _, frames, H, _ = video.shape
+        video = video[:, :, torch.linspace(0, frames - 1, self.FRAMES).round().long()]
+        change = 3 * (video - video[:, :, [0, *range(self.FRAMES - 1)]])
+        flat = model.fold_frames(torch.cat([video, change], 1))
+        if H != self.SIZE:
+            flat = F.interpolate(flat, (self.SIZE, self.SIZE), mode="area")
+        x = self.features(flat).reshape(B, self.FRAMES, self.WIDTH)
+        logits = 0
+        for k, relation in zip(self.SCALES, self.relations):
+            stride = self.FRAMES // k
+            groups = torch.stack([x[:, i : i + stride * k : stride] for i in range(stride)], 1)
+            logits = logits + relation(groups.flatten(2)).mean(1)  # groups (B, stride, k, WIDTH)
+        return logits
+
+
+def tiny_trn(folder=generate.TINY, device="cpu"):
+    """The TRN that tiny/train.py trained on the tiny world's motions and "none of these"."""
+    state = model.read_tensors(folder / "motion" / "model.safetensors")
+    net = TRN(len(state["relations.0.3.bias"]))
+    model.load_strictly(net, {n: t.float() for n, t in state.items()}, folder / "motion")
+    return net.eval().to(device)
+
+
+def load_script(path, what, device="cpu"):
+    """A TorchScript file that a flag names. Raises BadInput."""
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"{path} is no TorchScript ({str(error).splitlines()[0][:80]}); give "
+                       f"{what}.") from None
+
+
+# ------------------------------------------------------------------------------------------------
 # A run's figures
 
 
-def score(run, args, clip, copies, pick=None):
-    """{metric: number or None} of a run: means over its samples."""
-    made = [clip.images(s.video) for s in run.samples]
-    mean = lambda values: sum(values) / len(values) if values else None
-    rows = {
-        "text alignment": mean([text_alignment(clip, s.video, s.prompt) for s in run.samples]),
-        "temporal consistency": mean([temporal_consistency(f) for f in made]),
-    }
-    if args.look_prompt:
-        rows["appearance score"] = mean(
-            [text_alignment(clip, s.video, args.look_prompt) for s in run.samples])
-    if pick:
-        rows["PickScore"] = mean([pick_score(pick, s.video, s.prompt) for s in run.samples])
-    by_prompt = {}
-    for s, f in zip(run.samples, made):
-        by_prompt.setdefault(s.prompt, []).append(f)
-    spread = [d for d in map(diversity, by_prompt.values()) if d is not None]
-    rows["diversity (1 − CLIP cosine)"] = mean(spread)
-    if run.references:
-        seen = [copies.images(v) for v in run.references]
-        scores = [copy_score(copies.images(s.video), seen) for s in run.samples]
-        rows[f"copy score ({args.copy_name})"] = mean(scores)
-        rows[f"share above {args.copy_threshold:g}"] = mean(
-            [float(x > args.copy_threshold) for x in scores])
-        sources, found = [track(v) for v in run.references], []
-        for s in run.samples:
-            tracks = track(s.video)
-            fits = [motion_fidelity(source, tracks) for source in sources
-                    if source.shape[1] == tracks.shape[1]]
-            found += [max(fits)] if fits else []
-        rows["motion fidelity"] = mean(found)
+@dataclass
+class Scorers:
+    """The networks that score: a Clip, what gives the copy score's features, and where given
+    PickScore's Clip, a video classifier, and LPIPS."""
+
+    clip: Clip
+    copies: object
+    pick: Clip = None
+    classifier: nn.Module = None
+    lpips: nn.Module = None
+
+
+def load_scorers(args):
+    """The ones that the flags ask for. Raises BadInput."""
+    clip = load_clip(args.clip, args.clip_weights, args.device)
+    pick = None
+    if args.pick_weights:
+        pick = load_clip("ViT-H-14", args.pick_weights, args.device)
+    script = lambda path, what: load_script(path, what, args.device) if path else None
+    classifier = script(args.classifier, "a video classifier")
+    lpips = script(args.lpips, "a distance of two pictures")
+    copies = SSCD(args.sscd, args.device) if args.sscd else clip
+    return Scorers(clip, copies, pick, classifier, lpips)
+
+
+@torch.no_grad()
+def score(run, args, scorers):
+    """{metric: number or None} of each of a run's samples, and their CLIP features (F, D)."""
+    each, features = [], [scorers.clip.images(s.video) for s in run.samples]
+    seen = [scorers.copies.images(r.video) for r in run.references]
+    sources = [tracks_of(r, args) for r in run.references]
+    goal = args.motion_class
+    if goal is None and run.references and scorers.classifier:
+        classes = [kind_of(scorers, r.video, args) for r in run.references]
+        goal = max(set(classes), key=classes.count)
+    for s, f in zip(run.samples, features):
+        row = {"text alignment": text_alignment(scorers.clip, s.video, s.prompt),
+               "temporal consistency": temporal_consistency(f)}
+        if args.look_prompt:
+            row["appearance score"] = text_alignment(scorers.clip, s.video, args.look_prompt)
+        if scorers.pick:
+            row["PickScore"] = pick_score(scorers.pick, s.video, s.prompt)
+        if seen:
+            row[copy_name(args)] = copy_score(scorers.copies.images(s.video), seen)
+            tracks = tracks_of(s, args)
+            fits = [motion_fidelity(t, tracks) for t in sources if t.shape[1] == tracks.shape[1]]
+            row["motion fidelity"] = max(fits) if fits else None
+        if goal is not None and scorers.classifier:
+            name = f"motion accuracy ({'' if args.classifier else 'tiny '}classifier)"
+            row[name] = float(kind_of(scorers, s.video, args) == goal)
+        each.append(row)
     if args.world:
-        rows |= world_scores(run)
-    return rows
+        for row, more in zip(each, world_scores(run)):
+            row |= more
+    return each, features
+
+
+def kind_of(scorers, video, args):
+    """The class of a video's motion."""
+    return scorers.classifier(video[None].to(args.device)).argmax().item()
+
+
+def summary(run, each, features, args, scorers):
+    """{metric: number or None} of a run: means over its samples, and how these differ."""
+    rows = {}
+    for metric in dict.fromkeys(m for row in each for m in row):
+        values = [row[metric] for row in each if row.get(metric) is not None]
+        rows[metric] = sum(values) / len(values) if values else None
+    return rows | spread(run, features, args, scorers)
+
+
+def copy_name(args):
+    """What the copy score is taken with."""
+    return f"copy score ({'SSCD' if args.sscd else (args.clip or 'tiny CLIP') + ' features'})"
+
+
+def spread(run, features, args, scorers):
+    """How the samples of one prompt differ, averaged over prompts."""
+    kinds = {"diversity (1 − CLIP cosine)": [], "diversity (LPIPS)": []}
+    for prompt in dict.fromkeys(s.prompt for s in run.samples):
+        rows = [i for i, s in enumerate(run.samples) if s.prompt == prompt]
+        kinds["diversity (1 − CLIP cosine)"].append(diversity([features[i] for i in rows]))
+        if scorers.lpips:
+            videos = [run.samples[i].video.transpose(0, 1) for i in rows]
+            pairs = [(a, b) for i, a in enumerate(videos) for b in videos[:i]]
+            apart = [scorers.lpips(*(v.to(args.device) for v in pair)).mean().item()
+                     for pair in pairs]
+            kinds["diversity (LPIPS)"].append(sum(apart) / len(apart) if apart else None)
+    kinds = {name: [v for v in values if v is not None] for name, values in kinds.items()}
+    return {name: sum(values) / len(values) for name, values in kinds.items() if values}
 
 
 def world_scores(run):
-    """What the tiny world's instruments read: looks as the prompt names them, and the kind of
-    motion of the first reference."""
+    """What the tiny world's instruments read, a dict a sample: looks as the prompt names them; and
+    the kind of motion of the first reference, and the correlation with its path."""
     from tiny import instruments, world
 
     small = lambda v: F.interpolate(v.transpose(0, 1), (64, 64), mode="area").transpose(0, 1)
     reading = instruments.read(torch.stack([small(s.video) for s in run.samples]))
-    out = {}
+    each = [{} for _ in run.samples]
     for field, table in (("colour", world.COLOURS), ("shape", world.SHAPES),
                          ("background", world.BACKGROUNDS)):
-        names, right = list(table), []
-        for s, got in zip(run.samples, getattr(reading, field).tolist()):
-            wanted = [i for i, n in enumerate(names) if model.has_word(s.prompt, n)]
-            right += [float(got in wanted)] if wanted else []
-        out[field] = sum(right) / len(right) if right else None
+        for row, s, got in zip(each, run.samples, getattr(reading, field).tolist()):
+            wanted = [i for i, n in enumerate(table) if model.has_word(s.prompt, n)]
+            row[field] = float(got in wanted) if wanted else None
     if run.references:
-        goal = instruments.read(small(run.references[0])[None]).motion
-        out["same kind of motion"] = (reading.motion == goal).float().mean().item()
-    return out
+        goal = instruments.read(small(run.references[0].video)[None])
+        agrees = torch.full((len(each),), math.nan)
+        if goal.x.shape[1] == reading.x.shape[1]:
+            agrees = instruments.agreement(reading, goal)
+        for row, kind, r in zip(each, reading.motion, agrees.tolist()):
+            row["same kind of motion"] = float(kind == goal.motion)
+            row["trajectory correlation"] = None if math.isnan(r) else r
+    return each
+
+
+def copy_threshold(args, runs, each):
+    """Above which a copy score counts as one: SSCD's 0.25 (NewMove), else what one in a hundred of
+    the base model's samples exceeds, where a run is that; None without."""
+    if args.copy_threshold is not None or args.sscd:
+        return 0.25 if args.copy_threshold is None else args.copy_threshold
+    base = [row.get(copy_name(args)) for run, rows in zip(runs, each) for row in rows
+            if run.settings.get("adapter") == [] or run.settings.get("scale") == [0.0]]
+    base = [v for v in base if v is not None]
+    return torch.tensor(base).quantile(0.99).item() if base else None
+
+
+# ------------------------------------------------------------------------------------------------
+# Pages
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+def write_page(path, template, content):
+    """Fill a template of assets/ with JSON that cannot end its script, whatever prompts hold."""
+    text = json.dumps(content, ensure_ascii=True).replace("<", "\\u003c")
+    html = (ASSETS / template).read_text().replace("__CONTENT__", text)
+    with data.publish(path) as part:
+        part.write_text(html)
+    print(f"written: {path}")
+
+
+def embed(path):
+    """A video file, as something that a page can hold. Folders of pictures become a video."""
+    if path.is_dir():
+        return None
+    kind = {".webm": "webm", ".gif": "gif"}.get(path.suffix.lower(), "mp4")
+    kind = f"image/{kind}" if kind == "gif" else f"video/{kind}"
+    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def losses_of(run, most=150):
+    """The loss curve of the training behind a run: at most `most` points (step, mean loss)."""
+    path = Path(run.training.get("folder", "")) / "log.jsonl"
+    if not run.training or not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    wide = math.ceil(len(rows) / most)
+    parts = [rows[i : i + wide] for i in range(0, len(rows), wide)]
+    return [(p[0]["step"], sum(r["loss"] for r in p) / len(p)) for p in parts]
+
+
+def against_steps(runs, table):
+    """{training folder: {metric: [(step, value)]}} where intermediate adapters were scored."""
+    curves = {}
+    for run in runs:
+        if run.settings.get("steps_trained") is not None:
+            scale = (run.settings.get("scale") or [1])[0]
+            step = run.settings["steps_trained"] if scale else 0
+            for metric, value in table[run.name].items():
+                if value is not None:
+                    curve = curves.setdefault(run.training.get("folder", ""), {})
+                    curve.setdefault(metric, {})[step] = value
+    return {folder: {m: sorted(points.items()) for m, points in metrics.items()}
+            for folder, metrics in curves.items() if max(map(len, metrics.values())) > 2}
+
+
+def report(path, runs, table, each):
+    """The page: references, runs side by side, prompts down; figures, curves, settings."""
+    references = {str(r.path): embed(r.path) for run in runs for r in run.references}
+    write_page(path, "page.html", {
+        "table": table, "references": references, "curves": against_steps(runs, table),
+        "runs": [{
+            "name": run.name, "settings": run.settings, "training": run.training,
+            "losses": losses_of(run),
+            "samples": [{"prompt": s.prompt, "seed": s.seed, "video": embed(s.path), "figures": row}
+                        for s, row in zip(run.samples, rows)],
+        } for run, rows in zip(runs, each)]})
+
+
+def study(path, runs, args):
+    """A page of blind pairs: every two runs' videos of one prompt and seed, in random order."""
+    shuffle, pairs = random.Random(args.seed), []
+    for i, a in enumerate(runs):
+        for b in runs[:i]:
+            other = {(s.prompt, s.seed): s for s in b.samples}
+            for s in a.samples:
+                if (s.prompt, s.seed) in other:
+                    pair = [(a.name, s), (b.name, other[s.prompt, s.seed])]
+                    shuffle.shuffle(pair)
+                    pairs.append({"prompt": s.prompt, "seed": s.seed, "sides": [
+                        {"run": name, "video": embed(one.path)} for name, one in pair]})
+    if not pairs:
+        raise BadInput("--user-study needs two runs with videos of the same prompts and seeds.")
+    shuffle.shuffle(pairs)
+    reference = next((embed(r.path) for run in runs for r in run.references), None)
+    write_page(path, "study.html", {"pairs": pairs, "ratings": args.ratings,
+                                    "question": args.question, "reference": reference})
+
+
+def binomial_p(wins, n):
+    """Two-sided exact binomial test against a fair coin: the probability of a count at least as far
+    from n/2 as `wins`."""
+    far = abs(wins - n / 2)
+    return min(1.0, sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= far) / 2**n)
+
+
+def count_votes(paths):
+    """Preference shares of every two runs with a p-value (NewMove), and mean ratings (VMC,
+    Customize-A-Video), over all votes.json given."""
+    choices, ratings = {}, {}
+    for path in paths:
+        for vote in model.read_json(path).get("votes", []):
+            pair = tuple(sorted((vote["chosen"], vote["other"])))
+            choices.setdefault(pair, []).append(vote["chosen"])
+            for run, rates in (vote.get("ratings") or {}).items():
+                for kind, value in rates.items():
+                    ratings.setdefault((run, kind), []).append(value)
+    if not choices:
+        raise BadInput(f"no votes in {', '.join(map(str, paths))}; give what the study page saved.")
+    for (a, b), votes in choices.items():
+        wins, n = votes.count(a), len(votes)
+        print(f"{a} {100 * wins / n:.1f} %, {b} {100 - 100 * wins / n:.1f} % of {n} votes, "
+              f"p = {binomial_p(wins, n):.3g}")
+    for (run, kind), values in sorted(ratings.items()):
+        print(f"{run}: {kind} {sum(values) / len(values):.2f} of 5 ({len(values)} ratings)")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
 
 
 def parse(argv=None):
-    """The flags."""
+    """The flags. Raises BadInput for numbers that make no sense."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="folders that generate.py wrote, or folders of videos")
+    add("runs", nargs="*", type=Path, help="folders that train.py or generate.py wrote, or of "
+        "videos")
     add("--reference", nargs="+", type=Path, default=[], help="the clips that were learned from "
         "(default: those of the run's adapter)")
-    add("--look-prompt", help="the appearance alone, for the appearance score")
+    add("--prompts", type=Path, help="for train.py's folders: what to sample, one prompt a line "
+        "(default: the run's preview prompt)")
+    add("--seeds", type=int, default=1, help="and so many videos of each prompt (default: 1)")
+    # the scorers
     add("--clip", help="an open_clip model such as ViT-L-14 (default: the tiny CLIP)")
     add("--clip-weights", type=Path, help="its weights, a local file")
+    add("--look-prompt", help="the appearance alone, for the appearance score")
     add("--pick-weights", type=Path, help="PickScore's (CLIP ViT-H-14 in the hub's format)")
     add("--sscd", type=Path, help="sscd_disc_mixup.torchscript.pt, for the copy score (default: "
         "the CLIP's picture features)")
-    add("--copy-threshold", type=float, help="of the share of copies (default: 0.25 for SSCD, 0.95 "
-        "for CLIP)")
-    add("--world", action="store_true", help="read the tiny world's looks and motions too")
+    add("--copy-threshold", type=float, help="of the share of copies (default: 0.25 for SSCD; else "
+        "the 99th percentile of the run of the base model, where there is one)")
+    add("--classifier", type=Path, help="a video classifier in TorchScript, (1, 3, F, H, W) to "
+        "logits, for motion accuracy (default: the tiny world's)")
+    add("--motion-class", type=int, help="the class wanted (default: the references')")
+    add("--lpips", type=Path, help="a distance of two batches of pictures in TorchScript, for "
+        "diversity")
+    add("--tracks", type=Path, help="a folder of tracks, video's name.npy of (P, F, 2) pixels "
+        "(default: followed here)")
+    add("--world", action=argparse.BooleanOptionalAction, help="read the tiny world's looks and "
+        "motions too (default: for the tiny model's videos)")
+    # what is measured
     add("--frames", type=int, default=16, help="frames of each video (default: 16)")
+    add("--keyframes", nargs="+", type=int, help="measure these of them alone, by number from 0")
     add("--fps", type=float, default=8, help="frames a second (default: 8)")
     add("--size", type=int, default=256, help="pixels of the square everything is measured at, "
         "cropped at the centre (default: 256)")
+    # people
+    add("--user-study", action="store_true", help="write study.html too: blind pairs")
+    add("--ratings", action="store_true", help="with 1 to 5 for motion, appearance and text")
+    add("--question", default="Which one moves more like the reference, and shows the prompt?",
+        help="what the study asks")
+    add("--seed", type=int, default=0, help="of the study's order (default: 0)")
+    add("--votes", nargs="+", type=Path, help="count what a study's pages saved, and nothing else")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--out", type=Path, help="folder (default: the first run)")
     args = parser.parse_args(argv)
-    generate.require(args, {"frames": 2, "fps": 0.01, "size": 32})
+    generate.require(args, {"frames": 2, "fps": 0.01, "size": 32, "seeds": 1})
+    if bool(args.runs) == bool(args.votes):
+        raise BadInput("give folders to score, or --votes FILE.")
+    if args.keyframes and (len(args.keyframes) < 2 or min(args.keyframes) < 0):
+        raise BadInput("--keyframes: wanted two or more numbers from 0 up.")
+    if args.prompts and not args.prompts.is_file():
+        raise BadInput(f"{args.prompts} does not exist; give a text file with one prompt a line.")
     return args
 
 
 def main(argv=None):
-    """Score runs; print the table; write metrics.json."""
+    """Score runs; print the table; write metrics.json and page.html."""
     args = parse(argv)
-    clip = load_clip(args.clip, args.clip_weights)
-    pick = load_clip("ViT-H-14", args.pick_weights) if args.pick_weights else None
-    copies = SSCD(args.sscd) if args.sscd else clip
-    args.copy_name = "SSCD" if args.sscd else f"{args.clip or 'tiny CLIP'} features"
-    if args.copy_threshold is None:
-        args.copy_threshold = 0.25 if args.sscd else 0.95
-    runs = [read_run(path, args.reference, args) for path in args.runs]
-    table = {run.name: score(run, args, clip, copies, pick) for run in runs}
-    width = max(len(name) for rows in table.values() for name in rows)
-    print(" " * width, *(f"{name[:14]:>14}" for name in table))
-    for metric in dict.fromkeys(m for rows in table.values() for m in rows):
+    if args.votes:
+        return count_votes(args.votes)
+    args.device = generate.find_device(args.device)
+    process, processes = generate.place(args)
+    scorers = load_scorers(args)
+    folders = [pair for path in args.runs for pair in samples_of(path, args).items()]
+    names = [name for name, _ in folders]
+    runs = [read_run(name if names.count(name) == 1 else str(path), path, args.reference, args)
+            for name, path in folders]
+    if args.world is None:
+        args.world = all(r.settings and not r.settings.get("weights") for r in runs)
+    if args.world and not scorers.classifier:
+        scorers.classifier = tiny_trn(device=args.device)
+    table, each = {}, []
+    for run in runs:
+        found = dict(enumerate(zip(*score(mine(run, process, processes), args, scorers))))
+        found = generate.gather({process + i * processes: v for i, v in found.items()}, processes,
+                                process)
+        if process == 0:
+            rows, features = zip(*(found[i] for i in range(len(run.samples))))
+            table[run.name] = summary(run, rows, features, args, scorers)
+            each.append(rows)
+    if process:
+        return
+    threshold = copy_threshold(args, runs, each)
+    for run, rows in zip(runs, each):
+        scores = [row[copy_name(args)] for row in rows if copy_name(args) in row]
+        if scores and threshold is not None:
+            table[run.name][f"share of copies (above {threshold:.3f})"] = sum(
+                s > threshold for s in scores) / len(scores)
+    show(table)
+    out = args.out or args.runs[0]
+    with data.publish(out / "metrics.json") as path:
+        path.write_text(json.dumps(table, indent=1, ensure_ascii=False))
+    print(f"written: {out / 'metrics.json'}")
+    report(out / "page.html", runs, table, each)
+    if args.user_study:
+        study(out / "study.html", runs, args)
+
+
+def mine(run, process, processes):
+    """Of a run, the samples that one of torchrun's processes scores."""
+    return replace(run, samples=run.samples[process::processes])
+
+
+def show(table):
+    """Print metrics down, runs across."""
+    metrics = list(dict.fromkeys(m for rows in table.values() for m in rows))
+    width = max(map(len, metrics))
+    print(" " * width, *(f"{name[-14:]:>14}" for name in table))
+    for metric in metrics:
         values = [rows.get(metric) for rows in table.values()]
         shown = ["–" if v is None else f"{v:.4f}" for v in values]
         print(f"{metric:{width}}", *(f"{v:>14}" for v in shown))
-    out = (args.out or args.runs[0]) / "metrics.json"
-    with data.publish(out) as path:
-        path.write_text(json.dumps(table, indent=1, ensure_ascii=False))
-    print(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Axes: N videos, B of them at a time, C channels, F frames, h w latent, H W pictu
 import argparse
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -45,17 +46,36 @@ def default_precision(device):
     return "bf16" if supported() else "fp32"
 
 
-def load_base(args):
-    """The base model that the flags name, in fp32 (see `on_gpu` for less). Raises BadInput."""
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(device=None):
+    """The device that a flag names, or the default; under torchrun each process has its own GPU.
+    Raises BadInput when it cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:80]
-        raise BadInput(f"--device {args.device} cannot be used ({reason}); "
-                       "give cpu or cuda.") from None
+        raise BadInput(f"--device {device} cannot be used ({reason}); give cpu or cuda.") from None
+    return device
+
+
+def load_base(args):
+    """The base model that the flags name, in fp32 (see `on_gpu` for less). Raises BadInput."""
+    args.device = find_device(args.device)
     args.precision = args.precision or default_precision(args.device)
     return model.load(args.weights or TINY, args.device)
+
+
+def place(args):
+    """This process's number and their count: torchrun's, which meet here, else 0 and 1."""
+    number, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1 and not torch.distributed.is_initialized():
+        kind = torch.device(args.device).type
+        if kind == "cuda":
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return number, count
 
 
 def on_gpu(args, unet, keep):
@@ -409,12 +429,16 @@ def main(argv=None):
                 for k, v in vars(args).items()}
     print("settings:", json.dumps(settings, ensure_ascii=False))
     with data.publish(args.out / "settings.json") as path:
-        path.write_text(json.dumps(settings | {"all_prompts": prompts}, indent=1))
+        more = {"all_prompts": prompts}
+        if adapters and "step" in adapters[0].meta:
+            more["steps_trained"] = int(adapters[0].meta["step"])
+        path.write_text(json.dumps(settings | more, indent=1))
 
     second = load_refiner(args, parts) if args.refine else None
+    process, processes = place(args)
     jobs = [(p, s) for p in prompts for s in range(args.seed, args.seed + args.seeds)]
-    made = []
-    for i in range(0, len(jobs), args.batch):
+    made = {}
+    for i in range(process * args.batch, len(jobs), processes * args.batch):
         part, seeds = jobs[i : i + args.batch], [s for _, s in jobs[i : i + args.batch]]
         start = sampler.noise_like_shape(shape, seeds).to(args.device)
         if inverted is not None:
@@ -427,13 +451,23 @@ def main(argv=None):
                             args.sampler, args.negative, args.precision)
         if second:
             videos = refine(second, videos, texts, seeds, args)
-        for (prompt, seed), video in zip(part, videos):
+        for number, ((prompt, seed), video) in enumerate(zip(part, videos), i):
             name = f"{prompts.index(prompt):03d}-{data.slug(prompt)}-seed{seed}.mp4"
             data.write_video(args.out / name, video, args.fps)
-            made.append(data.every_nth(video))
+            made[number] = data.every_nth(video)
             print(f"{args.out / name}: {prompt}")
-    data.contact_sheet(args.out / "sheet.png", made)
-    print(f"contact sheet: {args.out / 'sheet.png'}")
+    if made := gather(made, processes, process):
+        data.contact_sheet(args.out / "sheet.png", [made[n] for n in sorted(made)])
+        print(f"contact sheet: {args.out / 'sheet.png'}")
+
+
+def gather(mine, processes, process):
+    """The dicts of all processes as one, in the first process; {} in the others."""
+    if processes == 1:
+        return mine
+    parts = [None] * processes
+    torch.distributed.all_gather_object(parts, mine)
+    return {k: v for part in parts for k, v in part.items()} if process == 0 else {}
 
 
 def run(command):

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -194,15 +195,17 @@ TINY = {
 # Flags
 
 
-def parse(argv=None):
-    """The flags."""
-    examples = """examples:
+EXAMPLES = """examples:
   python train.py --method vmc --video assets/eight.mp4
   python train.py --method motiondirector --video clips/ --prompt "a person is riding a bicycle" \\
       --weights zeroscope_v2_576w --width 384 --height 384
   python train.py --method newmove --video clip.mp4 --loss motiondirector --rank 32 --lr 5e-4
 """
-    parser = argparse.ArgumentParser(description=__doc__, epilog=examples,
+
+
+def parse(argv=None):
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what to learn
@@ -275,6 +278,8 @@ def parse(argv=None):
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
     add("--checkpointing", action="store_true", help="less memory for a third more time")
+    add("--batch", type=int, help="examples a step; torchrun's processes share them (default: one "
+        "a process)")
     # looking at it, and keeping it
     add("--preview-prompt", help="what the samples show (default: the caption)")
     add("--preview-every", type=int, default=100, help="steps between samples, or 0 (default: 100)")
@@ -606,6 +611,9 @@ class Run:
     prior: list
     learners: dict = field(default_factory=dict)
     states: dict = field(default_factory=dict)  # caption -> its states, while no word learns
+    process: int = 0  # which of torchrun's processes this is, and of how many
+    processes: int = 1
+    through: Callable = lambda loss: loss()  # a loss's way: through DistributedDataParallel
 
 
 def encode(run, video):
@@ -625,41 +633,70 @@ def read_caption(run, caption):
     return run.states[caption]
 
 
-def learn(run, step, p, number, off):
-    """One pass: forward and backward. Returns what the log says of it, or None if it was left out,
-    and then adds what it teaches to `off`, which does not act for the rest of the step."""
+def learn(run, step, number, p, example, off):
+    """One pass on one example: forward and backward. Returns what the log says of it."""
     args, S = run.args, run.parts.schedule
     # Passes over the same data share a step's clip, timestep and noise (MotionDirector's two paths
     # do); what else is random is the pass's own. Dropout draws from the global generator.
     source = {"clips": run.clips, "images": run.images, "prior": run.prior}[p.of]
-    shared = sampler.generator(args.seed, step, ("clips", "images", "prior").index(p.of))
-    own = sampler.generator(args.seed, step, 10 + number)
+    shared = sampler.generator(
+        args.seed, step, example, ("clips", "images", "prior").index(p.of))
+    own = sampler.generator(args.seed, step, example, 10 + number)
     torch.manual_seed(int(torch.randint(2**62, (), generator=own)))
     index = int(torch.randint(len(source), (), generator=shared))
     clip = source[index]
     weights = sampler.timestep_weights(p.timesteps, S.num_train_timesteps, p.alpha)
     t = sampler.draw_timesteps(weights, 1, shared)
     noise = torch.randn(clip.latents.shape, generator=shared)
-    if torch.rand((), generator=own) >= p.chance:
-        off.update(p.learns)
-        return None
     switch(run.learners, p.learns, [n for n in p.beside if n not in off], index)
     view = "augmented" if args.augment and p.sees == "whole" and p.of == "clips" else p.sees
     latents, frames = data.VIEWS[view](clip, own, lambda video: encode(run, video))
     noise = noise[:, :, frames].to(latents)
     x, a = S.add_noise(latents, noise, t), S.at(t, latents)
-    with generate.autocast(args.device, args.precision):
+    anchor = int(torch.randint(latents.shape[2], (), generator=own))
+    seen = {}
+
+    def loss():
         text = read_caption(run, caption_of(run, p, clip))
         temporal = p.sees == "whole"  # single frames go past every temporal layer
-        prediction = run.parts.unet(x, t.to(args.device), text.float(), temporal=temporal)
-    x0, eps = S.split(prediction.float(), x, a)
-    pair = {"output": (prediction.float(), S.target(latents, noise, t)),
-            "epsilon": (eps, noise), "x0": (x0, latents)}[p.align]
-    anchor = int(torch.randint(latents.shape[2], (), generator=own))
-    loss = losses.LOSSES[p.loss](*pair, a=a.to(x), stride=p.stride, anchor=anchor, beta=p.beta)
-    (p.weight * loss).backward()
-    seen = losses.unseen_by_cosine(eps, noise) if "cosine" in p.loss else {}
+        with generate.autocast(args.device, args.precision):
+            prediction = run.parts.unet(x, t.to(args.device), text, temporal=temporal).float()
+        x0, eps = S.split(prediction, x, a)
+        pair = {"output": (prediction, S.target(latents, noise, t)), "epsilon": (eps, noise),
+                "x0": (x0, latents)}[p.align]
+        if "cosine" in p.loss:
+            seen.update(losses.unseen_by_cosine(eps, noise))
+        return losses.LOSSES[p.loss](*pair, a=a.to(x), stride=p.stride, anchor=anchor, beta=p.beta)
+
+    loss = run.through(loss)
+    share = p.weight * run.processes / args.batch  # gradients are averaged over processes
+    (share * loss).backward()
     return {"loss": loss.item(), "weight": p.weight, "t": t.item(), "clip": str(clip.path)} | seen
+
+
+def advance(run, step, optimizer, trained):
+    """One step of training: all passes of its stage, then the optimiser. Returns the log's line.
+    Stops the program at a NaN, before it reaches the weights."""
+    started, off, method = time.time(), set(), run.method
+    run.parts.unet.train()
+    passes = method.stages[stage_at(method, step)].passes
+    mine, logs = range(run.process, run.args.batch, run.processes), []
+    for number, p in enumerate(passes):
+        chance = torch.rand((), generator=sampler.generator(run.args.seed, step, number))
+        if chance >= p.chance:
+            off.update(p.learns)  # it does not act for the rest of the step
+        else:
+            logs += [learn(run, step, number, p, example, off) for example in mine]
+    norm = nn.utils.clip_grad_norm_(trained.values(), method.clip_grad).item()
+    loss = sum(line["weight"] * line["loss"] for line in logs) / len(mine)
+    if not math.isfinite(loss + norm):
+        where = "; ".join(f"timestep {line['t']}, clip {line['clip']}" for line in logs)
+        sys.exit(f"error: loss {loss}, gradient {norm} at step {step}, {where}; the last saved "
+                 "state is kept. Lower --lr, or give --precision fp32.")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"step": step, "loss": loss, "grad": norm, "passes": logs,
+            "seconds": round(time.time() - started, 4)}
 
 
 def caption_of(run, p, clip):
@@ -682,8 +719,30 @@ def stage_at(method, step):
 # Saving, resuming, stopping
 
 
+class Shared(nn.Module):
+    """What DistributedDataParallel wraps: the trained parameters, whose gradients it averages over
+    torchrun's processes, with any pass's loss as the forward."""
+
+    def __init__(self, trained):
+        super().__init__()
+        self.trained = nn.ParameterList(trained.values())
+
+    def forward(self, loss):
+        return loss()
+
+
+def share(run, trained):
+    """Under torchrun, learn together: each process has its own examples of a step."""
+    if run.processes > 1:
+        for p in trained.values():
+            p.requires_grad_(True)
+        run.through = nn.parallel.DistributedDataParallel(
+            Shared(trained), find_unused_parameters=True)
+
+
 class Stop:
-    """The first SIGINT or SIGTERM asks for a stop after the step; the second stops at once."""
+    """The first SIGINT or SIGTERM asks for a stop after the step, in all processes; the second
+    stops at once."""
 
     def __init__(self):
         self.signal = None
@@ -695,6 +754,14 @@ class Stop:
             os._exit(128 + number)
         self.signal = number
         data.say("\nstopping after this step; once more to stop at once")
+
+    def agree(self, run):
+        """Before a step: if one process was asked to stop, all were."""
+        if run.processes > 1:
+            asked = torch.tensor(self.signal or 0, device=run.args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.signal = asked.item() or None
+        return self.signal
 
 
 def save_adapters(run, folder, step, meta):
@@ -785,6 +852,8 @@ def saved_args(args):
 
 def open_log(out, step):
     """The log, without lines that a resumed run will write again (the last may be cut short)."""
+    if out == Path(os.devnull):
+        return out.open("w")
     path = out / "log.jsonl"
     lines = path.read_text().splitlines()[:step] if path.is_file() else []
     with data.publish(path) as part:
@@ -863,6 +932,10 @@ def prepare(args, method):
     args.prompt = prompts if len(set(prompts)) > 1 else prompts[:1]
     args.preview_prompt = data.check_prompt(args.preview_prompt or args.prompt[0])
     run = Run(args, method, parts, clips, images, [])
+    run.process, run.processes = generate.place(args)
+    args.batch = args.batch or run.processes
+    if args.batch % run.processes:
+        raise BadInput(f"--batch {args.batch}: wanted a multiple of the {run.processes} processes.")
     for clip in (*clips, *images):
         clip.latents = encode(run, clip.video)
     run.prior = read_prior(run)
@@ -1009,55 +1082,46 @@ def main(argv=None):
     trained = named(run.learners)
     generate.on_gpu(args, parts.unet, trained)
     parts.unet.checkpointing = args.checkpointing
-    report(run, sources, tiny)
+    if run.process == 0:
+        report(run, sources, tiny)
     optimizer = make_optimizer(method, run.learners)
-    stop, last = Stop(), total_steps(method)
+    share(run, trained)
+    stop, last, writes = Stop(), total_steps(method), run.process == 0
     # The untrained model's sample, drawn before a resumed run's weights are put back.
     before = preview(run, method.stages[-1]) if args.preview_every else None
     first = resume(run, optimizer, meta) if args.resume else 0
-    if not args.resume:
-        clear(args.out)
-    with data.publish(args.out / "args.json") as path:
-        path.write_text(json.dumps(saved_args(args), indent=1))
-    log = open_log(args.out, first)
-    bar = tqdm(initial=first, total=last, desc=args.method)
+    if writes:
+        clear(args.out) if not args.resume else None
+        with data.publish(args.out / "args.json") as path:
+            path.write_text(json.dumps(saved_args(args), indent=1))
+    log = open_log(args.out if writes else Path(os.devnull), first)
+    bar = tqdm(initial=first, total=last, desc=args.method, disable=not writes)
     for step in range(first, last + 1):
         stage = method.stages[stage_at(method, step)]
         # save, and look
-        end = step == last or stop.signal
-        if end or (step % args.save_every == 0 and step > first):
+        end = step == last or stop.agree(run)
+        if writes and (end or (step % args.save_every == 0 and step > first)):
             paths = save(run, step, optimizer, meta)
         if args.preview_every and (step % args.preview_every == 0 or end) and not stop.signal:
             now = preview(run, stage) if step else before
             reference = (run.clips or run.images)[0].video.expand_as(now)
             row = torch.cat([reference, before, now], dim=3)  # (3, F, H, 3·W)
-            data.write_video(args.out / "samples" / f"step-{step:06d}.mp4", row, args.fps)
+            if writes:
+                data.write_video(args.out / "samples" / f"step-{step:06d}.mp4", row, args.fps)
             if looks_gone(args, now, step):
-                paths, end = save(run, step, optimizer, meta), True
+                paths, end = save(run, step, optimizer, meta) if writes else None, True
         if end:
             break
-        # learn
-        parts.unet.train()
-        started, off = time.time(), set()
-        logs = [learn(run, step, p, i, off) for i, p in enumerate(stage.passes)]
-        norm = nn.utils.clip_grad_norm_(trained.values(), method.clip_grad)
-        logs = [line for line in logs if line]
-        loss = sum(line["weight"] * line["loss"] for line in logs)
-        if not math.isfinite(loss + norm.item()):
-            where = "; ".join(f"timestep {line['t']}, clip {line['clip']}" for line in logs)
-            sys.exit(f"error: loss {loss}, gradient {norm.item()} at step {step}, {where}; the "
-                     "last saved state is kept. Lower --lr, or give --precision fp32.")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # log
-        line = {"step": step, "loss": loss, "grad": norm.item(), "passes": logs}
-        log.write(json.dumps(line | {"seconds": round(time.time() - started, 4)}) + "\n")
-        bar.set_postfix(loss=f"{loss:.4f}")
+        line = advance(run, step, optimizer, trained)
+        log.write(json.dumps(line) + "\n")
+        bar.set_postfix(loss=f"{line['loss']:.4f}")
         bar.update()
     bar.close()
     if stop.signal and step < last:
         print(f"stopped and saved at step {step}; add --resume to the same command to go on")
         sys.exit(128 + stop.signal)
+    if not writes:
+        return
     for path in paths:
         print(f"adapter: {path}")
     print(f"samples: {args.out / 'samples'}\n"

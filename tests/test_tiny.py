@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import generate
 import model
-from tiny import instruments, measure, world
+from tiny import instruments, world
 
 
 def scenes(n, motions=world.MOTIONS, seed=11):
@@ -87,13 +87,13 @@ def test_a_clip_played_backwards_moves_the_other_way():
 def test_agreement_by_hand():
     s = scenes(1, ("moving right",))
     path, reading = world.trajectory(s), instruments.read(world.render(s))
-    assert measure.agreement(reading, path).item() == pytest.approx(1, abs=0.01)
+    assert instruments.agreement(reading, path).item() == pytest.approx(1, abs=0.01)
     reading.x = -reading.x
-    assert measure.agreement(reading, path).item() == pytest.approx(-1, abs=0.01)
+    assert instruments.agreement(reading, path).item() == pytest.approx(-1, abs=0.01)
     reading.x = reading.x * -0.4  # right again, but not far enough
-    assert measure.agreement(reading, path).item() == 0
+    assert instruments.agreement(reading, path).item() == 0
     reading.x, reading.found = path.x, torch.arange(16)[None] < 13
-    assert measure.agreement(reading, path).item() == 0
+    assert instruments.agreement(reading, path).item() == 0
 
 
 def test_two_things_can_be_drawn():

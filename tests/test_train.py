@@ -454,3 +454,63 @@ def test_the_environment_is_not_needed(clip, tmp_path):
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     run("train.py", *flags(clip, "run", "--steps", 1), cwd=tmp_path, env=env)
     assert (tmp_path / "run" / "vmc.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def together(script, *flags):
+    """The script under torchrun, in two processes that meet on this machine."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         ROOT / script, *map(str, flags)],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("method", ("motiondirector", "newmove"))
+def test_two_processes_learn_what_one_does_from_as_many_examples(method, clip, tmp_path):
+    """Two clips, so that MotionDirector's processes now and then train different appearances."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    video = data.read_video(clip, 16, (64, 64), 8)
+    for i in range(2):
+        data.write_video(clips / f"{i}.mp4", video if i else video.flip(1), 8)
+    same = ("--method", method, "--video", clips, "--prompt", "a thing hopping", "--steps", 3,
+            "--preview-every", 0, "--seed", 1)
+    run("train.py", *same, "--batch", 2, "--out", tmp_path / "one")
+    together("train.py", *same, "--out", tmp_path / "two")
+    files = sorted(p.name for p in (tmp_path / "one").glob("*.safetensors"))
+    assert files == sorted(p.name for p in (tmp_path / "two").glob("*.safetensors"))
+    for name in files:
+        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+        # Sums of more than two gradients may be rounded in another order.
+        assert all(torch.allclose(one[k], two[k], rtol=0, atol=1e-6) for k in one), name
+    run("train.py", *same, "--out", tmp_path / "alone")  # one example a step is another thing
+    one, alone = (load_file(tmp_path / run / f"{method}.safetensors") for run in ("one", "alone"))
+    assert max((one[k] - alone[k]).abs().max() for k in one if "clip" not in k) > 1e-5
+
+
+def test_two_processes_generate_and_score_what_one_does(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\na green cross\n")
+    same = ("--prompts", tmp_path / "prompts.txt", "--steps", 2, "--batch", 1)
+    run("generate.py", *same, "--out", tmp_path / "one")
+    together("generate.py", *same, "--out", tmp_path / "two")
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert len(names) == 5 and names == sorted(p.name for p in (tmp_path / "two").iterdir())
+    for name in set(names) - {"settings.json"}:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    scoring = (tmp_path / "two", "--reference", tmp_path / "one", "--size", 64)
+    run("eval.py", *scoring, "--out", tmp_path / "a")
+    together("eval.py", *scoring, "--out", tmp_path / "b")
+    read = lambda folder: json.loads((tmp_path / folder / "metrics.json").read_text())
+    assert read("a") == read("b")
+
+
+def test_examples_must_divide_among_processes(clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(BadInput, match="wanted a multiple of the 2 processes"):
+        train.main([*map(str, flags(clip, tmp_path / "out", "--batch", 3))])

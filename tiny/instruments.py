@@ -254,6 +254,23 @@ def read(video):
                    background, torch.where(seen, motion, -1), x, y, size, found)
 
 
+def agreement(reading, path):
+    """(N,) agreement with a reference path, x and y of (1, F): mean Pearson correlation over the
+    axes on which the reference moves more than 2 pixels; NaN where it moves on none. An axis whose
+    amplitude is not within half and twice the reference's counts 0, and so does a video whose thing
+    is found in fewer than 7/8 of its frames."""
+    scores, frames = [], path.x.shape[1]
+    for got, want in ((reading.x, path.x), (reading.y, path.y)):
+        if want.amax() - want.amin() > 2:
+            a, b = got - got.mean(1, keepdim=True), want - want.mean(1, keepdim=True)
+            r = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-6)
+            ratio = a.norm(dim=1) / b.norm(dim=1)
+            scores.append(torch.where((ratio >= 0.5) & (ratio <= 2), r, 0.0))
+    if not scores:
+        return torch.full((len(reading.x),), float("nan"))
+    return torch.where(reading.found.sum(1) * 8 >= frames * 7, torch.stack(scores).mean(0), 0.0)
+
+
 def accuracy(scenes, reading):
     """Share of clips (a dict of floats) in which each thing was read as it was drawn."""
     names = ("colour", "shape", "background", "motion")

@@ -50,20 +50,6 @@ def share(hits):
     return round(100 * hits.float().mean().item(), 1)
 
 
-def agreement(reading, path):
-    """(N,) agreement with a reference path (1, F): mean Pearson correlation over the axes on which
-    the reference moves more than 2 pixels. An axis whose amplitude is not within half and twice the
-    reference's counts 0, and so does a video whose thing is found in fewer than 14 frames."""
-    scores = []
-    for got, want in ((reading.x, path.x), (reading.y, path.y)):
-        if want.amax() - want.amin() > 2:
-            a, b = got - got.mean(1, keepdim=True), want - want.mean(1, keepdim=True)
-            r = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-6)
-            ratio = a.norm(dim=1) / b.norm(dim=1)
-            scores.append(torch.where((ratio >= 0.5) & (ratio <= 2), r, 0.0))
-    return torch.where(reading.found.sum(1) >= 14, torch.stack(scores).mean(0), 0.0)
-
-
 def measure_base(args):
     """Colour, shape, background and kind of motion, read off samples of held-out prompts."""
     parts = load(args)
@@ -125,7 +111,8 @@ def score(videos, clip, looks):
     """The figures of N videos, whose looks were asked for in turn, against a clip's motion."""
     reading, repeat = instruments.read(videos), len(videos) // len(looks)
     right = {n: getattr(reading, n) == getattr(looks, n).repeat(repeat) for n in LOOK}
-    return {"agreement": round(agreement(reading, world.trajectory(clip)).mean().item(), 3),
+    agrees = instruments.agreement(reading, world.trajectory(clip)).mean().item()
+    return {"agreement": round(agrees, 3),
             "recognised": share(reading.motion == clip.motion),
             **{n: share(hits) for n, hits in right.items()},
             "all three": share(right["colour"] & right["shape"] & right["background"]),

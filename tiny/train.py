@@ -1,4 +1,5 @@
-"""Train the tiny model from scratch: VAE, CLIP, then the video UNet on pictures and on clips.
+"""Train the tiny model from scratch: VAE, CLIP, the video UNet on pictures and on clips, and the
+classifier of motions that scores it.
 
     python tiny/train.py                       # all stages, from scratch or from where they stopped
     python tiny/train.py clips --steps 40000   # go on with the last stage alone
@@ -25,15 +26,16 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
+import eval  # noqa: E402
 import model  # noqa: E402
 from sampler import Schedule  # noqa: E402
-from tiny import world  # noqa: E402
+from tiny import instruments, world  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("vae", "clip", "pictures", "clips")
-STEPS = {"vae": 1800, "clip": 3000, "pictures": 1000, "clips": 20000}
-BATCH = {"vae": 24, "clip": 128, "pictures": 128}
-RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 1.5e-3, "clips": 1e-3}
+STAGES = ("vae", "clip", "pictures", "clips", "motion")
+STEPS = {"vae": 1800, "clip": 3000, "pictures": 1000, "clips": 20000, "motion": 3000}
+BATCH = {"vae": 24, "clip": 128, "pictures": 128, "motion": 48}
+RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 1.5e-3, "clips": 1e-3, "motion": 2e-3}
 
 # How clips are learned: until this step, so many frames a clip and clips a step, which motions, and
 # timesteps from `low` up. "Left" differs from "right" in the product of direction, frame and place
@@ -437,10 +439,10 @@ def train_pictures(args):
 
 
 def train_clips(args):
-    """Whole clips, along CURRICULUM: how things move. Every second step is one of pictures, which
-    keeps looks right at a third of the cost. Starts from the pictures' state where there is one,
-    else from the weights that are there, and then in the curriculum's last part: so the committed
-    model can be trained on."""
+    """Whole clips, along CURRICULUM: how things move. Between two steps of clips come --pictures
+    steps of pictures, which keep looks right at a third of the cost. Starts from the pictures'
+    state where there is one, else from the weights that are there, and then in the curriculum's
+    last part: so the committed model can be trained on."""
     unet, schedule = build_unet(args), build_schedule()
     pictures, pools, offset = picture_pool(args), {}, 0
     if (args.work / "pictures.pt").exists():
@@ -455,17 +457,96 @@ def train_clips(args):
         g = generator("clips", step)
         part = next(i for i, c in enumerate(CURRICULUM) if step + offset < c[0])
         _, frames, batch, motions, low = CURRICULUM[part]
-        if step % 2:
-            latents, states = pictures.batch(step // 2, g, False)
+        clip, picture = divmod(step, 1 + args.pictures)
+        if picture:
+            latents, states = pictures.batch(step - clip, g, False)
             return unet_loss(unet, schedule, latents, states, g, args, False, skew=1.5)
         if part not in pools:
             pools.clear()
             render = lambda scenes, g: world.render(scenes, frames)
             pools[part] = Pool(1 + part, 24576 // frames, batch, render, motions, args)
-        latents, states = pools[part].batch(step, g, True)
+        latents, states = pools[part].batch(clip, g, True)
         return unet_loss(unet, schedule, latents, states, g, args, True, args.skew, low)
 
     run("clips", unet, loss_of, export_unet(args), args)
+
+
+# ------------------------------------------------------------------------------------------------
+# The classifier of motions
+
+
+def strange_path(scenes, g):
+    """What no motion of the world looks like, mostly: half of the scenes wander smoothly, the other
+    half change their motion midway."""
+    n, u = len(scenes), torch.linspace(0, 1, world.FRAMES)
+    path = world.trajectory(scenes)
+    other = world.trajectory(scenes.but(motion=scenes.motion.roll(1)))
+    halves = {k: torch.where(u < 0.5, v, getattr(other, k)) for k, v in vars(path).items()}
+    wave = lambda: sum(torch.randn(n, 1, generator=g) / k ** 0.5 * torch.sin(
+        2 * math.pi * (k * u / 2 + torch.rand(n, 1, generator=g))) for k in (1, 2, 3, 5))
+    wanders = torch.rand(n, 1, generator=g) < 0.5
+    for axis in ("x", "y"):
+        centre = getattr(scenes, axis)[:, None]
+        free = (centre + 0.7 * scenes.reach[:, None] * wave()).clamp(6, world.SIZE - 6)
+        halves[axis] = torch.where(wanders, free, halves[axis])
+    return world.Path_(**halves)
+
+
+def motions_to_tell(n, g):
+    """n clips (n, 3, F, H, W) and their kinds of motion (n,), the last kind for none of these. So
+    that a model's imperfect videos are told too, shapes and sizes waver in half of the clips."""
+    scenes = world.sample_scenes(n, g, world.MOTIONS)
+    strange = torch.rand(n, generator=g) < 0.15
+    path, odd = world.trajectory(scenes), strange_path(scenes, g)
+    for name, values in vars(odd).items():
+        setattr(path, name, torch.where(strange[:, None], values, getattr(path, name)))
+    read = instruments.read_motion(
+        path.x, path.y, scenes.radius[:, None] * path.size, path.angle[:, -1] - path.angle[:, 0],
+        path.width.amin(1), path.pan.diff(dim=1).mean(1))
+    kinds = torch.where(strange, read, scenes.motion) % (len(world.MOTIONS) + 1)
+    wavering = scenes.but(shape=torch.randint(6, (n,), generator=g),
+                          radius=scenes.radius * (0.8 + 0.4 * torch.rand(n, generator=g)))
+    spins = world.is_motion(kinds, "spinning", "tumbling")
+    often = 0.8 * (torch.rand(n, generator=g) - 0.5).clamp(min=0) * ~spins
+    wavers = torch.rand(n, world.FRAMES, generator=g) < often[:, None]
+    video = torch.where(wavers[:, None, :, None, None], world.render(wavering, path=path),
+                        world.render(scenes, path=path))
+    return video, kinds
+
+
+def train_motion(args):
+    """The temporal relation network of eval.py, on all motions, novel ones too, and on others."""
+    torch.manual_seed(4)
+    net, pool = eval.TRN(len(world.MOTIONS) + 1).to(args.device), {}
+
+    def loss_of(step):
+        number = step * BATCH["motion"] // (1024 * Pool.REUSE)
+        if number not in pool:
+            pool.clear()
+            parts = [motions_to_tell(64, generator("motion", 10**7 + 16 * number + i))
+                     for i in range(16)]
+            pool[number] = [torch.cat(p) for p in zip(*parts)]
+        g = generator("motion", step)
+        rows = torch.randint(1024, (BATCH["motion"],), generator=g)
+        video, kinds = pool[number][0][rows], pool[number][1][rows]
+        loud = 0.3 * torch.rand(len(rows), 1, 1, 1, 1, generator=g) ** 2
+        video = video + loud * torch.randn(video.shape, generator=g)
+        with autocast(args):
+            logits = net(video.to(args.device))
+        return F.cross_entropy(logits.float(), kinds.to(args.device))
+
+    def export(state):
+        write_part(args.out, "motion", {"classes": [*world.MOTIONS, "none of these"]}, state,
+                   "model")
+        scenes = world.sample_scenes(400, generator("motion", 10**8), world.MOTIONS)
+        held = {n: p.detach().clone() for n, p in net.named_parameters()}
+        net.load_state_dict(state)
+        with torch.no_grad():
+            right = net(world.render(scenes).to(args.device)).argmax(1).cpu() == scenes.motion
+        net.load_state_dict(held)
+        print(f"motion: {100 * right.float().mean():.1f} % of held-out clips", flush=True)
+
+    run("motion", net, loss_of, export, args)
 
 
 def main():
@@ -481,6 +562,8 @@ def main():
                         help="clip: learn all but the text encoder, which a UNet already reads")
     parser.add_argument("--skew", type=float, default=0.8,
                         help="clips' timesteps are T·u^skew (default: 0.8, somewhat to high noise)")
+    parser.add_argument("--pictures", type=int, default=1, metavar="N",
+                        help="clips: steps of pictures for each step of clips (default: 1)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where to compute; default: a GPU if any")
     args = parser.parse_args()

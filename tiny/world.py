@@ -255,12 +255,12 @@ def backgrounds(kind, pan, size=SIZE):
     return shape(dark) + (shape(light) - shape(dark)) * mix
 
 
-def render(scenes, frames=FRAMES, also=(), times=None):
-    """Scenes -> clips (B, 3, F, H, W) in [-1, 1]; things of the Scenes in `also` join them."""
-    path = trajectory(scenes, frames, times)
+def render(scenes, frames=FRAMES, also=(), times=None, path=None):
+    """Scenes -> clips (B, 3, F, H, W) in [-1, 1]; things of the Scenes in `also` join them. With a
+    `path` the things follow that instead of their own motion."""
+    path = trajectory(scenes, frames, times) if path is None else path
     video = backgrounds(scenes.background, path.pan)
-    for s in (scenes, *also):
-        p = trajectory(s, frames, times)
+    for s, p in ((scenes, path), *((s, trajectory(s, frames, times)) for s in also)):
         mask = thing_masks(s.shape, p, s.radius)[:, None]
         colour = (torch.tensor(list(COLOURS.values())) / 255)[s.colour]
         video = video * (1 - mask) + colour[:, :, None, None, None] * mask

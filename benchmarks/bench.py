@@ -1,0 +1,512 @@
+"""Time and memory of this code against the diffusers UNet and the official training loops.
+
+    python benchmarks/bench.py --size tiny                     # CPU
+    python benchmarks/bench.py --size middle                   # CPU, several minutes
+    python benchmarks/bench.py --size full --device cuda       # 1.41 B parameters, random weights
+
+Both sides have the same weights, inputs, dtype, threads and memory allocator, are checked to
+compute the same numbers, and are then timed in turn, so that what disturbs one disturbs the other;
+the ratio is of medians. The reference side does what the official loops do, operation by operation:
+the diffusers UNet, cached latents, text encoded at every step, LoRA as wrapped linear layers, two
+passes, bf16 autocast (where they have fp16). Prints a table; writes JSON to --out.
+"""
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import data  # noqa: E402
+import generate  # noqa: E402
+import lora  # noqa: E402
+import model  # noqa: E402
+import sampler  # noqa: E402
+import train  # noqa: E402
+
+HEAD = {"act_fn": "silu", "downsample_padding": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-5}
+FOUR = {"down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+        "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3, "attention_head_dim": 64,
+        "layers_per_block": 2, "norm_num_groups": 32}
+UNETS = {  # all read the tiny model's latents and text but the full one, which has its own
+    "tiny": {"block_out_channels": [64, 128], "attention_head_dim": 16, "layers_per_block": 1,
+             "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
+             "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"], "norm_num_groups": 4,
+             "in_channels": 8, "out_channels": 8, "cross_attention_dim": 64, "sample_size": 8},
+    "middle": FOUR | {"block_out_channels": [128, 256, 512, 512], "in_channels": 8,
+                      "out_channels": 8, "cross_attention_dim": 64, "sample_size": 32},
+    "full": FOUR | {"block_out_channels": [320, 640, 1280, 1280], "in_channels": 4,
+                    "out_channels": 4, "cross_attention_dim": 1024, "sample_size": 32},
+}
+FULL_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+             "num_attention_heads": 16}
+FULL_VAE = {"block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215}
+# Clips of (width, height, frames), and videos to sample; the first of each is the table's.
+SHAPES = {"tiny": [(64, 64, 16)], "middle": [(256, 256, 16)],
+          "full": [(384, 384, 16), (256, 256, 16)]}
+VIDEOS = {"tiny": (64, 64, 16), "middle": (256, 256, 16), "full": (576, 320, 24)}
+METHODS = ("vmc", "motiondirector", "newmove")
+
+
+# ------------------------------------------------------------------------------------------------
+# The two sides
+
+
+def random_state(module):
+    """Weights of a module on the meta device: norms near one, the rest small."""
+    g, state = torch.Generator().manual_seed(0), {}
+    for name, t in module.state_dict().items():
+        fan = max(1, t[0].numel()) if t.dim() > 1 else 100
+        x = torch.randn(t.shape, generator=g) * (0.5 / fan**0.5)
+        state[name] = (x + 1 if "norm" in name and name.endswith("weight") else x).half()
+    return state
+
+
+def make_folder(size, folder):
+    """A base model in the hub's layout: a UNet of this size; text and VAE the tiny ones or full."""
+    config = HEAD | UNETS[size]
+    own = {k: v for k, v in config.items() if k not in ("act_fn", "mid_block_scale_factor")}
+    with torch.device("meta"):
+        parts = {"unet": (model.UNet(model.UNetConfig(**own)), config)}
+        if size == "full":
+            parts["vae"] = model.VAE(model.VAEConfig(**FULL_VAE)), FULL_VAE
+            parts["text_encoder"] = model.TextEncoder(model.TextConfig(**FULL_TEXT)), FULL_TEXT
+    for name in ("vae", "text_encoder", "scheduler"):
+        (folder / name).symlink_to(generate.TINY / name) if name not in parts else None
+    if size == "full":
+        (folder / "scheduler").unlink()
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
+            {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1}))
+    for name, (module, config) in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        state = random_state(module)
+        if name == "text_encoder":
+            state = model.text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
+        save_file(state, folder / name / "diffusion_pytorch_model.safetensors")
+
+
+class Ours:
+    """train.py's own run, step by step."""
+
+    def __init__(self, folder, method, shape, args, *more):
+        width, height, frames = shape
+        clip = args.scratch / "clips" / "0.mp4"
+        if not clip.is_file():
+            g = torch.Generator().manual_seed(0)
+            data.write_video(clip, torch.rand(3, 32, 256, 256, generator=g) * 2 - 1, 8)
+        flags = ["--method", method, "--video", clip, "--prompt", "a thing moving", "--weights",
+                 folder, "--width", width, "--height", height, "--frames", frames, "--out",
+                 args.scratch / "run", "--device", args.device, "--preview-every", 0, *more]
+        flags += ["--prior", clip.parent] if method == "newmove" else []
+        args_ = train.parse([str(f) for f in flags])
+        chosen, _ = train.resolve(args_)
+        with contextlib.redirect_stderr(None):
+            self.run, _ = train.prepare(args_, chosen)
+        self.trained = train.named(self.run.learners)
+        generate.on_gpu(args_, self.run.parts.unet, self.trained)
+        self.optimizer = train.make_optimizer(self.run.method, self.run.learners)
+        self.number = 0
+
+    def step(self):
+        # With a chance of one in five MotionDirector leaves a pass out: time whole steps.
+        for stage in self.run.method.stages:
+            for p in stage.passes:
+                object.__setattr__(p, "chance", 1.0)
+        train.advance(self.run, self.number, self.optimizer, self.trained)
+        self.number += 1
+
+
+class WrappedLinear(nn.Module):
+    """A LoRA as the official code has it: a module that holds the linear layer it replaces."""
+
+    def __init__(self, linear, rank, dropout):
+        super().__init__()
+        rank = min(rank, linear.in_features, linear.out_features)
+        self.linear = linear
+        self.lora_down = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_up = nn.Linear(rank, linear.out_features, bias=False)
+        self.dropout, self.scale = nn.Dropout(dropout), 1.0
+        nn.init.normal_(self.lora_down.weight, std=1 / rank)
+        nn.init.zeros_(self.lora_up.weight)
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, x):
+        return self.linear(x) + self.dropout(self.lora_up(self.lora_down(x))) * self.scale
+
+
+def official_bypass(unet):
+    """At one frame the official UNet goes past its temporal layers; diffusers' does not."""
+    for name, module in unet.named_modules():
+        if name == "transformer_in" or name.split(".")[-2:-1] in (["temp_attentions"],
+                                                                  ["temp_convs"]):
+            whole, conv = module.forward, "temp_convs" in name
+
+            def forward(x, *args, num_frames=1, whole=whole, conv=conv, **more):
+                if num_frames == 1:
+                    return x if conv else (x,)
+                return whole(x, *args, num_frames=num_frames, **more)
+
+            module.forward = forward
+
+
+class Reference:
+    """The official loops on the diffusers UNet."""
+
+    def __init__(self, folder, method, ours, args):
+        self.method, self.run, self.device = method, ours.run, args.device
+        self.autocast = lambda: generate.autocast(args.device, ours.run.args.precision)
+        self.parts = ours.run.parts
+        config = json.loads((folder / "unet" / "config.json").read_text())
+        unet = diffusers.UNet3DConditionModel(**config)
+        unet.load_state_dict(model.read_tensors(model.find_weights(folder / "unet")))
+        self.unet = unet.to(args.device).train()
+        self.unet.requires_grad_(False)
+        official_bypass(self.unet)
+        self.spatial, self.temporal = [], []
+        if method == "motiondirector":
+            # Its frozen weights are halved, the LoRAs stay in fp32; the others keep fp32 weights.
+            self.unet.to(torch.bfloat16) if ours.run.args.precision == "bf16" else None
+            part = ours.run.method.parts["motion"]
+            self.spatial = self.wrap("look", part)
+            self.temporal = self.wrap("motion", part)
+            self.trained = [p for one in (*self.spatial, *self.temporal)
+                            for p in (one.lora_down.weight, one.lora_up.weight)]
+        else:
+            chosen = lora.select(self.unet, ours.run.method.parts["motion"].layers)
+            self.trained = list(chosen.values())
+        for p in self.trained:
+            p.requires_grad_(True)
+        rate = ours.run.method.parts["motion"]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate.lr, weight_decay=rate.weight_decay)
+
+    def wrap(self, part, like):
+        layers = self.run.method.parts[part].layers
+        wrapped = []
+        for name in list(lora.sites(self.parts.unet, layers)):
+            owner, _, last = name.rpartition(".")
+            owner = self.unet.get_submodule(owner)
+            one = WrappedLinear(getattr(owner, last), like.rank, like.dropout).to(self.device)
+            setattr(owner, last, one)
+            wrapped.append(one)
+        return wrapped
+
+    def predict(self, x, t, text):
+        return self.unet(x, t, encoder_hidden_states=text).sample
+
+    def loss(self, clip):
+        """One clip: noise, the text encoded anew, the UNet. Returns prediction and target."""
+        S, latents = self.parts.schedule, clip.latents
+        noise = torch.randn_like(latents)
+        t = torch.randint(S.num_train_timesteps, (1,))
+        x, goal = S.add_noise(latents, noise, t), S.target(latents, noise, t)
+        with torch.no_grad(), self.autocast():
+            text = self.parts.text([clip.prompt])
+        return x, goal, t.to(self.device), text
+
+    def backward(self, x, goal, t, text, formula, weight=1.0):
+        with self.autocast():
+            out = self.predict(x, t, text)
+        loss = weight * formula(out.float(), goal)
+        loss.backward()
+        return loss.item()
+
+    def step(self):
+        run, clip = self.run, self.run.clips[0]
+        if self.method == "motiondirector":
+            x, goal, t, text = self.loss(clip)
+            for one in (*self.spatial, *self.temporal):
+                one.scale = 0.0 if one in self.temporal else 1.0
+            i = int(torch.randint(x.shape[2], ()))
+            self.backward(x[:, :, i : i + 1], goal[:, :, i : i + 1], t, text, F.mse_loss)
+            spatial = [one.lora_down.weight.grad for one in self.spatial]
+            for one in self.temporal:
+                one.scale = 1.0
+            for one in self.spatial:  # as the official code: computed, then thrown away
+                one.lora_down.weight.grad = one.lora_up.weight.grad = None
+            debias = lambda v: 2**0.5 * v - v[:, :, i : i + 1]
+            ad = lambda a, b: F.mse_loss(a, b) + F.mse_loss(debias(a), debias(b))
+            self.backward(x, goal, t, text, ad)
+            for one, grad in zip(self.spatial, spatial):
+                one.lora_down.weight.grad = grad
+        elif self.method == "newmove":
+            self.backward(*self.loss(clip), F.mse_loss)
+            self.backward(*self.loss(run.prior[0]), F.mse_loss, 0.5)
+        else:
+            step = lambda v: v[:, :, 1:] - v[:, :, :-1]
+            cosine = lambda a, b: (1 - F.cosine_similarity(
+                step(a).abs(), step(b).abs(), dim=2)).mean()
+            self.backward(*self.loss(clip), cosine)
+        if self.method != "motiondirector":
+            nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def sync(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def interleaved(sides, args, repeats):
+    """{name: times in seconds} of functions run in turn, after one warm-up each."""
+    times = {name: [] for name in sides}
+    for i in range(repeats + args.warm):
+        for name, f in sides.items():
+            sync(args.device)
+            started = time.perf_counter()
+            f()
+            sync(args.device)
+            if i >= args.warm:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def peak(f):
+    """Bytes that f needs on the GPU beyond what is there before."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def held(make, args):
+    """What make() returns, and the bytes that it holds on the GPU."""
+    before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
+    made = make()
+    after = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
+    return made, after - before
+
+
+def flops(f):
+    with FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+def matmul_peak(args):
+    """FLOP/s of a large square product, in the precision that the networks run in."""
+    n = 8192 if args.device.startswith("cuda") else 2048
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, dtype=dtype, device=args.device) for _ in range(2))
+    times = interleaved({"matmul": lambda: a @ b}, args, 15)["matmul"]
+    return 2 * n**3 / statistics.median(times)
+
+
+def compare(case, sides, args, repeats, memory=None, count=None):
+    """Time the sides in turn; one row of the table."""
+    times = interleaved(sides, args, repeats)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    row = {"case": case, "ratio": medians["diffusers"] / medians["ours"], "seconds": medians,
+           "times": times, "flops": count, "memory": memory}
+    if count:
+        row["share of peak"] = count / medians["ours"] / args.peak
+    args.rows.append(row)
+    print(f"{case:44} {row['ratio']:5.2f}×   ours {medians['ours'] * 1e3:9.1f} ms   diffusers "
+          f"{medians['diffusers'] * 1e3:9.1f} ms"
+          + (f"   {100 * row['share of peak']:3.0f} % of peak" if count else "")
+          + (f"   memory {memory['ours'] / memory['diffusers']:.2f}×"
+             f" ({memory['ours'] / 2**30:.1f} of {memory['diffusers'] / 2**30:.1f} GiB)"
+             if memory and memory["ours"] else ""), flush=True)
+
+
+def check_same(ours, theirs, x, t, text):
+    """Both UNets on one input, in the precision that is measured. Stops when they differ."""
+    with torch.no_grad(), theirs.autocast():
+        a, b = ours.run.parts.unet(x, t, text).float(), theirs.predict(x, t, text).float()
+    off = ((a - b).norm() / b.norm()).item()
+    if not off < 2e-2:
+        sys.exit(f"error: the two sides differ by {off:.3f}, relative; nothing is measured.")
+    return off
+
+
+def bench_training(folder, size, args):
+    """Each method's step, and its UNet's forward and forward-backward alone."""
+    for shape in SHAPES[size]:
+        for method in args.methods:
+            bench_method(folder, method, shape, shape == SHAPES[size][0], args)
+
+
+def bench_method(folder, method, shape, first, args):
+    """The training step of one method on one shape; on the first also the UNet alone."""
+    ours, own = held(lambda: Ours(folder, method, shape, args), args)
+    theirs, other = held(lambda: Reference(folder, method, ours, args), args)
+    clip, S = ours.run.clips[0], ours.run.parts.schedule
+    train.switch(ours.run.learners, act=list(ours.run.learners))
+    ours.run.parts.unet.eval(), theirs.unet.eval()
+    t, noise = torch.tensor([S.num_train_timesteps // 2]), torch.randn_like(clip.latents)
+    with torch.no_grad():
+        x, text = S.add_noise(clip.latents, noise, t), ours.run.parts.text([clip.prompt])
+    t = t.to(args.device)
+    off = check_same(ours, theirs, x, t, text)
+    print(f"{method}, {shape}: both sides agree to {off:.1e}")
+    theirs.unet.train()
+    ours.step()  # makes the optimiser's state
+    theirs.step()
+    memory = None
+    if args.device.startswith("cuda"):
+        # VAE and text encoder, which both hold, were counted with ours.
+        shared = sum(p.nbytes for m in (ours.run.parts.vae, ours.run.parts.text)
+                     for p in m.parameters())
+        memory = {"ours": own + peak(ours.step) + state_bytes(ours.optimizer),
+                  "diffusers": other + shared + peak(theirs.step)
+                  + state_bytes(theirs.optimizer)}
+    label = f"{method}, {shape[0]}×{shape[1]}×{shape[2]}"
+    compare(f"training step, {label}", {"ours": ours.step, "diffusers": theirs.step}, args,
+            args.repeats, memory, flops(ours.step) if first else None)
+    for what in (("forward",) if method == "vmc" else ()) + ("forward, backward",):
+        if first:
+            sides = unet_alone(ours, theirs, x, t, text, what)
+            compare(f"UNet {what}, {label}", sides, args, args.repeats)
+
+
+def state_bytes(optimizer):
+    """What an optimiser holds."""
+    return sum(v.nbytes for s in optimizer.state.values() for v in s.values()
+               if torch.is_tensor(v))
+
+
+def unet_alone(ours, theirs, x, t, text, what):
+    """Functions that run the two UNets alone, with the method's trainable set."""
+    passes = [p for p in ours.run.method.stages[-1].passes if p.sees == "whole"]
+    train.switch(ours.run.learners, [n for p in passes for n in p.learns])
+
+    def run(predict, trained):
+        with torch.set_grad_enabled(what != "forward"), theirs.autocast():
+            out = predict(x, t, text)
+            if what != "forward":
+                out.float().square().mean().backward()
+        for p in trained:
+            p.grad = None
+
+    return {"ours": lambda: run(ours.run.parts.unet, ours.trained.values()),
+            "diffusers": lambda: run(theirs.predict, theirs.trained)}
+
+
+def bench_sampling(folder, size, args):
+    """Guided sampling to latents: ours, and the diffusers pipeline's loop on the same start."""
+    width, height, frames = VIDEOS[size]
+    parts = model.load(folder, args.device)
+    parts.unet.eval()
+    if args.device.startswith("cuda"):
+        lora.halve(parts.unet, ())
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    unet = diffusers.UNet3DConditionModel(**config)
+    unet.load_state_dict(model.read_tensors(model.find_weights(folder / "unet")))
+    settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = diffusers.DDIMScheduler(**{k: v for k, v in settings.items() if k[0] != "_"})
+    pipe = diffusers.TextToVideoSDPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet.to(args.device).eval(),
+        scheduler=scheduler)
+    if args.device.startswith("cuda"):
+        unet.to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    shape = (config["in_channels"], frames, height // 8, width // 8)
+    start = sampler.noise_like_shape(shape, [0]).to(args.device)
+    with torch.no_grad():
+        text, empty = parts.text(["a thing moving"]), parts.text([""])
+
+    @torch.no_grad()
+    def ours():
+        with generate.autocast(args.device, args.precision):
+            predict = sampler.guide(parts.unet, text, empty, 9.0)
+            return sampler.ddim(parts.schedule, predict, start, args.sampling_steps)
+
+    @torch.no_grad()
+    def theirs():
+        with generate.autocast(args.device, args.precision):
+            return pipe(prompt_embeds=text, negative_prompt_embeds=empty, latents=start,
+                        height=height, width=width, num_frames=frames, guidance_scale=9.0,
+                        num_inference_steps=args.sampling_steps, output_type="latent").frames
+
+    off = ((ours() - theirs()).norm() / ours().norm()).item()
+    if not off < 0.1:  # guidance of 9 multiplies bf16's rounding
+        sys.exit(f"error: the two sides' latents differ by {off:.3f}; nothing is measured.")
+    print(f"sampling: both sides agree to {off:.1e}")
+    compare(f"sampling, {width}×{height}×{frames}, {args.sampling_steps} steps, guided",
+            {"ours": ours, "diffusers": theirs}, args, max(3, args.repeats // 2),
+            count=flops(ours))
+
+
+def bench_growth(folder, size, args):
+    """How a step's time grows with frames and with rank: ours alone."""
+    width, height, _ = SHAPES[size][-1]
+    steps = {f"{n} frames": Ours(folder, "vmc", (width, height, n), args) for n in (8, 16, 24, 32)}
+    ranks = {f"rank {r}": Ours(folder, "motiondirector", (width, height, 16), args, "--rank", r)
+             for r in (4, 32, 128)}
+    for group in (steps, ranks):
+        times = interleaved({k: o.step for k, o in group.items()}, args, args.repeats)
+        medians = {k: statistics.median(t) for k, t in times.items()}
+        first = next(iter(medians.values()))
+        args.growth |= {k: m / first for k, m in medians.items()}
+        print("step time: " + ", ".join(f"{k} {m / first:.2f}×" for k, m in medians.items()))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", choices=tuple(UNETS), default="tiny", help="of the UNet (default: tiny)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--methods", nargs="+", default=METHODS, choices=METHODS, help="default: all three")
+    add("--parts", nargs="+", default=("training", "sampling", "growth"),
+        choices=("training", "sampling", "growth"), help="default: all")
+    add("--repeats", type=int, default=9, help="timed runs of each side (default: 9)")
+    add("--warm", type=int, default=2, help="untimed runs before (default: 2)")
+    add("--sampling-steps", type=int, help="default: 3 on a CPU, 50 on a GPU")
+    add("--out", type=Path, help="default: out/benchmarks/SIZE-DEVICE.json")
+    args = parser.parse_args()
+    model.keep_memory()
+    args.precision = generate.default_precision(args.device)
+    args.sampling_steps = args.sampling_steps or (50 if args.device.startswith("cuda") else 3)
+    args.rows, args.growth = [], {}
+    args.peak = matmul_peak(args)
+    print(f"{args.size}, {args.device}, {args.precision}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}, diffusers {diffusers.__version__}; matmul "
+          f"{args.peak / 1e12:.2f} TFLOP/s")
+    with tempfile.TemporaryDirectory() as folder:
+        args.scratch = Path(folder)
+        weights = args.scratch / "weights"
+        weights.mkdir()
+        make_folder(args.size, weights)
+        for part in args.parts:
+            globals()[f"bench_{part}"](weights, args.size, args)
+    machine = {"device": args.device, "processor": platform.processor() or platform.machine(),
+               "cores": os.cpu_count(), "torch": torch.__version__,
+               "python": sys.version.split()[0],
+               "diffusers": diffusers.__version__, "threads": torch.get_num_threads()}
+    if args.device.startswith("cuda"):
+        machine["gpu"] = torch.cuda.get_device_name()
+    out = args.out or Path("out/benchmarks") / f"{args.size}-{args.device.split(':')[0]}.json"
+    with data.publish(out) as path:
+        path.write_text(json.dumps(
+            {"machine": machine, "precision": args.precision, "matmul FLOP/s": args.peak,
+             "rows": args.rows, "growth": args.growth}, indent=1))
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()
