@@ -43,11 +43,12 @@ def natural(path):
     return [int(p) if p.isdigit() else p.lower() for p in re.split(r"(\d+)", Path(path).name)]
 
 
-def read_video(path, frames, size, fps, start=0.0):
+def read_video(path, frames, size, fps, start=0.0, learn=True):
     """A clip as (3, F, H, W): `frames` frames at `fps` from `start` seconds, or as many as it has.
 
     path: a video file, or a folder of pictures in natural order (which are taken as they are).
     size: (H, W); the picture is scaled to cover it and cropped at the centre, never stretched.
+    learn: warn of what is bad in a clip to learn from.
     Raises BadInput for anything that is not a clip of at least four frames.
     """
     path = Path(path)
@@ -62,6 +63,8 @@ def read_video(path, frames, size, fps, start=0.0):
                        f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher "
                        "--fps.")
     video = torch.stack([fit(pictures[i], size) for i in chosen], dim=1)
+    if not learn:
+        return video
     if len(chosen) < frames:
         say(f"{path} has {len(chosen)} frames at {fps:g} fps, wanted {frames}: "
             "going on with its own length")

@@ -17,6 +17,8 @@ import base64
 import json
 import math
 import random
+import re
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,33 +60,39 @@ class Run:
 
 
 def samples_of(path, args):
-    """The folders of videos that a path stands for, by name. For train.py's folder they are made
-    here, with --prompts: the base model's, those of every kept step, and the result's."""
-    path = Path(path)
+    """[(name, folder of videos)] that a path stands for. For train.py's folder they are made here,
+    with --prompts: the base model's, from noise; those of every kept step; and the result's."""
+    path = Path(path).resolve()
     if not path.is_dir():
         raise BadInput(f"{path} is not a folder; give train.py's or generate.py's, or one of "
                        "videos.")
     if not (path / "log.jsonl").is_file():
-        return {path.name: path}
+        return [(path.name, path)]
     trained = model.read_json(path / "args.json")
-    name = f"{trained['method']}.safetensors"
-    if not (path / name).is_file():
-        raise BadInput(f"{path} holds no {name} yet; wait for train.py to save it.")
-    jobs = {"base": (path / name, 0), path.name: (path / name, 1)}
-    jobs |= {f"step {int(p.name)}": (p / name, 1) for p in sorted(path.glob("steps/*"))}
-    prompts = args.prompts.read_text() if args.prompts else trained["preview_prompt"]
-    file = path / "eval" / "prompts.txt"
-    if not file.is_file() or file.read_text() != prompts:
-        with data.publish(file) as part:
+    file = path / f"{trained['method']}.safetensors"
+    if not file.is_file():
+        raise BadInput(f"{path} holds no {file.name}: it has not been saved yet, or pictures alone "
+                       "were learned from; give a folder of generate.py's.")
+    jobs = [("base", file, ("--scale", 0, "--init", "noise")), (path.name, file, ())]
+    for kept in sorted(path.glob(f"steps/*/{file.name}")):
+        jobs.append((f"step {int(kept.parent.name)}", kept, ()))
+    prompts = trained["preview_prompt"]
+    if args.prompts:
+        prompts = args.prompts.read_text(errors="replace")
+    listed = path / "eval" / "prompts.txt"
+    if not listed.is_file() or listed.read_text() != prompts:
+        with data.publish(listed) as part:
             part.write_text(prompts)
-    folders = {}
-    for job, (adapter, scale) in jobs.items():
-        out = folders[job] = path / "eval" / data.slug(job)
-        if not up_to_date(out, args.seeds, adapter, file):
-            for old in out.glob("*.mp4"):
-                old.unlink()
-            flags = ["--adapter", adapter, "--scale", scale, "--prompts", file, "--out", out,
-                     "--seeds", args.seeds]
+    folders = []
+    for number, (name, adapter, flags) in enumerate(jobs):
+        out = path / "eval" / ("base" if not number else "result" if number == 1
+                               else data.slug(name))
+        folders.append((name, out))
+        if generate.agreed(not up_to_date(out, args.seeds, adapter, listed)):
+            for old in (*out.glob("*.mp4"), *out.glob("sheet.png")):
+                old.unlink(missing_ok=True)
+            flags = ["--adapter", adapter, *flags, "--prompts", listed, "--out", out, "--seeds",
+                     args.seeds, "--device", args.device]
             flags += ["--weights", trained["weights"]] if trained["weights"] else []
             generate.main([str(f) for f in flags])
     return folders
@@ -100,26 +108,38 @@ def up_to_date(out, seeds, *sources):
 def read_run(name, path, references, args):
     """A folder of videos. What generate.py wrote names its prompts, and through its adapter the
     clips that were learned from, unless `references` (paths) are given. Raises BadInput."""
-    settings, training = {}, {}
+    settings, training, clips = {}, {}, []
     if (path / "settings.json").is_file():
         settings = model.read_json(path / "settings.json")
-    prompts, samples = settings.get("all_prompts"), []
-    for file in data.find_clips([path]):
-        prompt = prompts[int(file.name[:3])] if prompts else data.find_caption(file)[0]
-        seed = int(file.stem.rpartition("seed")[2]) if prompts else 0
-        samples.append(Sample(read(file, args), prompt, seed, file))
+    shape = args.frames or settings.get("frames") or 16, args.fps or settings.get("fps") or 8
+    files = [(path / file, prompt, seed) for file, prompt, seed in settings.get("videos") or []]
+    for file in () if files else data.find_clips([path]):
+        files.append((file, data.find_caption(file)[0], len(files)))  # a caption may come twice
+    samples = [Sample(read(file, args, *shape), p, seed, file) for file, p, seed in files]
     for adapter in map(Path, settings.get("adapter") or []):
         for folder in (adapter.parent, adapter.parent.parent.parent):  # the latter from steps/…/
             if not training and (folder / "args.json").is_file():
                 training = model.read_json(folder / "args.json") | {"folder": str(folder)}
-    references = references or [Path(v) for v in training.get("video") or []]
-    clips = [Sample(read(f, args), "", 0, f) for f in data.find_clips(references)]
+    if references:
+        clips = [Sample(read(f, args, *shape), "", 0, f) for f in data.find_clips(references)]
+    elif training.get("video"):
+        trained = (shape[0], *(training[k] for k in ("fps", "start", "height", "width")))
+        for clip in map(Path, training["video"]):
+            if not clip.exists():
+                data.say(f"{name}: its clip {clip} is not here; give --reference")
+                continue
+            clips += [Sample(read(f, args, *trained), "", 0, f) for f in data.find_clips([clip])]
     return Run(name, path, samples, clips, settings, training)
 
 
-def read(path, args):
-    """A clip at the size and rate that everything is measured at."""
-    video = data.read_video(path, args.frames, (args.size, args.size), args.fps)
+def read(path, args, frames, fps, start=0.0, height=1, width=1):
+    """A clip at the size and rate that everything is measured at: the square in the middle of the
+    picture, of a picture of height : width where training had cut it to that."""
+    scale = args.size / min(height, width)
+    size = round(height * scale), round(width * scale)
+    video = data.read_video(path, frames, size, fps, start, learn=False)
+    top, left = (size[0] - args.size) // 2, (size[1] - args.size) // 2
+    video = video[..., top : top + args.size, left : left + args.size]
     if args.keyframes:
         if max(args.keyframes) >= video.shape[1]:
             raise BadInput(f"--keyframes {max(args.keyframes)}: {path} has {video.shape[1]} frames "
@@ -175,18 +195,18 @@ def load_clip(name=None, weights=None, device="cpu"):
     import open_clip
 
     if weights is None or not Path(weights).is_file():
-        raise BadInput(f"--clip {name} needs --clip-weights, a local file (got {weights}).")
+        raise BadInput(f"{name} needs its weights, a local file (got {weights}).")
     if name not in open_clip.list_models():
         raise BadInput(f"--clip {name!r} is not one of open_clip's models, such as ViT-L-14, "
                        "ViT-H-14.")
-    with torch.device("meta"):
-        net = open_clip.create_model(name, pretrained=None, load_weights=False)
+    net = open_clip.create_model(name, pretrained=None, load_weights=False)
     state = model.read_tensors(weights)
     if "visual_projection.weight" in state:
         state = clip_from_hub(state)
     model.load_strictly(net, state, weights)
     cfg = net.visual.preprocess_cfg
-    return Clip(net.float(), model.tokenize, cfg["size"][0], cfg["mean"], cfg["std"], device)
+    return Clip(net.float(), open_clip.get_tokenizer(name), cfg["size"][0], cfg["mean"],
+                cfg["std"], device)
 
 
 CLIP_NAMES = [  # the hub's CLIPModel -> open_clip's, the picture tower's
@@ -220,7 +240,8 @@ def clip_from_hub(state):
 
 def text_alignment(clip, video, prompt):
     """Mean over frames of the cosine between picture and text (MotionDirector, NewMove, VMC). With
-    the appearance phrase alone as the prompt it is NewMove's appearance score."""
+    the appearance alone as the prompt it is NewMove's appearance score; over prompts that ask for
+    very different looks, MotionDirector's appearance diversity."""
     return (clip.images(video) @ clip.texts([prompt])[0]).mean().item()
 
 
@@ -317,11 +338,12 @@ def lucas_kanade(a, b, points, levels=3, radius=5, rounds=8):
     return points + moved
 
 
-def track(video, every=4, textured=0.02):
-    """Tracks (P, F, 2) in pixels through (3, F, H, W): points of a grid in the first frame where
-    there is something to see, followed from frame to frame."""
+def track(video, textured=0.02):
+    """Tracks (P, F, 2) in pixels through (3, F, H, W): points of a 16×16 grid in the first frame
+    where there is something to see, followed from frame to frame."""
     grey = video.mean(0)  # (F, H, W)
     H, W = grey.shape[1:]
+    every = max(4, H // 16)
     y, x = torch.meshgrid(torch.arange(every // 2, H, every), torch.arange(every // 2, W, every),
                           indexing="ij")
     points = torch.stack([x.flatten(), y.flatten()], 1).float()
@@ -339,24 +361,29 @@ def tracks_of(sample, args):
     """A sample's tracks: --tracks' where they are given, else followed here. Raises BadInput."""
     if args.tracks is None:
         return track(sample.video)
-    path = args.tracks / f"{sample.path.stem}.npy"
+    path = args.tracks / sample.path.parent.name / f"{sample.path.stem}.npy"
     try:
         tracks = torch.from_numpy(np.load(path, allow_pickle=False)).float()
         P, frames, two = tracks.shape
     except (OSError, ValueError, TypeError):
         raise BadInput(f"{path} holds no tracks; wanted an array of (P, F, 2).") from None
-    if (frames, two) != (sample.video.shape[1], 2):
-        raise BadInput(f"{path} is {tuple(tracks.shape)}, wanted (P, {sample.video.shape[1]}, 2).")
+    wanted = sample.video.shape[1]
+    if (frames, two) != (wanted, 2) or not tracks.isfinite().all():
+        raise BadInput(f"{path} is {tuple(tracks.shape)}, wanted (P, {wanted}, 2), all finite.")
     return tracks
 
 
+@torch.no_grad()
 def motion_fidelity(source, made, still=0.05):
     """Yatim et al. 2023: for every track of one video the best correlation among the other's,
     averaged, both ways. A correlation is the mean over frames of the cosine between
     displacements; two that are both still (shorter than `still` pixels) agree, one that is still
-    and one that moves do not. Tracks (P, F, 2) of equal F; at most 2."""
+    and one that moves do not. Tracks (P, F, 2), compared as long as both
+    last; at most 2."""
     if not len(source) or not len(made):
         return 0.0
+    last = min(source.shape[1], made.shape[1])
+    source, made = source[:, :last], made[:, :last]
     a, b = source.diff(dim=1), made.diff(dim=1)  # (P, F-1, 2), (Q, F-1, 2)
     la, lb = a.norm(dim=-1), b.norm(dim=-1)
     cosine = torch.einsum("pfc,qfc->pqf", F.normalize(a, dim=-1), F.normalize(b, dim=-1))
@@ -404,6 +431,9 @@ class TRN(nn.Module):
             groups = torch.stack([x[:, i : i + stride * k : stride] for i in range(stride)], 1)
             logits = logits + relation(groups.flatten(2)).mean(1)  # groups (B, stride, k, WIDTH)
         return logits
+
+
+CLASSES = range(18)  # the tiny world's motions; then comes "none of these"
 
 
 def tiny_trn(folder=generate.TINY, device="cpu"):
@@ -462,18 +492,24 @@ def score(run, args, scorers):
     if goal is None and run.references and scorers.classifier:
         classes = [kind_of(scorers, r.video, args) for r in run.references]
         goal = max(set(classes), key=classes.count)
+        if not args.classifier and goal == len(CLASSES):
+            goal = None  # none of the tiny world's motions
     for s, f in zip(run.samples, features):
-        row = {"text alignment": text_alignment(scorers.clip, s.video, s.prompt),
-               "temporal consistency": temporal_consistency(f)}
-        if args.look_prompt:
-            row["appearance score"] = text_alignment(scorers.clip, s.video, args.look_prompt)
+        by = args.clip or "tiny CLIP"
+        row = {f"text alignment ({by})": text_alignment(scorers.clip, s.video, s.prompt),
+               f"temporal consistency ({by})": temporal_consistency(f)}
+        if args.motion_words:
+            row["appearance score"] = None
+            if model.has_word(s.prompt, args.motion_words):
+                look = re.sub(model.word_pattern([args.motion_words]), " ", s.prompt)
+                look = " ".join(look.split())
+                row["appearance score"] = text_alignment(scorers.clip, s.video, look)
         if scorers.pick:
             row["PickScore"] = pick_score(scorers.pick, s.video, s.prompt)
         if seen:
             row[copy_name(args)] = copy_score(scorers.copies.images(s.video), seen)
             tracks = tracks_of(s, args)
-            fits = [motion_fidelity(t, tracks) for t in sources if t.shape[1] == tracks.shape[1]]
-            row["motion fidelity"] = max(fits) if fits else None
+            row["motion fidelity"] = max(motion_fidelity(t, tracks) for t in sources)
         if goal is not None and scorers.classifier:
             name = f"motion accuracy ({'' if args.classifier else 'tiny '}classifier)"
             row[name] = float(kind_of(scorers, s.video, args) == goal)
@@ -495,6 +531,12 @@ def summary(run, each, features, args, scorers):
     for metric in dict.fromkeys(m for row in each for m in row):
         values = [row[metric] for row in each if row.get(metric) is not None]
         rows[metric] = sum(values) / len(values) if values else None
+    aligned, by_prompt = next(iter(rows)), {}
+    for s, row in zip(run.samples, each):
+        by_prompt.setdefault(s.prompt, []).append(row[aligned])
+    if len(by_prompt) > 1:  # MotionDirector's, where the prompts ask for very different looks
+        means = [sum(v) / len(v) for v in by_prompt.values()]
+        rows["appearance diversity"] = sum(means) / len(means)
     return rows | spread(run, features, args, scorers)
 
 
@@ -503,6 +545,7 @@ def copy_name(args):
     return f"copy score ({'SSCD' if args.sscd else (args.clip or 'tiny CLIP') + ' features'})"
 
 
+@torch.no_grad()
 def spread(run, features, args, scorers):
     """How the samples of one prompt differ, averaged over prompts."""
     kinds = {"diversity (1 − CLIP cosine)": [], "diversity (LPIPS)": []}
@@ -525,20 +568,26 @@ def world_scores(run):
     from tiny import instruments, world
 
     small = lambda v: F.interpolate(v.transpose(0, 1), (64, 64), mode="area").transpose(0, 1)
-    reading = instruments.read(torch.stack([small(s.video) for s in run.samples]))
     each = [{} for _ in run.samples]
+    if not each:
+        return each
+    last = min(v.video.shape[1] for v in (*run.samples, *run.references[:1]))
+    reading = instruments.read(torch.stack([small(s.video[:, :last]) for s in run.samples]))
     for field, table in (("colour", world.COLOURS), ("shape", world.SHAPES),
                          ("background", world.BACKGROUNDS)):
         for row, s, got in zip(each, run.samples, getattr(reading, field).tolist()):
-            wanted = [i for i, n in enumerate(table) if model.has_word(s.prompt, n)]
+            # "an orange star moving in a circle on a blue striped background" is of neither a
+            # circle nor anything blue.
+            thing, _, ground = s.prompt.partition(" on a ")
+            thing = re.sub(model.word_pattern(world.MOTIONS), " ", thing)
+            text = ground if field == "background" else thing
+            wanted = [i for i, n in enumerate(table) if model.has_word(text, n)]
             row[field] = float(got in wanted) if wanted else None
     if run.references:
-        goal = instruments.read(small(run.references[0].video)[None])
-        agrees = torch.full((len(each),), math.nan)
-        if goal.x.shape[1] == reading.x.shape[1]:
-            agrees = instruments.agreement(reading, goal)
+        goal = instruments.read(small(run.references[0].video[:, :last])[None])
+        agrees = instruments.agreement(reading, goal)
         for row, kind, r in zip(each, reading.motion, agrees.tolist()):
-            row["same kind of motion"] = float(kind == goal.motion)
+            row["same kind of motion"] = float(kind == goal.motion) if goal.motion >= 0 else None
             row["trajectory correlation"] = None if math.isnan(r) else r
     return each
 
@@ -549,7 +598,8 @@ def copy_threshold(args, runs, each):
     if args.copy_threshold is not None or args.sscd:
         return 0.25 if args.copy_threshold is None else args.copy_threshold
     base = [row.get(copy_name(args)) for run, rows in zip(runs, each) for row in rows
-            if run.settings.get("adapter") == [] or run.settings.get("scale") == [0.0]]
+            if "adapter" in run.settings and not any(run.settings.get("scale") or [1.0]
+                                                     if run.settings["adapter"] else [])]
     base = [v for v in base if v is not None]
     return torch.tensor(base).quantile(0.99).item() if base else None
 
@@ -560,22 +610,37 @@ def copy_threshold(args, runs, each):
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
+def finite(value):
+    """The same with None for what JSON cannot hold: NaN and infinity."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, content):
+    """Write a JSON file."""
+    with data.publish(path) as part:
+        part.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False))
+    print(f"written: {path}")
+
+
 def write_page(path, template, content):
     """Fill a template of assets/ with JSON that cannot end its script, whatever prompts hold."""
-    text = json.dumps(content, ensure_ascii=True).replace("<", "\\u003c")
+    text = json.dumps(finite(content), ensure_ascii=True).replace("<", "\\u003c")
     html = (ASSETS / template).read_text().replace("__CONTENT__", text)
     with data.publish(path) as part:
         part.write_text(html)
     print(f"written: {path}")
 
 
-def embed(path):
-    """A video file, as something that a page can hold. Folders of pictures become a video."""
-    if path.is_dir():
-        return None
-    kind = {".webm": "webm", ".gif": "gif"}.get(path.suffix.lower(), "mp4")
-    kind = f"image/{kind}" if kind == "gif" else f"video/{kind}"
-    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
+def embed(sample, args):
+    """A sample as it was measured, as an address that holds the whole video."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        data.write_video(path, sample.video, args.fps or 8)
+        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def losses_of(run, most=150):
@@ -583,7 +648,7 @@ def losses_of(run, most=150):
     path = Path(run.training.get("folder", "")) / "log.jsonl"
     if not run.training or not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     wide = math.ceil(len(rows) / most)
     parts = [rows[i : i + wide] for i in range(0, len(rows), wide)]
     return [(p[0]["step"], sum(r["loss"] for r in p) / len(p)) for p in parts]
@@ -604,37 +669,43 @@ def against_steps(runs, table):
             for folder, metrics in curves.items() if max(map(len, metrics.values())) > 2}
 
 
-def report(path, runs, table, each):
+def report(path, runs, table, each, args):
     """The page: references, runs side by side, prompts down; figures, curves, settings."""
-    references = {str(r.path): embed(r.path) for run in runs for r in run.references}
+    references = {str(r.path): r for run in runs for r in run.references}
+    references = {path: embed(r, args) for path, r in references.items()}
     write_page(path, "page.html", {
         "table": table, "references": references, "curves": against_steps(runs, table),
         "runs": [{
             "name": run.name, "settings": run.settings, "training": run.training,
             "losses": losses_of(run),
-            "samples": [{"prompt": s.prompt, "seed": s.seed, "video": embed(s.path), "figures": row}
-                        for s, row in zip(run.samples, rows)],
+            "samples": [{"prompt": s.prompt, "seed": s.seed, "figures": row,
+                         "video": embed(s, args)} for s, row in zip(run.samples, rows)],
         } for run, rows in zip(runs, each)]})
 
 
-def study(path, runs, args):
-    """A page of blind pairs: every two runs' videos of one prompt and seed, in random order."""
-    shuffle, pairs = random.Random(args.seed), []
+def study(out, runs, args):
+    """study.html, a page of blind pairs: every two runs' videos of one prompt and seed. Which is
+    which stands in study-key.json alone; the page shuffles pairs and sides for each visitor."""
+    chance, pairs, key = random.Random(), [], {}
+    runs = [run for run in runs if not run.name.startswith("step ")]
     for i, a in enumerate(runs):
         for b in runs[:i]:
             other = {(s.prompt, s.seed): s for s in b.samples}
             for s in a.samples:
-                if (s.prompt, s.seed) in other:
-                    pair = [(a.name, s), (b.name, other[s.prompt, s.seed])]
-                    shuffle.shuffle(pair)
-                    pairs.append({"prompt": s.prompt, "seed": s.seed, "sides": [
-                        {"run": name, "video": embed(one.path)} for name, one in pair]})
+                if (s.prompt, s.seed) not in other:
+                    continue
+                sides = {f"{chance.getrandbits(48):x}": one for one in
+                         ((a.name, s), (b.name, other[s.prompt, s.seed]))}
+                key |= {side: name for side, (name, _) in sides.items()}
+                pairs.append({"prompt": s.prompt, "sides": [
+                    {"id": side, "video": embed(one, args)} for side, (_, one) in
+                    sorted(sides.items())]})
     if not pairs:
         raise BadInput("--user-study needs two runs with videos of the same prompts and seeds.")
-    shuffle.shuffle(pairs)
-    reference = next((embed(r.path) for run in runs for r in run.references), None)
-    write_page(path, "study.html", {"pairs": pairs, "ratings": args.ratings,
-                                    "question": args.question, "reference": reference})
+    reference = next((embed(r, args) for run in runs for r in run.references), None)
+    write_page(out / "study.html", "study.html", {
+        "pairs": pairs, "ratings": args.ratings, "question": args.question, "reference": reference})
+    write_json(out / "study-key.json", key)
 
 
 def binomial_p(wins, n):
@@ -644,17 +715,32 @@ def binomial_p(wins, n):
     return min(1.0, sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= far) / 2**n)
 
 
-def count_votes(paths):
+def count_votes(paths, key):
     """Preference shares of every two runs with a p-value (NewMove), and mean ratings (VMC,
-    Customize-A-Video), over all votes.json given."""
-    choices, ratings = {}, {}
+    Customize-A-Video), over all votes.json given. Raises BadInput."""
+    choices, ratings, sessions = {}, {}, set()
+    key = key or paths[0].parent / "study-key.json"
+    for path in (key, *paths):
+        if not path.is_file():
+            raise BadInput(f"{path} does not exist; give what the study's page saved, and --key "
+                           "the study-key.json that was written with the page.")
+    key = model.read_json(key)
     for path in paths:
-        for vote in model.read_json(path).get("votes", []):
-            pair = tuple(sorted((vote["chosen"], vote["other"])))
-            choices.setdefault(pair, []).append(vote["chosen"])
-            for run, rates in (vote.get("ratings") or {}).items():
-                for kind, value in rates.items():
-                    ratings.setdefault((run, kind), []).append(value)
+        file = model.read_json(path)
+        if file.get("session") in sessions:
+            data.say(f"{path} is the same visit as another file, and not counted twice")
+            continue
+        sessions.add(file.get("session"))
+        try:
+            for vote in file["votes"]:
+                chosen, other = key[vote["chosen"]], key[vote["other"]]
+                choices.setdefault(tuple(sorted((chosen, other))), []).append(chosen)
+                for side, rates in (vote.get("ratings") or {}).items():
+                    for kind, value in rates.items():
+                        ratings.setdefault((key[side], kind), []).append(value)
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"{path} does not fit the study's key ({error!r}); give --key the "
+                           "study-key.json that was written with the page.") from None
     if not choices:
         raise BadInput(f"no votes in {', '.join(map(str, paths))}; give what the study page saved.")
     for (a, b), votes in choices.items():
@@ -682,9 +768,11 @@ def parse(argv=None):
         "(default: the run's preview prompt)")
     add("--seeds", type=int, default=1, help="and so many videos of each prompt (default: 1)")
     # the scorers
-    add("--clip", help="an open_clip model such as ViT-L-14 (default: the tiny CLIP)")
+    add("--clip", help="an open_clip model such as ViT-H-14, or ViT-L-14-quickgelu for OpenAI's "
+        "weights (default: the tiny CLIP)")
     add("--clip-weights", type=Path, help="its weights, a local file")
-    add("--look-prompt", help="the appearance alone, for the appearance score")
+    add("--motion-words", help="the words of the prompts that name the motion: the rest of each is "
+        "its appearance, for the appearance score")
     add("--pick-weights", type=Path, help="PickScore's (CLIP ViT-H-14 in the hub's format)")
     add("--sscd", type=Path, help="sscd_disc_mixup.torchscript.pt, for the copy score (default: "
         "the CLIP's picture features)")
@@ -695,14 +783,14 @@ def parse(argv=None):
     add("--motion-class", type=int, help="the class wanted (default: the references')")
     add("--lpips", type=Path, help="a distance of two batches of pictures in TorchScript, for "
         "diversity")
-    add("--tracks", type=Path, help="a folder of tracks, video's name.npy of (P, F, 2) pixels "
-        "(default: followed here)")
+    add("--tracks", type=Path, help="tracks of other programs: FOLDER/video's folder/its name.npy, "
+        "(P, F, 2) pixels (default: followed here)")
     add("--world", action=argparse.BooleanOptionalAction, help="read the tiny world's looks and "
         "motions too (default: for the tiny model's videos)")
     # what is measured
-    add("--frames", type=int, default=16, help="frames of each video (default: 16)")
+    add("--frames", type=int, help="frames of each video (default: as generated, else 16)")
     add("--keyframes", nargs="+", type=int, help="measure these of them alone, by number from 0")
-    add("--fps", type=float, default=8, help="frames a second (default: 8)")
+    add("--fps", type=float, help="frames a second (default: as generated, else 8)")
     add("--size", type=int, default=256, help="pixels of the square everything is measured at, "
         "cropped at the centre (default: 256)")
     # people
@@ -710,12 +798,12 @@ def parse(argv=None):
     add("--ratings", action="store_true", help="with 1 to 5 for motion, appearance and text")
     add("--question", default="Which one moves more like the reference, and shows the prompt?",
         help="what the study asks")
-    add("--seed", type=int, default=0, help="of the study's order (default: 0)")
     add("--votes", nargs="+", type=Path, help="count what a study's pages saved, and nothing else")
+    add("--key", type=Path, help="the study's key (default: study-key.json beside the votes)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--out", type=Path, help="folder (default: the first run)")
     args = parser.parse_args(argv)
-    generate.require(args, {"frames": 2, "fps": 0.01, "size": 32, "seeds": 1})
+    generate.require(args, {"frames": 4, "fps": 0.01, "size": 32, "seeds": 1})
     if bool(args.runs) == bool(args.votes):
         raise BadInput("give folders to score, or --votes FILE.")
     if args.keyframes and (len(args.keyframes) < 2 or min(args.keyframes) < 0):
@@ -729,14 +817,17 @@ def main(argv=None):
     """Score runs; print the table; write metrics.json and page.html."""
     args = parse(argv)
     if args.votes:
-        return count_votes(args.votes)
+        return count_votes(args.votes, args.key)
     args.device = generate.find_device(args.device)
     process, processes = generate.place(args)
     scorers = load_scorers(args)
-    folders = [pair for path in args.runs for pair in samples_of(path, args).items()]
+    folders = list(dict.fromkeys(pair for path in args.runs for pair in samples_of(path, args)))
     names = [name for name, _ in folders]
     runs = [read_run(name if names.count(name) == 1 else str(path), path, args.reference, args)
             for name, path in folders]
+    shared = next((run.references for run in runs if run.references), [])
+    for run in runs:  # the base model's videos, say, which know of no clip
+        run.references = run.references or shared
     if args.world is None:
         args.world = all(r.settings and not r.settings.get("weights") for r in runs)
     if args.world and not scorers.classifier:
@@ -756,16 +847,19 @@ def main(argv=None):
     for run, rows in zip(runs, each):
         scores = [row[copy_name(args)] for row in rows if copy_name(args) in row]
         if scores and threshold is not None:
-            table[run.name][f"share of copies (above {threshold:.3f})"] = sum(
+            table[run.name]["share of copies"] = sum(
                 s > threshold for s in scores) / len(scores)
     show(table)
     out = args.out or args.runs[0]
-    with data.publish(out / "metrics.json") as path:
-        path.write_text(json.dumps(table, indent=1, ensure_ascii=False))
-    print(f"written: {out / 'metrics.json'}")
-    report(out / "page.html", runs, table, each)
+    videos = [{"run": run.name, "file": str(s.path), "prompt": s.prompt, "seed": s.seed} | row
+              for run, rows in zip(runs, each) for s, row in zip(run.samples, rows)]
+    settings = {k: str(v) for k, v in vars(args).items() if v}
+    references = {run.name: [str(r.path) for r in run.references] for run in runs}
+    write_json(out / "metrics.json", {"table": table, "copy threshold": threshold, "videos": videos,
+                                      "references": references, "settings": settings})
+    report(out / "page.html", runs, table, each, args)
     if args.user_study:
-        study(out / "study.html", runs, args)
+        study(out, runs, args)
 
 
 def mine(run, process, processes):

@@ -427,23 +427,24 @@ def main(argv=None):
     plain = lambda v: str(v) if isinstance(v, Path) else v
     settings = {k: [plain(i) for i in v] if isinstance(v, list) else plain(v)
                 for k, v in vars(args).items()}
+    jobs = [(i, p, s) for i, p in enumerate(prompts)
+            for s in range(args.seed, args.seed + args.seeds)]
     print("settings:", json.dumps(settings, ensure_ascii=False))
     with data.publish(args.out / "settings.json") as path:
-        more = {"all_prompts": prompts}
+        more = {"videos": [(file_name(*job), job[1], job[2]) for job in jobs]}
         if adapters and "step" in adapters[0].meta:
             more["steps_trained"] = int(adapters[0].meta["step"])
         path.write_text(json.dumps(settings | more, indent=1))
 
     second = load_refiner(args, parts) if args.refine else None
     process, processes = place(args)
-    jobs = [(p, s) for p in prompts for s in range(args.seed, args.seed + args.seeds)]
     made = {}
     for i in range(process * args.batch, len(jobs), processes * args.batch):
-        part, seeds = jobs[i : i + args.batch], [s for _, s in jobs[i : i + args.batch]]
+        part = jobs[i : i + args.batch]
+        texts, seeds = [p for _, p, _ in part], [s for _, _, s in part]
         start = sampler.noise_like_shape(shape, seeds).to(args.device)
         if inverted is not None:
             start = sampler.blend_noise(inverted, start, args.noise_prior)
-        texts = [p for p, _ in part]
         if reference is not None:
             videos = motion_transfer(parts, reference, texts, start, seeds, args)
         else:
@@ -451,14 +452,27 @@ def main(argv=None):
                             args.sampler, args.negative, args.precision)
         if second:
             videos = refine(second, videos, texts, seeds, args)
-        for number, ((prompt, seed), video) in enumerate(zip(part, videos), i):
-            name = f"{prompts.index(prompt):03d}-{data.slug(prompt)}-seed{seed}.mp4"
-            data.write_video(args.out / name, video, args.fps)
+        for number, (job, video) in enumerate(zip(part, videos), i):
+            data.write_video(args.out / file_name(*job), video, args.fps)
             made[number] = data.every_nth(video)
-            print(f"{args.out / name}: {prompt}")
+            print(f"{args.out / file_name(*job)}: {job[1]}")
     if made := gather(made, processes, process):
         data.contact_sheet(args.out / "sheet.png", [made[n] for n in sorted(made)])
         print(f"contact sheet: {args.out / 'sheet.png'}")
+
+
+def agreed(value):
+    """The first process's value, in all of them."""
+    if torch.distributed.is_initialized():
+        values = [value]
+        torch.distributed.broadcast_object_list(values)
+        return values[0]
+    return value
+
+
+def file_name(number, prompt, seed):
+    """A video's name in its folder."""
+    return f"{number:03d}-{data.slug(prompt)}-seed{seed}.mp4"
 
 
 def gather(mine, processes, process):
