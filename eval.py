@@ -88,9 +88,11 @@ def samples_of(path, args):
         out = path / "eval" / ("base" if not number else "result" if number == 1
                                else data.slug(name))
         folders.append((name, out))
-        if generate.agreed(not up_to_date(out, args.seeds, adapter, listed)):
+        stale = not up_to_date(out, args.seeds, adapter, listed)
+        if stale and generate.place(args)[0] == 0:
             for old in (*out.glob("*.mp4"), *out.glob("sheet.png")):
-                old.unlink(missing_ok=True)
+                old.unlink()
+        if generate.agreed(stale):
             flags = ["--adapter", adapter, *flags, "--prompts", listed, "--out", out, "--seeds",
                      args.seeds, "--device", args.device]
             flags += ["--weights", trained["weights"]] if trained["weights"] else []

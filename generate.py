@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def find_device(device=None):
 
 
 def load_base(args):
-    """The base model that the flags name, in fp32 (see `on_gpu` for less). Raises BadInput."""
+    """The base model that the flags name, in fp32. Raises BadInput."""
     args.device = find_device(args.device)
     args.precision = args.precision or default_precision(args.device)
     return model.load(args.weights or TINY, args.device)
@@ -74,13 +75,15 @@ def place(args):
         kind = torch.device(args.device).type
         if kind == "cuda":
             torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                             timeout=timedelta(days=1))  # samples take long
     return number, count
 
 
-def on_gpu(args, unet, keep):
-    """On a GPU in bf16, store frozen weights in it, which halves the memory; `keep` stays fp32."""
-    if torch.device(args.device).type == "cuda" and args.precision == "bf16":
+def store_frozen(args, unet, keep):
+    """In bf16, store frozen weights in it too: half the memory, and none are converted again at
+    every step. Those named in `keep` stay in fp32."""
+    if args.precision == "bf16":
         lora.halve(unet, keep)
 
 
@@ -364,7 +367,7 @@ def starting_latents(args, parts, adapter):
 def load_refiner(args, first):
     """The second model, for `refine`. Raises BadInput when its size makes no sense."""
     parts = model.load(args.refine, args.device)
-    on_gpu(args, parts.unet, {})
+    store_frozen(args, parts.unet, {})
     if parts.text.config.hidden_size == first.text.config.hidden_size:
         parts.text.learned = first.text.learned
     args.refine_width = args.refine_width or args.width
@@ -417,7 +420,7 @@ def main(argv=None):
     if clip and clip.meta.get("inverts") == "base":  # before the motion is in the weights
         inverted = starting_latents(args, parts, clip)
     lora.apply_adapters(parts, adapters, scales)
-    on_gpu(args, parts.unet, {n for a in adapters for n in a.tensors})
+    store_frozen(args, parts.unet, {n for a in adapters for n in a.tensors})
     if inverted is None:
         inverted = starting_latents(args, parts, clip)
     with torch.no_grad():

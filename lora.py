@@ -72,9 +72,10 @@ def select(unet, layers):
 
 
 def halve(unet, keep, dtype=torch.bfloat16):
-    """Store all parameters in `dtype` but those named in `keep`, which stay in fp32."""
+    """Store all parameters in `dtype` but those named in `keep` and those that are used in fp32
+    anyhow: norms and the last layer."""
     for name, p in unet.named_parameters():
-        if name not in keep:
+        if name not in keep and not re.search(r"norm|^conv_out", name) and p.dim() > 1:
             p.data = p.data.to(dtype)
 
 

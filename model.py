@@ -442,11 +442,14 @@ class UNet(nn.Module):
         """The prediction (epsilon or v, as the schedule says) for noisy latents.
 
         latents (B, C, F, h, w), timesteps (B,) or a number, text (B, N, D) -> (B, C, F, h, w).
+        With k·B texts, all first ones, then all second ones …, -> (k·B, C, F, h, w): guidance reads
+        two texts, and what comes before the first of them is computed once.
         temporal=False leaves every temporal layer out, the mid-block's too: a pure image model
         that sees F independent pictures.
         """
         B, _, F_, h, w = latents.shape
-        assert text.shape[0] == B, f"{text.shape[0]} prompts for {B} clips; give one per clip"
+        texts = text.shape[0] // B
+        assert text.shape[0] == texts * B, f"{text.shape[0]} prompts for {B} clips; give one each"
         frames = F_ if temporal else None
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(B)
         time = self.time_embedding(timesteps).repeat_interleave(F_, dim=0)  # (B·F, time_dim)
@@ -457,6 +460,7 @@ class UNet(nn.Module):
         x = self.conv_in(fold_frames(latents))  # (B·F, C, h, w)
         if frames:
             x = self.transformer_in(x, frames)
+        x, time = x.repeat(texts, 1, 1, 1), time.repeat(texts, 1)
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):

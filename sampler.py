@@ -155,7 +155,7 @@ def guide(unet, text, empty=None, scale=1.0):
     both = torch.cat([empty, text])
 
     def predict(x, t):
-        uncond, cond = unet(torch.cat([x, x]), t, both).chunk(2)
+        uncond, cond = unet(x, t, both).chunk(2)
         return uncond + scale * (cond - uncond)
 
     return predict

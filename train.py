@@ -9,6 +9,7 @@ before | now), the adapters, and state.pt for --resume.
 Axes: B clips, C channels, F frames, h w latent, N text tokens, D text width.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -578,7 +579,7 @@ def make_optimizer(method, learners):
         if mine:
             p = method.parts[part]
             rows.append({"params": mine, "lr": p.lr, "weight_decay": p.weight_decay})
-    return torch.optim.AdamW(rows, betas=(0.9, 0.999), eps=1e-8, foreach=True)
+    return torch.optim.AdamW(rows, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def switch(learners, learn=(), act=(), clip=0):
@@ -633,8 +634,9 @@ def read_caption(run, caption):
     return run.states[caption]
 
 
-def learn(run, step, number, p, example, off):
-    """One pass on one example: forward and backward. Returns what the log says of it."""
+def learn(run, step, number, p, example, off, last):
+    """One pass on one example: forward and backward; gradients are exchanged between processes in
+    the `last` of a step. Returns what the log says of it."""
     args, S = run.args, run.parts.schedule
     # Passes over the same data share a step's clip, timestep and noise (MotionDirector's two paths
     # do); what else is random is the pass's own. Dropout draws from the global generator.
@@ -668,9 +670,11 @@ def learn(run, step, number, p, example, off):
             seen.update(losses.unseen_by_cosine(eps, noise))
         return losses.LOSSES[p.loss](*pair, a=a.to(x), stride=p.stride, anchor=anchor, beta=p.beta)
 
-    loss = run.through(loss)
-    share = p.weight * run.processes / args.batch  # gradients are averaged over processes
-    (share * loss).backward()
+    alone = run.processes == 1 or last
+    with contextlib.nullcontext() if alone else run.through.no_sync():
+        loss = run.through(loss)
+        share = p.weight * run.processes / args.batch  # gradients are averaged over processes
+        (share * loss).backward()
     return {"loss": loss.item(), "weight": p.weight, "t": t.item(), "clip": str(clip.path)} | seen
 
 
@@ -680,13 +684,15 @@ def advance(run, step, optimizer, trained):
     started, off, method = time.time(), set(), run.method
     run.parts.unet.train()
     passes = method.stages[stage_at(method, step)].passes
-    mine, logs = range(run.process, run.args.batch, run.processes), []
-    for number, p in enumerate(passes):
-        chance = torch.rand((), generator=sampler.generator(run.args.seed, step, number))
+    mine = range(run.process, run.args.batch, run.processes)
+    chances = [torch.rand((), generator=sampler.generator(run.args.seed, step, i))
+               for i in range(len(passes))]
+    for p, chance in zip(passes, chances):
         if chance >= p.chance:
-            off.update(p.learns)  # it does not act for the rest of the step
-        else:
-            logs += [learn(run, step, number, p, example, off) for example in mine]
+            off.update(p.learns)  # left out, and what it teaches does not act in this step
+    todo = [(number, p, example) for number, (p, chance) in enumerate(zip(passes, chances))
+            if chance < p.chance for example in mine]
+    logs = [learn(run, step, *one, off, one is todo[-1]) for one in todo]
     norm = nn.utils.clip_grad_norm_(trained.values(), method.clip_grad).item()
     loss = sum(line["weight"] * line["loss"] for line in logs) / len(mine)
     if not math.isfinite(loss + norm):
@@ -745,14 +751,14 @@ class Stop:
     stops at once."""
 
     def __init__(self):
-        self.signal = None
+        self.signal = self.caught = None  # what all agree on, and what came here
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.catch)
 
     def catch(self, number, frame):
-        if self.signal:
+        if self.caught and "WORLD_SIZE" not in os.environ:  # torchrun passes signals on twice
             os._exit(128 + number)
-        self.signal = number
+        self.signal = self.caught = number
         data.say("\nstopping after this step; once more to stop at once")
 
     def agree(self, run):
@@ -908,7 +914,7 @@ def looks_gone(args, video, step):
     score = eval.text_alignment(eval.load_clip(args.clip, args.clip_weights), video,
                                 args.look_prompt)
     data.say(f"step {step}: appearance score {score:.3f}")
-    return score <= args.stop_at_appearance
+    return generate.agreed(score <= args.stop_at_appearance)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1018,7 +1024,7 @@ def generate_prior(run):
     word = run.method.word or ""
     prompt = args.prior_prompt or " ".join(w for w in args.prompt[0].split() if w != word)
     prompt = data.check_prompt(prompt or "a video")
-    if not (args.resume and path.is_file()):
+    if run.process == 0 and not (args.resume and path.is_file()):
         F, h, w = run.clips[0].latents.shape[2:]
         shape, made = (run.clips[0].latents.shape[1], F, h, w), []
         for seed in tqdm(range(args.prior_clips), desc="prior clips"):
@@ -1029,6 +1035,7 @@ def generate_prior(run):
             made.append(encode(run, video))
         with data.publish(path) as part:
             lora.save_file({f"{i}": x.cpu().contiguous() for i, x in enumerate(made)}, part)
+    generate.agreed(path)  # the other processes wait for the first
     latents = model.read_tensors(path)
     return [data.Clip(torch.zeros(3, x.shape[2], 1, 1), prompt, path, x.to(args.device))
             for x in latents.values()]
@@ -1080,7 +1087,7 @@ def main(argv=None):
             "sampling_steps": method.sampling_steps, "noise_prior": method.noise_prior,
             "inverts": method.inverts, "guidance": method.sampling_guidance}
     trained = named(run.learners)
-    generate.on_gpu(args, parts.unet, trained)
+    generate.store_frozen(args, parts.unet, trained)
     parts.unet.checkpointing = args.checkpointing
     if run.process == 0:
         report(run, sources, tiny)

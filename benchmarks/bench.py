@@ -7,11 +7,15 @@
 Both sides have the same weights, inputs, dtype, threads and memory allocator, are checked to
 compute the same numbers, and are then timed in turn, so that what disturbs one disturbs the other;
 the ratio is of medians. The reference side does what the official loops do, operation by operation:
-the diffusers UNet, cached latents, text encoded at every step, LoRA as wrapped linear layers, two
-passes, bf16 autocast (where they have fp16). Prints a table; writes JSON to --out.
+the diffusers UNet, its weights in fp32 under autocast (bf16, where they have fp16), text encoded at
+every step (VMC: once), LoRA as wrapped linear layers, MotionDirector's two forward passes before
+its two backward ones, NewMove's clip and prior clip as one batch. On both sides latents are cached,
+clips are not augmented, and nothing is recomputed in the backward pass (the diffusers UNet cannot;
+the official MotionDirector and NewMove do, to save memory). Prints a table; writes JSON to --out.
 """
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -91,7 +95,9 @@ def make_folder(size, folder):
         (folder / "scheduler").unlink()
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
-            {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1}))
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+             "clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading",
+             "prediction_type": "epsilon", "steps_offset": 1}))
     for name, (module, config) in parts.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -113,13 +119,13 @@ class Ours:
         flags = ["--method", method, "--video", clip, "--prompt", "a thing moving", "--weights",
                  folder, "--width", width, "--height", height, "--frames", frames, "--out",
                  args.scratch / "run", "--device", args.device, "--preview-every", 0, *more]
-        flags += ["--prior", clip.parent] if method == "newmove" else []
+        flags += ["--prior", clip.parent, "--no-augment"] if method == "newmove" else []
         args_ = train.parse([str(f) for f in flags])
         chosen, _ = train.resolve(args_)
         with contextlib.redirect_stderr(None):
             self.run, _ = train.prepare(args_, chosen)
         self.trained = train.named(self.run.learners)
-        generate.on_gpu(args_, self.run.parts.unet, self.trained)
+        generate.store_frozen(args_, self.run.parts.unet, self.trained)
         self.optimizer = train.make_optimizer(self.run.method, self.run.learners)
         self.number = 0
 
@@ -183,20 +189,21 @@ class Reference:
         official_bypass(self.unet)
         self.spatial, self.temporal = [], []
         if method == "motiondirector":
-            # Its frozen weights are halved, the LoRAs stay in fp32; the others keep fp32 weights.
-            self.unet.to(torch.bfloat16) if ours.run.args.precision == "bf16" else None
             part = ours.run.method.parts["motion"]
-            self.spatial = self.wrap("look", part)
-            self.temporal = self.wrap("motion", part)
-            self.trained = [p for one in (*self.spatial, *self.temporal)
-                            for p in (one.lora_down.weight, one.lora_up.weight)]
+            self.spatial, self.temporal = self.wrap("look", part), self.wrap("motion", part)
+            self.groups = [[p for one in ones for p in (one.lora_down.weight, one.lora_up.weight)]
+                           for ones in (self.spatial, self.temporal)]
+            self.trained = [p for group in self.groups for p in group]
         else:
             chosen = lora.select(self.unet, ours.run.method.parts["motion"].layers)
             self.trained = list(chosen.values())
+            self.groups = [self.trained]
         for p in self.trained:
             p.requires_grad_(True)
         rate = ours.run.method.parts["motion"]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=rate.lr, weight_decay=rate.weight_decay)
+        self.optimizers = [torch.optim.AdamW(g, lr=rate.lr, weight_decay=rate.weight_decay)
+                           for g in self.groups]
+        self.once = self.encode(ours.run.clips[0].prompt) if method == "vmc" else None
 
     def wrap(self, part, like):
         layers = self.run.method.parts[part].layers
@@ -209,56 +216,62 @@ class Reference:
             wrapped.append(one)
         return wrapped
 
+    def encode(self, prompt):
+        with torch.no_grad(), self.autocast():
+            return self.parts.text([prompt])
+
     def predict(self, x, t, text):
         return self.unet(x, t, encoder_hidden_states=text).sample
 
-    def loss(self, clip):
-        """One clip: noise, the text encoded anew, the UNet. Returns prediction and target."""
-        S, latents = self.parts.schedule, clip.latents
+    def noised(self, clips):
+        """Clips as one batch: noisy latents, target, timesteps, text encoded anew."""
+        S, latents = self.parts.schedule, torch.cat([c.latents for c in clips])
         noise = torch.randn_like(latents)
-        t = torch.randint(S.num_train_timesteps, (1,))
+        t = torch.randint(S.num_train_timesteps, (len(clips),))
         x, goal = S.add_noise(latents, noise, t), S.target(latents, noise, t)
-        with torch.no_grad(), self.autocast():
-            text = self.parts.text([clip.prompt])
-        return x, goal, t.to(self.device), text
+        text = [self.encode(c.prompt) for c in clips] if self.once is None else [self.once]
+        return x, goal, t.to(self.device), torch.cat(text)
 
-    def backward(self, x, goal, t, text, formula, weight=1.0):
+    def forward(self, x, t, text):
         with self.autocast():
-            out = self.predict(x, t, text)
-        loss = weight * formula(out.float(), goal)
-        loss.backward()
-        return loss.item()
+            return self.predict(x, t, text).float()
 
     def step(self):
-        run, clip = self.run, self.run.clips[0]
-        if self.method == "motiondirector":
-            x, goal, t, text = self.loss(clip)
-            for one in (*self.spatial, *self.temporal):
-                one.scale = 0.0 if one in self.temporal else 1.0
-            i = int(torch.randint(x.shape[2], ()))
-            self.backward(x[:, :, i : i + 1], goal[:, :, i : i + 1], t, text, F.mse_loss)
-            spatial = [one.lora_down.weight.grad for one in self.spatial]
-            for one in self.temporal:
-                one.scale = 1.0
-            for one in self.spatial:  # as the official code: computed, then thrown away
-                one.lora_down.weight.grad = one.lora_up.weight.grad = None
-            debias = lambda v: 2**0.5 * v - v[:, :, i : i + 1]
-            ad = lambda a, b: F.mse_loss(a, b) + F.mse_loss(debias(a), debias(b))
-            self.backward(x, goal, t, text, ad)
-            for one, grad in zip(self.spatial, spatial):
-                one.lora_down.weight.grad = grad
-        elif self.method == "newmove":
-            self.backward(*self.loss(clip), F.mse_loss)
-            self.backward(*self.loss(run.prior[0]), F.mse_loss, 0.5)
-        else:
-            step = lambda v: v[:, :, 1:] - v[:, :, :-1]
-            cosine = lambda a, b: (1 - F.cosine_similarity(
-                step(a).abs(), step(b).abs(), dim=2)).mean()
-            self.backward(*self.loss(clip), cosine)
-        if self.method != "motiondirector":
-            nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        """One step of the official loop of the method."""
+        getattr(self, f"step_{self.method}")()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def step_vmc(self):
+        x, goal, t, text = self.noised(self.run.clips)
+        step = lambda v: (v[:, :, 1:] - v[:, :, :-1]).abs()
+        out = self.forward(x, t, text)
+        (1 - F.cosine_similarity(step(out), step(goal), dim=2)).mean().backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+
+    def step_newmove(self):
+        x, goal, t, text = self.noised([self.run.clips[0], self.run.prior[0]])
+        out = self.forward(x, t, text)
+        (F.mse_loss(out[:1], goal[:1]) + 0.5 * F.mse_loss(out[1:], goal[1:])).backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+
+    def step_motiondirector(self):
+        x, goal, t, text = self.noised(self.run.clips)
+        i = int(torch.randint(x.shape[2], ()))
+        for one in self.temporal:
+            one.scale = 0.0
+        frame = self.forward(x[:, :, i : i + 1], t, text)
+        for one in self.temporal:
+            one.scale = 1.0
+        out = self.forward(x, t, text)
+        debias = lambda v: 2**0.5 * v - v[:, :, i : i + 1]
+        F.mse_loss(frame, goal[:, :, i : i + 1]).backward()
+        self.optimizers[0].step()
+        self.optimizers[0].zero_grad(set_to_none=True)
+        (F.mse_loss(out, goal) + F.mse_loss(debias(out), debias(goal))).backward()
+        for p in self.groups[0]:  # computed, and thrown away
+            p.grad = None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,6 +299,7 @@ def interleaved(sides, args, repeats):
 
 def peak(f):
     """Bytes that f needs on the GPU beyond what is there before."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -295,6 +309,7 @@ def peak(f):
 
 def held(make, args):
     """What make() returns, and the bytes that it holds on the GPU."""
+    gc.collect()  # bypassed modules are in cycles
     before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
     made = make()
     after = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
@@ -334,11 +349,18 @@ def compare(case, sides, args, repeats, memory=None, count=None):
 
 
 def check_same(ours, theirs, x, t, text):
-    """Both UNets on one input, in the precision that is measured. Stops when they differ."""
+    """Both UNets on one input, in the precision that is measured, with the same LoRAs, which are
+    not zero for it. Stops when they differ."""
+    pairs = [pair for several in ours.run.learners.values() for one in several
+             for pair in getattr(one, "pairs", {}).values()]
+    for (A, B), wrapped in zip(pairs, (*theirs.spatial, *theirs.temporal)):
+        with torch.no_grad():
+            wrapped.lora_down.weight.copy_(A)
+            wrapped.lora_up.weight.copy_(B.normal_(0, 0.01))
     with torch.no_grad(), theirs.autocast():
         a, b = ours.run.parts.unet(x, t, text).float(), theirs.predict(x, t, text).float()
     off = ((a - b).norm() / b.norm()).item()
-    if not off < 2e-2:
+    if not off < (5e-2 if ours.run.args.precision == "bf16" else 1e-4):
         sys.exit(f"error: the two sides differ by {off:.3f}, relative; nothing is measured.")
     return off
 
@@ -366,14 +388,14 @@ def bench_method(folder, method, shape, first, args):
     theirs.unet.train()
     ours.step()  # makes the optimiser's state
     theirs.step()
-    memory = None
+    memory, halved = None, 0 if method == "vmc" else 0.5
     if args.device.startswith("cuda"):
-        # VAE and text encoder, which both hold, were counted with ours.
+        # VAE and text encoder, which both hold, were counted with ours; theirs may be halves.
         shared = sum(p.nbytes for m in (ours.run.parts.vae, ours.run.parts.text)
                      for p in m.parameters())
         memory = {"ours": own + peak(ours.step) + state_bytes(ours.optimizer),
-                  "diffusers": other + shared + peak(theirs.step)
-                  + state_bytes(theirs.optimizer)}
+                  "diffusers": other + shared * (1 - halved) + peak(theirs.step)
+                  + sum(map(state_bytes, theirs.optimizers))}
     label = f"{method}, {shape[0]}×{shape[1]}×{shape[2]}"
     compare(f"training step, {label}", {"ours": ours.step, "diffusers": theirs.step}, args,
             args.repeats, memory, flops(ours.step) if first else None)
@@ -392,7 +414,8 @@ def state_bytes(optimizer):
 def unet_alone(ours, theirs, x, t, text, what):
     """Functions that run the two UNets alone, with the method's trainable set."""
     passes = [p for p in ours.run.method.stages[-1].passes if p.sees == "whole"]
-    train.switch(ours.run.learners, [n for p in passes for n in p.learns])
+    train.switch(ours.run.learners, [n for p in passes for n in p.learns],
+                 [n for p in passes for n in p.beside])
 
     def run(predict, trained):
         with torch.set_grad_enabled(what != "forward"), theirs.autocast():
@@ -411,8 +434,8 @@ def bench_sampling(folder, size, args):
     width, height, frames = VIDEOS[size]
     parts = model.load(folder, args.device)
     parts.unet.eval()
-    if args.device.startswith("cuda"):
-        lora.halve(parts.unet, ())
+    args_ = argparse.Namespace(precision=args.precision)
+    generate.store_frozen(args_, parts.unet, ())
     config = json.loads((folder / "unet" / "config.json").read_text())
     unet = diffusers.UNet3DConditionModel(**config)
     unet.load_state_dict(model.read_tensors(model.find_weights(folder / "unet")))
@@ -454,15 +477,19 @@ def bench_sampling(folder, size, args):
 def bench_growth(folder, size, args):
     """How a step's time grows with frames and with rank: ours alone."""
     width, height, _ = SHAPES[size][-1]
-    steps = {f"{n} frames": Ours(folder, "vmc", (width, height, n), args) for n in (8, 16, 24, 32)}
-    ranks = {f"rank {r}": Ours(folder, "motiondirector", (width, height, 16), args, "--rank", r)
-             for r in (4, 32, 128)}
-    for group in (steps, ranks):
-        times = interleaved({k: o.step for k, o in group.items()}, args, args.repeats)
+    frames = {f"{n} frames": lambda n=n: Ours(folder, "vmc", (width, height, n), args)
+              for n in (8, 16, 24, 32)}
+    ranks = {f"rank {r}": lambda r=r: Ours(folder, "motiondirector", (width, height, 16), args,
+                                           "--rank", r) for r in (4, 32, 128)}
+    for group in (frames, ranks):
+        made = {name: make() for name, make in group.items()}
+        times = interleaved({k: o.step for k, o in made.items()}, args, args.repeats)
         medians = {k: statistics.median(t) for k, t in times.items()}
         first = next(iter(medians.values()))
         args.growth |= {k: m / first for k, m in medians.items()}
         print("step time: " + ", ".join(f"{k} {m / first:.2f}×" for k, m in medians.items()))
+        del made
+        gc.collect()
 
 
 def main():
@@ -494,10 +521,15 @@ def main():
         make_folder(args.size, weights)
         for part in args.parts:
             globals()[f"bench_{part}"](weights, args.size, args)
+            write(args)  # what is measured is kept, whatever comes after
+
+
+def write(args):
+    """All that was measured so far, and on what."""
     machine = {"device": args.device, "processor": platform.processor() or platform.machine(),
                "cores": os.cpu_count(), "torch": torch.__version__,
-               "python": sys.version.split()[0],
-               "diffusers": diffusers.__version__, "threads": torch.get_num_threads()}
+               "python": sys.version.split()[0], "diffusers": diffusers.__version__,
+               "threads": torch.get_num_threads()}
     if args.device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
     out = args.out or Path("out/benchmarks") / f"{args.size}-{args.device.split(':')[0]}.json"

@@ -3,7 +3,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +114,11 @@ def test_recipes_have_the_papers_numbers():
     assert len(m) == 9 and set(train.TINY) == set(m)
 
 
+def one_pass(run, step, p, number, off=()):
+    """One pass on one example, as a step makes it."""
+    return train.learn(run, step, number, p, 0, off, True)
+
+
 @pytest.mark.parametrize("method", train.METHODS)
 def test_every_method_teaches_what_it_says_and_nothing_else(method, clip, tmp_path):
     """After each pass's backward, gradients are where the pass learns, and nowhere else."""
@@ -124,9 +128,7 @@ def test_every_method_teaches_what_it_says_and_nothing_else(method, clip, tmp_pa
         for i, p in enumerate(stage.passes):
             for q in everything.values():
                 q.grad = None
-            step = 0
-            while train.learn(run, step, p, i, set()) is None:
-                step += 1
+            one_pass(run, 0, p, i)
             mine = [q for n in p.learns for one in run.learners[n]
                     for q in one.parameters().values()]
             if p.learns == ("word",) or "word" in p.learns:
@@ -147,39 +149,47 @@ def test_motiondirectors_paths_share_noise_and_the_look_acts_but_rests(folder):
     for one in run.learners["look"]:
         for _, B in one.pairs.values():
             B.data.normal_(0, 0.3)
-    done = train.learn(run, 0, replace(spatial, chance=1.0), 0, set())
+    done = one_pass(run, 0, spatial, 0)
     which = [i for i, one in enumerate(run.learners["look"])
              if any(p.grad is not None for p in one.parameters().values())]
     assert len(which) == 1 and str(which[0]) in done["clip"].rpartition("/")[2]
     for one in (*run.learners["look"], *run.learners["motion"]):
         for p in one.parameters().values():
             p.grad = None
-    beside = train.learn(run, 0, temporal, 1, set())
+    beside = one_pass(run, 0, temporal, 1)
     assert beside["t"] == done["t"] and beside["clip"] == done["clip"]
     assert [one.on for one in run.learners["look"]] == [i == which[0] for i in range(2)]
-    alone = train.learn(run, 0, temporal, 1, {"look"})
+    alone = one_pass(run, 0, temporal, 1, {"look"})
     assert not any(one.on for one in run.learners["look"]) and alone["loss"] != beside["loss"]
     assert not any(p.grad is not None for one in run.learners["look"]
                    for p in one.parameters().values())
 
 
-def test_a_fifth_of_the_spatial_passes_is_left_out(clip):
+def test_a_fifth_of_the_spatial_passes_is_left_out(clip, monkeypatch):
     run = prepared("--method", "motiondirector", "--video", clip)
-    spatial, left_out = run.method.stages[0].passes[0], 0
-    run.parts.unet.forward = lambda x, t, text, temporal: (_ for _ in ()).throw(StopIteration)
+    trained, counts = train.named(run.learners), {0: 0, 1: 0}
+    rests = []
+
+    def learn(run, step, number, p, example, off, last):
+        counts[number] += 1
+        if number == 1:
+            rests.append(off == {"look"})
+        assert last == (number == 1)
+        return {"loss": 0.0, "weight": 1.0}
+
+    monkeypatch.setattr(train, "learn", learn)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     for step in range(400):
-        try:
-            left_out += train.learn(run, step, spatial, 0, set()) is None
-        except (StopIteration, RuntimeError):
-            pass
-    assert abs(left_out / 400 - 0.2) < 0.06
+        train.advance(run, step, optimizer, trained)
+    assert abs(counts[0] / 400 - 0.8) < 0.06 and counts[1] == 400
+    assert rests.count(True) == 400 - counts[0]
 
 
 def test_newmoves_passes_draw_apart_and_its_prior_has_its_own_captions(clip):
     run = prepared("--method", "newmove", "--video", clip, "--no-augment")
     motion, prior = run.method.stages[0].passes
     assert (motion.of, prior.of, prior.weight) == ("clips", "prior", 0.5)
-    ts = [(train.learn(run, s, motion, 0, set())["t"], train.learn(run, s, prior, 1, set())["t"])
+    ts = [(one_pass(run, s, motion, 0)["t"], one_pass(run, s, prior, 1)["t"])
           for s in range(3)]
     assert any(a != b for a, b in ts)
     assert len({c.prompt for c in run.prior}) > 1 and run.clips[0].prompt == "thing 0 hopping sks"
@@ -195,7 +205,7 @@ def test_customizes_absorber_is_on_in_both_stages_and_left_out_of_the_result(cli
     assert any(B.abs().max() > 0 for _, B in look.pairs.values())
     run = prepared(*flags_of("customize-a-video", clip, tmp_path), "--absorber", "lora")
     first, second = (s.passes[0] for s in run.method.stages)
-    train.learn(run, 0, second, 0, set())
+    one_pass(run, 0, second, 0)
     assert run.learners["look"][0].on
     assert train.acting(run.method, run.method.stages[1]) == ["motion"]
     assert train.acting(run.method, run.method.stages[0]) == ["look"]
@@ -215,7 +225,7 @@ def test_another_programs_lora_can_absorb_the_looks(clip, tmp_path):
                        tmp_path / name)
         assert len(run.method.stages) == 1  # nothing to learn about the look
         p = run.method.stages[0].passes[0]
-        train.learn(run, 0, p, 0, set())
+        one_pass(run, 0, p, 0)
         assert run.learners["look"][0].on
         weight = run.parts.unet.get_submodule(site).weight
         assert torch.allclose(weight, plain * 0.9 if swapped else plain + B @ A, atol=1e-6)
@@ -276,6 +286,15 @@ def test_full_tuning_becomes_lora_and_back_by_a_flag(clip):
     assert isinstance(one, lora.LoRA) and any("temp_convs" in s for s in one.pairs)
     run = prepared("--method", "motiondirector", "--video", clip, "--rank", 0)
     assert isinstance(run.learners["motion"][0], train.Whole)
+
+
+@pytest.mark.parametrize("score,steps", ((2, 1), (-2, 3)))
+def test_training_stops_where_the_looks_score_falls(score, steps, clip, tmp_path):
+    """A cosine is never over 1, so the first sample ends the run; and never under −1."""
+    train.main([*map(str, ("--video", clip, "--out", tmp_path, "--steps", 3, "--preview-every", 1,
+                           "--preview-steps", 2, "--look-prompt", "a star",
+                           "--stop-at-appearance", score))])
+    assert lora.read_adapter(tmp_path / "vmc.safetensors").meta["step"] == str(steps)
 
 
 def test_flags_reach_the_pass_that_learns_the_motion(clip):
