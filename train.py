@@ -182,7 +182,7 @@ BY_DATA = {
 TINY = {
     "vmc": {"layers": "temporal", "align": "x0", "steps": 200, "lr": 1e-3, "sampling_steps": 20},
     "motiondirector": {"steps": 200, "lr": 3e-3, "look_lr": 3e-3},
-    "newmove": {"steps": 300, "lr": 3e-4, "prior": "world"},
+    "newmove": {"steps": 300, "lr": 1e-3, "prior": "world"},
     "customize-a-video": {"steps": 200, "first_steps": 100, "lr": 3e-3, "look_lr": 1e-3},
     "lora": {"steps": 200, "lr": 3e-3},
     "dreambooth": {"steps": 200, "lr": 1e-4},
