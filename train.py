@@ -328,7 +328,7 @@ def resolve(args):
         "alpha": (0, 1), "prior_weight": 0, "prior_clips": 1, "noise_prior": (0, 1),
         "clip_grad": 1e-12, "fps": 0.01, "start": 0, "seed": 0, "width": 8, "height": 8,
         "preview_every": 0, "preview_steps": 1, "save_every": 1, "guidance": 0,
-        "stop_at_appearance": 0})
+        "stop_at_appearance": (-1, 1)})
     clips = len(data.find_clips(args.video))
     kind = "pictures" if not clips else "one clip" if clips == 1 else "several clips"
     tiny = {} if args.weights else TINY.get(args.method, {})

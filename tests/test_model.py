@@ -90,6 +90,17 @@ def unets():
     return ours, theirs
 
 
+def test_two_texts_a_clip_are_two_clips(unets):
+    """What guidance asks for in one batch: all first texts, then all second ones."""
+    ours, _ = unets
+    x = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    t, text = torch.tensor([981, 3]), torch.randn(4, 7, 24, dtype=torch.float64)
+    with torch.no_grad():
+        both = ours(x, t, text)
+        apart = torch.cat([ours(x, t, text[:2]), ours(x, t, text[2:])])
+    assert both.shape == (4, 4, 3, 8, 8) and relative(both, apart) <= 1e-12
+
+
 @pytest.mark.parametrize("frames,h,w", [(3, 12, 18), (5, 9, 16)])
 def test_unet_equals_diffusers(unets, frames, h, w):
     ours, theirs = unets

@@ -105,7 +105,7 @@ def test_two_things_can_be_drawn():
 def test_the_weights_are_small_half_precision_and_complete():
     files = list(TINY.rglob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) <= 24e6
-    assert {f.parent.name for f in files} == {"unet", "vae", "text_encoder", "clip"}
+    assert {f.parent.name for f in files} == {"unet", "vae", "text_encoder", "clip", "motion"}
     assert all(t.dtype == torch.float16 for f in files for t in load_file(f).values())
 
 

@@ -271,7 +271,7 @@ def test_generate_makes_a_set_with_a_sheet_and_settings(trained, tmp_path):
     assert len([n for n in names if n.endswith(".mp4")]) == 4
     assert {"sheet.png", "settings.json"} <= set(names)
     settings = json.loads((tmp_path / "set" / "settings.json").read_text())
-    assert settings["init"] == "inverted" and len(settings["videos"]) == 2
+    assert settings["init"] == "inverted" and len(settings["videos"]) == 4
     assert {p.name for p in tmp_path.iterdir()} == {"prompts.txt", "set"}
 
 
