@@ -484,13 +484,21 @@ def test_two_processes_learn_what_one_does_from_as_many_examples(method, clip, t
     together("train.py", *same, "--out", tmp_path / "two")
     files = sorted(p.name for p in (tmp_path / "one").glob("*.safetensors"))
     assert files == sorted(p.name for p in (tmp_path / "two").glob("*.safetensors"))
-    for name in files:
-        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
-        # Sums of more than two gradients may be rounded in another order.
-        assert all(torch.allclose(one[k], two[k], rtol=0, atol=1e-6) for k in one), name
     run("train.py", *same, "--out", tmp_path / "alone")  # one example a step is another thing
-    one, alone = (load_file(tmp_path / run / f"{method}.safetensors") for run in ("one", "alone"))
-    assert max((one[k] - alone[k]).abs().max() for k in one if "clip" not in k) > 1e-5
+
+    def apart(a, b):
+        """Largest difference of what two runs learned, all files together, by norm."""
+        norms = []
+        for name in files:
+            x, y = load_file(tmp_path / a / name), load_file(tmp_path / b / name)
+            norms += [(x[k] - y[k]).norm() for k in x if "clip" not in k]
+        return torch.stack(norms).norm().item()
+
+    # Sums of more than two gradients may be rounded in another order, and Adam makes that seen
+    # where a gradient is nearly zero.
+    assert apart("one", "two") <= 1e-2 * apart("one", "alone")
+    if method == "motiondirector":
+        assert apart("one", "two") == 0
 
 
 def test_two_processes_generate_and_score_what_one_does(tmp_path):
