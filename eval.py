@@ -38,12 +38,13 @@ from model import BadInput
 
 @dataclass
 class Sample:
-    """A video (3, F, H, W) in [-1, 1] with its prompt and its seed."""
+    """A video (3, F, H, W) in [-1, 1] with its prompt, its seed, and the rate it is measured at."""
 
     video: torch.Tensor
     prompt: str
     seed: int
     path: Path
+    fps: float
 
 
 @dataclass
@@ -117,20 +118,23 @@ def read_run(name, path, references, args):
     files = [(path / file, prompt, seed) for file, prompt, seed in settings.get("videos") or []]
     for file in () if files else data.find_clips([path]):
         files.append((file, data.find_caption(file)[0], len(files)))  # a caption may come twice
-    samples = [Sample(read(file, args, *shape), p, seed, file) for file, p, seed in files]
+    samples = [Sample(read(file, args, *shape), p, seed, file, shape[1])
+               for file, p, seed in files]
     for adapter in map(Path, settings.get("adapter") or []):
         for folder in (adapter.parent, adapter.parent.parent.parent):  # the latter from steps/…/
             if not training and (folder / "args.json").is_file():
                 training = model.read_json(folder / "args.json") | {"folder": str(folder)}
     if references:
-        clips = [Sample(read(f, args, *shape), "", 0, f) for f in data.find_clips(references)]
+        clips = [Sample(read(f, args, *shape), "", 0, f, shape[1])
+                 for f in data.find_clips(references)]
     elif training.get("video"):
         trained = (shape[0], *(training[k] for k in ("fps", "start", "height", "width")))
         for clip in map(Path, training["video"]):
             if not clip.exists():
                 data.say(f"{name}: its clip {clip} is not here; give --reference")
                 continue
-            clips += [Sample(read(f, args, *trained), "", 0, f) for f in data.find_clips([clip])]
+            clips += [Sample(read(f, args, *trained), "", 0, f, trained[1])
+                      for f in data.find_clips([clip])]
     return Run(name, path, samples, clips, settings, training)
 
 
@@ -411,6 +415,7 @@ class TRN(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
+        self.none = classes - 1  # the last class is "none of these"
         conv = lambda a, b: (nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())
         self.features = nn.Sequential(
             *conv(6, 16), *conv(16, 32), *conv(32, 32), nn.Conv2d(32, 8, 1), nn.Flatten(),
@@ -433,9 +438,6 @@ class TRN(nn.Module):
             groups = torch.stack([x[:, i : i + stride * k : stride] for i in range(stride)], 1)
             logits = logits + relation(groups.flatten(2)).mean(1)  # groups (B, stride, k, WIDTH)
         return logits
-
-
-CLASSES = range(18)  # the tiny world's motions; then comes "none of these"
 
 
 def tiny_trn(folder=generate.TINY, device="cpu"):
@@ -494,8 +496,8 @@ def score(run, args, scorers):
     if goal is None and run.references and scorers.classifier:
         classes = [kind_of(scorers, r.video, args) for r in run.references]
         goal = max(set(classes), key=classes.count)
-        if not args.classifier and goal == len(CLASSES):
-            goal = None  # none of the tiny world's motions
+        if goal == getattr(scorers.classifier, "none", None):
+            goal = None  # the TRN sees none of its motions in the references
     for s, f in zip(run.samples, features):
         by = args.clip or "tiny CLIP"
         row = {f"text alignment ({by})": text_alignment(scorers.clip, s.video, s.prompt),
@@ -637,11 +639,11 @@ def write_page(path, template, content):
     print(f"written: {path}")
 
 
-def embed(sample, args):
+def embed(sample):
     """A sample as it was measured, as an address that holds the whole video."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
-        data.write_video(path, sample.video, args.fps or 8)
+        data.write_video(path, sample.video, sample.fps)
         return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
@@ -671,17 +673,17 @@ def against_steps(runs, table):
             for folder, metrics in curves.items() if max(map(len, metrics.values())) > 2}
 
 
-def report(path, runs, table, each, args):
+def report(path, runs, table, each):
     """The page: references, runs side by side, prompts down; figures, curves, settings."""
     references = {str(r.path): r for run in runs for r in run.references}
-    references = {path: embed(r, args) for path, r in references.items()}
+    references = {path: embed(r) for path, r in references.items()}
     write_page(path, "page.html", {
         "table": table, "references": references, "curves": against_steps(runs, table),
         "runs": [{
             "name": run.name, "settings": run.settings, "training": run.training,
             "losses": losses_of(run),
             "samples": [{"prompt": s.prompt, "seed": s.seed, "figures": row,
-                         "video": embed(s, args)} for s, row in zip(run.samples, rows)],
+                         "video": embed(s)} for s, row in zip(run.samples, rows)],
         } for run, rows in zip(runs, each)]})
 
 
@@ -700,11 +702,11 @@ def study(out, runs, args):
                          ((a.name, s), (b.name, other[s.prompt, s.seed]))}
                 key |= {side: name for side, (name, _) in sides.items()}
                 pairs.append({"prompt": s.prompt, "sides": [
-                    {"id": side, "video": embed(one, args)} for side, (_, one) in
+                    {"id": side, "video": embed(one)} for side, (_, one) in
                     sorted(sides.items())]})
     if not pairs:
         raise BadInput("--user-study needs two runs with videos of the same prompts and seeds.")
-    reference = next((embed(r, args) for run in runs for r in run.references), None)
+    reference = next((embed(r) for run in runs for r in run.references), None)
     write_page(out / "study.html", "study.html", {
         "pairs": pairs, "ratings": args.ratings, "question": args.question, "reference": reference})
     write_json(out / "study-key.json", key)
@@ -859,7 +861,7 @@ def main(argv=None):
     references = {run.name: [str(r.path) for r in run.references] for run in runs}
     write_json(out / "metrics.json", {"table": table, "copy threshold": threshold, "videos": videos,
                                       "references": references, "settings": settings})
-    report(out / "page.html", runs, table, each, args)
+    report(out / "page.html", runs, table, each)
     if args.user_study:
         study(out, runs, args)
 

@@ -217,8 +217,8 @@ def parse(argv=None):
         "the motion: 'a bird is flying' (default: clip.txt beside it, else the file's name)")
     add("--look-prompt", help="what is seen, without the motion, for the appearance (default: "
         "the caption)")
-    add("--images", type=Path, nargs="+", default=[], help="pictures of a subject to learn beside "
-        "the motion (newmove), or alone (motiondirector)")
+    add("--images", type=Path, nargs="+", default=[], help="a subject's pictures (newmove), or "
+        "pictures alone (motiondirector)")
     add("--subject-prompt", help="the pictures' caption: 'a X* dog' (default: beside each picture)")
     add("--reverse", action="store_true", help="learn the motion backward")
     # the recipe; defaults are the method's. What learns the motion:
@@ -279,8 +279,7 @@ def parse(argv=None):
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
     add("--checkpointing", action="store_true", help="less memory for a third more time")
-    add("--batch", type=int, help="examples a step; torchrun's processes share them (default: one "
-        "a process)")
+    add("--batch", type=int, help="examples a step, over all processes (default: one each)")
     # looking at it, and keeping it
     add("--preview-prompt", help="what the samples show (default: the caption)")
     add("--preview-every", type=int, default=100, help="steps between samples, or 0 (default: 100)")

@@ -279,6 +279,7 @@ class Reference:
 
 
 def sync(device):
+    """Wait for what a GPU was given to do."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
@@ -317,6 +318,7 @@ def held(make, args):
 
 
 def flops(f):
+    """Floating-point operations of f's matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
         f()
     return counter.get_total_flops()
@@ -493,6 +495,7 @@ def bench_growth(folder, size, args):
 
 
 def main():
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
