@@ -221,16 +221,21 @@ def test_the_worlds_figures_fall_when_time_runs_backward_or_the_prompt_is_anothe
     one = next(i for i, (c, b, s) in enumerate(zip(scenes.colour, scenes.background, scenes.shape))
                if b == 1 and c not in (5,) and s not in (0,) and scenes.motion[i] == 7)
     left = (scenes.motion == 0).nonzero()[0, 0]
+    circle, blue = (scenes.shape == 0).nonzero()[0, 0], (scenes.colour == 5).nonzero()[0, 0]
     for name, video, prompt in (
             ("right", videos[one], world.captions(scenes)[one]),
             ("wrong", videos[one], "a blue circle moving in a circle on a grey background"),
+            ("circle", videos[circle], "a star moving in a circle"),
+            ("blue", videos[blue], "a red thing on a blue striped background"),
             ("left", videos[left], "a thing"), ("back", videos[left].flip(1), "a thing")):
         write_run(tmp_path / name, [video], [prompt])
     write_run(tmp_path / "clip", [videos[left]], [""])
-    table = score(*(tmp_path / n for n in ("right", "wrong", "left", "back")), "--world",
+    table = score(*(tmp_path / n for n in ("right", "wrong", "left", "back", "circle", "blue")),
+                  "--world",
                   "--reference", tmp_path / "clip" / "0.mp4")
     assert [table["right"][k] for k in ("colour", "shape", "background")] == [1, 1, 1]
     assert [table["wrong"][k] for k in ("colour", "shape", "background")] == [0, 0, 0]
+    assert table["circle"]["shape"] == table["blue"]["colour"] == 0
     assert table["left"]["colour"] is None and table["left"]["trajectory correlation"] > 0.99
     assert table["back"]["trajectory correlation"] < -0.99
     assert table["back"]["motion fidelity"] < table["left"]["motion fidelity"] - 0.5
