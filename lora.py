@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import data
-from model import BadInput, TimeConv, read_tensors
+from model import BadInput, TimeConv, dropout, read_tensors
 
 # ------------------------------------------------------------------------------------------------
 # Sets of layers
@@ -76,7 +76,9 @@ def halve(unet, keep, dtype=torch.bfloat16):
     anyhow: norms and the last layer."""
     for name, p in unet.named_parameters():
         if name not in keep and not re.search(r"norm|^conv_out", name) and p.dim() > 1:
-            p.data = p.data.to(dtype)
+            # Channels last, as the activations lie: or the kernels reorder them at every call.
+            layout = torch.channels_last if p.dim() == 4 else torch.preserve_format
+            p.data = p.data.to(dtype, memory_format=layout)
 
 
 def groups(parameters):
@@ -119,11 +121,11 @@ class LoRA:
             if not self.on:
                 return out
             if A.dim() == 2:
-                low = F.linear(F.linear(inputs[0], A), B)
+                low = F.linear(F.linear(inputs[0], A), self.scale * B)
             else:  # a TimeConv: down along time, up pointwise
                 low = F.conv2d(inputs[0], A.squeeze(-1), padding=(1, 0))
-                low = F.conv2d(low, B.squeeze(-1))
-            return out + self.scale * F.dropout(low, self.dropout, layer.training)
+                low = F.conv2d(low, self.scale * B.squeeze(-1))
+            return out + dropout(low, self.dropout, layer.training)
 
         return add
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY, relative
 from safetensors.torch import load_file, save_file
 
@@ -357,3 +358,29 @@ def test_an_original_pth_loads_as_the_same_unet(tmp_path):
     (tmp_path / "unet" / "config.json").write_text(json.dumps(NARROW_UNET))
     read = model.load_unet(tmp_path).state_dict()
     assert all(torch.equal(read[n], t) for n, t in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_has_the_rate_the_scale_and_the_gradient_of_dropout(layout):
+    x = torch.rand(2, 31, 40, 53).add(0.1).to(memory_format=layout).requires_grad_()
+    torch.manual_seed(0)
+    y = model.dropout(x, 0.2, True)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.8, abs=5e-3)  # 3σ: 0.0033
+    for axis in range(4):  # no stripes: every row of every axis loses its share
+        share = kept.float().mean([a for a in range(4) if a != axis])
+        assert (share - 0.8).abs().max() < 0.05
+    torch.testing.assert_close(y[kept], x[kept] / 0.8)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept / 0.8)
+    assert not torch.equal(kept, model.dropout(x, 0.2, True) != 0)
+    assert model.dropout(x, 0.2, False) is x and model.dropout(x, 0.0, True) is x
+
+
+@pytest.mark.parametrize("tokens", [16, 77, 1100])  # fp32 softmax, bf16 softmax, fused
+def test_attention_takes_three_roads_to_one_result(tokens):
+    q, k, v = (torch.randn(2, 3, n, 8).bfloat16() for n in (20, tokens, tokens))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(model.attend(q, k, v).double(), exact, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(
+        model.attend(q.double(), k.double(), v.double()), exact, atol=1e-12, rtol=0)
