@@ -255,14 +255,27 @@ def augmented(clip, g, encode):
     """All frames, all alike a little enlarged, shifted, and changed in brightness, contrast and
     saturation (NewMove's supplement names spatial and colour augmentation, with no figures).
     Never flipped: a flip turns left into right."""
-    video = zoom(clip.video, 0.8, 1.0, g)
+    return encode(tint(zoom(clip.video, 0.8, 1.0, g), g)), slice(None)
+
+
+def recoloured(clip, g, encode):
+    """All frames, all alike with red, green and blue shuffled, half of the time as a negative, and
+    tinted: another look at each step, and what the looks share is the motion."""
+    shuffled = clip.video[torch.randperm(3, generator=g)]
+    negative = torch.rand((), generator=g) < 0.5
+    return encode(tint(-shuffled if negative else shuffled, g)), slice(None)
+
+
+def tint(video, g):
+    """Brightness, contrast and saturation up to a fifth more or less, the same in all frames."""
     light, contrast, colour = 0.8 + 0.4 * torch.rand(3, generator=g)
     video = ((video + 1) * light - 1 - video.mean()) * contrast + video.mean()
     grey = video.mean(0, keepdim=True)
-    return encode((grey + (video - grey) * colour).clamp(-1, 1)), slice(None)
+    return (grey + (video - grey) * colour).clamp(-1, 1)
 
 
-VIEWS = {"whole": whole, "frame": frame, "crop": crop, "augmented": augmented}
+VIEWS = {"whole": whole, "frame": frame, "crop": crop, "augmented": augmented,
+         "recoloured": recoloured}
 
 
 def zoom(video, least, most, g):

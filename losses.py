@@ -39,6 +39,12 @@ def residual_cosine(pred, eps, stride=1, **_):
     return (1 - F.cosine_similarity(per_frame(pred), per_frame(eps), dim=-1)).mean()
 
 
+def residual_cosine_mse(pred, eps, stride=1, **_):
+    """VMC Eq. 17 + Eq. 2, ours: the second holds the scale and the mean over time, which the first
+    leaves to drift (`unseen_by_cosine`)."""
+    return residual_cosine(pred, eps, stride) + mse(pred, eps)
+
+
 def residual_l2(pred, eps, stride=1, **_):
     """‖δε − δε̂‖², mean over elements (VMC Eq. 16 without its weight)."""
     return F.mse_loss(residual(pred, stride), residual(eps, stride))
@@ -91,6 +97,7 @@ def motiondirector(pred, eps, anchor=0, beta=1.0, **_):
 LOSSES = {
     "mse": mse,
     "residual-cosine": residual_cosine,
+    "residual-cosine-mse": residual_cosine_mse,
     "residual-l2": residual_l2,
     "residual-l2-weighted": residual_l2_weighted,
     "residual-cosine-official": residual_cosine_official,

@@ -180,7 +180,8 @@ BY_DATA = {
 # What the tiny model does otherwise. It is hundreds of times smaller, and so wants larger steps and
 # fewer of them.
 TINY = {
-    "vmc": {"layers": "temporal", "align": "x0", "steps": 200, "lr": 1e-3, "sampling_steps": 20},
+    "vmc": {"layers": "temporal", "loss": "residual-cosine-mse", "align": "x0", "steps": 300,
+            "augment": "recoloured", "lr": 1e-3, "sampling_steps": 20},
     "motiondirector": {"steps": 200, "lr": 3e-3, "look_lr": 3e-3},
     "newmove": {"steps": 300, "lr": 1e-3, "prior": "world"},
     "customize-a-video": {"steps": 200, "first_steps": 100, "lr": 3e-3, "look_lr": 1e-3},
@@ -236,8 +237,8 @@ def parse(argv=None):
     add("--beta", type=float, help="strength of MotionDirector's debiasing")
     add("--timesteps", choices=("uniform", "coarse"), help="distribution of the timesteps")
     add("--alpha", type=float, help="how coarse (NewMove's α), 0 to 1")
-    add("--augment", action=argparse.BooleanOptionalAction, default=None, help="enlarge, shift and "
-        "recolour the clips (default: in newmove)")
+    add("--augment", choices=("none", "augmented", "recoloured"), help="see the clips a little "
+        "enlarged, shifted and tinted (newmove's default), or in random colours")
     # what learns the looks, and words:
     add("--look-layers", help="what learns the appearance")
     add("--look-rank", type=int, help="its LoRA's rank")
@@ -343,8 +344,7 @@ def resolve(args):
         args.guidance = method.sampling_guidance if args.weights else 4.0
     if not args.video:
         method = replace(method, noise_prior=0.0)
-    if args.augment is None:
-        args.augment = args.method == "newmove"
+    args.augment = args.augment or ("augmented" if args.method == "newmove" else "none")
     if "subject" in method.parts:
         args.subject_word = args.subject_word or "X*"
     args.prior_clips = args.prior_clips or (64 if method.prior == "world" else 16)
@@ -650,7 +650,8 @@ def learn(run, step, number, p, example, off, last):
     t = sampler.draw_timesteps(weights, 1, shared)
     noise = torch.randn(clip.latents.shape, generator=shared)
     switch(run.learners, p.learns, [n for n in p.beside if n not in off], index)
-    view = "augmented" if args.augment and p.sees == "whole" and p.of == "clips" else p.sees
+    altered = args.augment != "none" and p.sees == "whole" and p.of == "clips"
+    view = args.augment if altered else p.sees
     latents, frames = data.VIEWS[view](clip, own, lambda video: encode(run, video))
     noise = noise[:, :, frames].to(latents)
     x, a = S.add_noise(latents, noise, t), S.at(t, latents)

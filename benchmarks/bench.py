@@ -15,6 +15,7 @@ the official MotionDirector and NewMove do, to save memory). Prints a table; wri
 """
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -119,7 +120,7 @@ class Ours:
         flags = ["--method", method, "--video", clip, "--prompt", "a thing moving", "--weights",
                  folder, "--width", width, "--height", height, "--frames", frames, "--out",
                  args.scratch / "run", "--device", args.device, "--preview-every", 0, *more]
-        flags += ["--prior", clip.parent, "--no-augment"] if method == "newmove" else []
+        flags += ["--prior", clip.parent, "--augment", "none"] if method == "newmove" else []
         args_ = train.parse([str(f) for f in flags])
         chosen, _ = train.resolve(args_)
         with contextlib.redirect_stderr(None):
@@ -298,23 +299,37 @@ def interleaved(sides, args, repeats):
     return times
 
 
-def peak(f):
-    """Bytes that f needs on the GPU beyond what is there before."""
+def peak(f, device):
+    """Bytes that f needs beyond what is there before: of the GPU, or of the process's memory (None
+    where the system does not count it)."""
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so f must ask for it
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return None
+    before = process_memory("VmRSS")
     f()
-    return torch.cuda.max_memory_allocated() - before
+    return process_memory("VmHWM") - before
 
 
-def held(make, args):
-    """What make() returns, and the bytes that it holds on the GPU."""
-    gc.collect()  # bypassed modules are in cycles
-    before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
-    made = make()
-    after = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
-    return made, after - before
+def process_memory(what):
+    """A line of /proc/self/status, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{what}:")[1].split()[0])
+
+
+def state_bytes(*modules, trained=(), optimizers=()):
+    """What lies in memory between steps: weights, what learns beside them, optimisers' moments."""
+    tensors = [p for m in modules for p in m.parameters()] + list(trained)
+    tensors += [v for o in optimizers for s in o.state.values() for v in s.values()]
+    return sum({id(t): t.nbytes for t in tensors if torch.is_tensor(t)}.values())
 
 
 def flops(f):
@@ -346,8 +361,8 @@ def compare(case, sides, args, repeats, memory=None, count=None):
           f"{medians['diffusers'] * 1e3:9.1f} ms"
           + (f"   {100 * row['share of peak']:3.0f} % of peak" if count else "")
           + (f"   memory {memory['ours'] / memory['diffusers']:.2f}×"
-             f" ({memory['ours'] / 2**30:.1f} of {memory['diffusers'] / 2**30:.1f} GiB)"
-             if memory and memory["ours"] else ""), flush=True)
+             f" ({memory['ours'] / 2**20:.0f} of {memory['diffusers'] / 2**20:.0f} MiB)"
+             if memory and None not in memory.values() else ""), flush=True)
 
 
 def check_same(ours, theirs, x, t, text):
@@ -376,8 +391,8 @@ def bench_training(folder, size, args):
 
 def bench_method(folder, method, shape, first, args):
     """The training step of one method on one shape; on the first also the UNet alone."""
-    ours, own = held(lambda: Ours(folder, method, shape, args), args)
-    theirs, other = held(lambda: Reference(folder, method, ours, args), args)
+    ours = Ours(folder, method, shape, args)
+    theirs = Reference(folder, method, ours, args)
     clip, S = ours.run.clips[0], ours.run.parts.schedule
     train.switch(ours.run.learners, act=list(ours.run.learners))
     ours.run.parts.unet.eval(), theirs.unet.eval()
@@ -390,14 +405,15 @@ def bench_method(folder, method, shape, first, args):
     theirs.unet.train()
     ours.step()  # makes the optimiser's state
     theirs.step()
-    memory, halved = None, 0 if method == "vmc" else 0.5
-    if args.device.startswith("cuda"):
-        # VAE and text encoder, which both hold, were counted with ours; theirs may be halves.
-        shared = sum(p.nbytes for m in (ours.run.parts.vae, ours.run.parts.text)
-                     for p in m.parameters())
-        memory = {"ours": own + peak(ours.step) + state_bytes(ours.optimizer),
-                  "diffusers": other + shared * (1 - halved) + peak(theirs.step)
-                  + sum(map(state_bytes, theirs.optimizers))}
+    parts, memory = ours.run.parts, {"ours": peak(ours.step, args.device),
+                                     "diffusers": peak(theirs.step, args.device)}
+    if None not in memory.values():
+        # Both hold the VAE and the text encoder, which the official codes but VMC's halve.
+        halved = 1 if method == "vmc" else 0.5
+        memory["ours"] += state_bytes(parts.unet, parts.vae, parts.text,
+                                      trained=ours.trained.values(), optimizers=[ours.optimizer])
+        memory["diffusers"] += state_bytes(theirs.unet, optimizers=theirs.optimizers) + round(
+            halved * state_bytes(parts.vae, parts.text))
     label = f"{method}, {shape[0]}×{shape[1]}×{shape[2]}"
     compare(f"training step, {label}", {"ours": ours.step, "diffusers": theirs.step}, args,
             args.repeats, memory, flops(ours.step) if first else None)
@@ -405,12 +421,6 @@ def bench_method(folder, method, shape, first, args):
         if first:
             sides = unet_alone(ours, theirs, x, t, text, what)
             compare(f"UNet {what}, {label}", sides, args, args.repeats)
-
-
-def state_bytes(optimizer):
-    """What an optimiser holds."""
-    return sum(v.nbytes for s in optimizer.state.values() for v in s.values()
-               if torch.is_tensor(v))
 
 
 def unet_alone(ours, theirs, x, t, text, what):

@@ -41,6 +41,12 @@ def test_residual_l2_by_hand():
     assert losses.residual_l2_weighted(pred, eps, a).item() == pytest.approx(7)
 
 
+def test_cosine_and_mse_by_hand():
+    """The cosine as above; the predictions differ by (1, −1) and (0, 1): mean square 3/6."""
+    eps, pred = clip((0, 0), (3, 4), (4, 4)), clip((0, 0), (4, 3), (4, 5))
+    assert losses.residual_cosine_mse(pred, eps).item() == pytest.approx(13 / 25 + 3 / 6)
+
+
 def test_weighted_l2_is_the_plain_error_of_the_residuals_of_x0():
     """Eq. 16 is Eq. 15 with the l2 distance, through Tweedie's formula (Eq. 13, 14)."""
     from sampler import Schedule

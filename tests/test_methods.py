@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_a_fifth_of_the_spatial_passes_is_left_out(clip, monkeypatch):
 
 
 def test_newmoves_passes_draw_apart_and_its_prior_has_its_own_captions(clip):
-    run = prepared("--method", "newmove", "--video", clip, "--no-augment")
+    run = prepared("--method", "newmove", "--video", clip, "--augment", "none")
     motion, prior = run.method.stages[0].passes
     assert (motion.of, prior.of, prior.weight) == ("clips", "prior", 0.5)
     ts = [(one_pass(run, s, motion, 0)["t"], one_pass(run, s, prior, 1)["t"])
@@ -330,6 +331,21 @@ def test_views_show_what_they_say(tiny):
     assert part.shape == one.shape and not torch.equal(part, clip.latents[:, :, frames])
     changed, frames = data.augmented(clip, g, encode)
     assert changed.shape == clip.latents.shape and frames == slice(None)
+
+
+def test_recoloured_clips_change_their_look_and_nothing_else():
+    """Three channels, far apart, come out in any order, as they are or as negatives; pixels that
+    were alike, in one frame or in all, still are, and those that were not are not."""
+    tiles = torch.randint(2, (1, 4, 8, 8)) * 0.1
+    video = torch.cat([tiles + shift for shift in (-0.4, -0.1, 0.2)])
+    clip, g, ways = SimpleNamespace(video=video), torch.Generator().manual_seed(0), set()
+    for _ in range(150):
+        seen, frames = data.recoloured(clip, g, lambda v: v)
+        dark, bright = (torch.stack([c[tiles[0] == x] for c in seen]) for x in tiles.unique())
+        assert frames == slice(None) and dark.std(1).max() < 1e-6 and bright.std(1).max() < 1e-6
+        negative = (bright.mean() < dark.mean()).item()
+        ways.add((*seen.mean((1, 2, 3)).argsort().tolist(), negative))
+    assert len(ways) == 12
 
 
 def test_crops_are_a_third_to_two_thirds_wide():
