@@ -204,7 +204,7 @@ class Clip:
 
 def find_clips(paths):
     """The clips that the paths name: video files, folders of numbered pictures (a clip each), and
-    folders of such files and folders. Raises BadInput when a folder holds none."""
+    folders of such files and folders; of one that holds none, the folder itself."""
     found = []
     for path in map(Path, paths):
         inside = sorted(path.iterdir(), key=natural) if path.is_dir() else []

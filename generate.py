@@ -246,7 +246,8 @@ def parse(argv=None):
         "adapter's method's: VMC 1, MotionDirector 0.5, NewMove 0)")
     # sampling
     add("--steps", type=int, help="sampling and inversion steps (default: the method's, else 50)")
-    add("--guidance", type=float, help="classifier-free guidance (default: 9; tiny model: 4)")
+    add("--guidance", type=float, help="classifier-free guidance (default: the "
+        "method's, else 9; tiny model: 4)")
     add("--sampler", choices=tuple(sampler.SAMPLERS), default="ddim", help="default: ddim")
     add("--batch", type=int, help="videos at a time (default: 1; tiny model: 4)")
     # a second model over the first one's videos, as ZeroScope XL
@@ -291,7 +292,7 @@ def read_prompts(args):
 def check(args, parts):
     """Read the adapters, and fill in what the flags leave open from the first of them that has a
     clip, and from the model; raise BadInput early. Returns adapters, scales, and that first one."""
-    factor, tiny, meta = parts.vae.config.factor, args.weights is None, {}
+    factor, tiny = parts.vae.config.factor, args.weights is None
     adapters = [lora.read_adapter(path, parts.unet) for path in args.adapter]
     scales = args.scale or [1.0]
     if len(scales) not in (1, len(adapters)) or args.scale and not adapters:
@@ -373,7 +374,7 @@ def load_refiner(args, first):
     args.refine_width = args.refine_width or args.width
     args.refine_height = args.refine_height or args.height
     if args.refine_guidance is None:
-        args.refine_guidance = 4.0 if args.refine == TINY else 15.0
+        args.refine_guidance = 4.0 if args.refine.resolve() == TINY.resolve() else 15.0
     check_steps(parts.schedule, args.refine_steps, "refine-steps")
     if args.refine_width % parts.vae.config.factor or args.refine_height % parts.vae.config.factor:
         raise BadInput(f"--refine-width {args.refine_width}, --refine-height {args.refine_height}: "
@@ -427,9 +428,8 @@ def main(argv=None):
         reference = read_latents(args, parts, args.dmt) if args.dmt else None
     factor, channels = parts.vae.config.factor, parts.unet.config.in_channels
     shape = (channels, args.frames, args.height // factor, args.width // factor)
-    plain = lambda v: str(v) if isinstance(v, Path) else v
-    settings = {k: [plain(i) for i in v] if isinstance(v, list) else plain(v)
-                for k, v in vars(args).items()}
+    second = load_refiner(args, parts) if args.refine else None
+    settings = plain(args)
     jobs = [(i, p, s) for i, p in enumerate(prompts)
             for s in range(args.seed, args.seed + args.seeds)]
     print("settings:", json.dumps(settings, ensure_ascii=False))
@@ -439,7 +439,6 @@ def main(argv=None):
             more["steps_trained"] = int(adapters[0].meta["step"])
         path.write_text(json.dumps(settings | more, indent=1))
 
-    second = load_refiner(args, parts) if args.refine else None
     process, processes = place(args)
     made = {}
     for i in range(process * args.batch, len(jobs), processes * args.batch):
@@ -462,6 +461,13 @@ def main(argv=None):
     if made := gather(made, processes, process):
         data.contact_sheet(args.out / "sheet.png", [made[n] for n in sorted(made)])
         print(f"contact sheet: {args.out / 'sheet.png'}")
+
+
+def plain(args):
+    """The flags as JSON can hold them."""
+    one = lambda v: str(v) if isinstance(v, Path) else v
+    return {k: [one(i) for i in v] if isinstance(v, list) else one(v)
+            for k, v in vars(args).items()}
 
 
 def agreed(value):

@@ -100,7 +100,7 @@ def groups(parameters):
 class LoRA:
     """y = W·x + s·B·A·x on every linear layer and temporal convolution of a set of layers.
 
-    A (r, in) starts at N(0, 1/r), B (out, r) at zero, so a fresh LoRA changes nothing; the rank r
+    A (r, in) starts at N(0, 1/r²), B (out, r) at zero, so a fresh LoRA changes nothing; the rank r
     is cut to the layer's own width. Dropout is on the LoRA's output, as MotionDirector has it. It
     lives beside the UNet, whose modules and names stay as they are, and acts while `on`.
     """

@@ -238,7 +238,8 @@ def parse(argv=None):
     add("--timesteps", choices=("uniform", "coarse"), help="distribution of the timesteps")
     add("--alpha", type=float, help="how coarse (NewMove's α), 0 to 1")
     add("--augment", choices=("none", "augmented", "recoloured"), help="see the clips a little "
-        "enlarged, shifted and tinted (newmove's default), or in random colours")
+        "enlarged, shifted and tinted (newmove's default), or in random colours (the tiny vmc's); "
+        "else none")
     # what learns the looks, and words:
     add("--look-layers", help="what learns the appearance")
     add("--look-rank", type=int, help="its LoRA's rank")
@@ -435,6 +436,8 @@ def check_flags(args, method, asked):
     motion = parts.get("motion", Part())
     has = {
         "a prior": any(p.of == "prior" for p in passes),
+        "a prior that is made": method.prior == "generated",
+        "an appearance to stop at": args.stop_at_appearance is not None,
         "an appearance of its own": "look" in parts and not borrowed(args),
         "an absorber": "look-word" in METHODS[args.method].parts,
         "layers that learn the motion": motion.layers is not None,
@@ -451,7 +454,8 @@ def check_flags(args, method, asked):
         or args.stop_at_appearance is not None,
     }
     needs = {
-        "prior_weight": "a prior", "prior_prompt": "a prior",
+        "prior_weight": "a prior", "prior_prompt": "a prior that is made",
+        "clip": "an appearance to stop at", "clip_weights": "an appearance to stop at",
         "look_layers": "an appearance of its own", "look_rank": "an appearance of its own",
         "look_lr": "an appearance of its own", "look_weight_decay": "an appearance of its own",
         "absorber": "an absorber", "layers": "layers that learn the motion",
@@ -802,7 +806,7 @@ def save(run, step, optimizer, meta):
         save_adapters(run, args.out / "steps" / f"{step:06d}", step, meta)
     data.room_for(args.out / "state.pt", 3 * sum(p.nbytes for p in trained.values()))
     with data.publish(args.out / "state.pt") as part:
-        torch.save({"step": step, "run": identity(run, meta), "args": saved_args(args),
+        torch.save({"step": step, "run": identity(run, meta), "args": generate.plain(args),
                     "trained": {n: p.detach().cpu() for n, p in trained.items()},
                     "optimizer": optimizer.state_dict()}, part)
     return paths
@@ -829,7 +833,7 @@ def resume(run, optimizer, meta):
             "save_every", "device", "out", "checkpointing"}
     if "subject" in run.method.parts and args.first_steps is None:
         free.remove("steps")  # it would move the border between the stages
-    now = saved_args(args) | identity(run, meta)
+    now = generate.plain(args) | identity(run, meta)
     changed = [f"{k.replace('_', '-')} was {before.get(k)}, is {v}"
                for k, v in now.items() if k not in free and before.get(k) != v]
     if changed:
@@ -847,13 +851,6 @@ def resume(run, optimizer, meta):
 def total_steps(method):
     """Steps of all stages together."""
     return sum(stage.steps for stage in method.stages)
-
-
-def saved_args(args):
-    """The flags as JSON can hold them."""
-    plain = lambda v: str(v) if isinstance(v, Path) else v
-    return {k: [plain(i) for i in v] if isinstance(v, list) else plain(v)
-            for k, v in vars(args).items()}
 
 
 def open_log(out, step):
@@ -1100,7 +1097,7 @@ def main(argv=None):
     if writes:
         clear(args.out) if not args.resume else None
         with data.publish(args.out / "args.json") as path:
-            path.write_text(json.dumps(saved_args(args), indent=1))
+            path.write_text(json.dumps(generate.plain(args), indent=1))
     log = open_log(args.out if writes else Path(os.devnull), first)
     bar = tqdm(initial=first, total=last, desc=args.method, disable=not writes)
     for step in range(first, last + 1):

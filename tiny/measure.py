@@ -41,8 +41,13 @@ def make(parts, prompts, seeds, args, inverted=None, p=1.0):
         if inverted is not None:
             start = sampler.blend_noise(inverted, start, p)
         videos.append(generate.sample(parts, prompts[i : i + 16], start, seeds[i : i + 16],
-                                      args.steps, args.guidance, precision=args.precision))
+                                      args.sampling_steps, args.guidance, precision=args.precision))
     return torch.cat(videos)
+
+
+def invert(parts, adapter, args):
+    """The noise that the clip of an adapter came from."""
+    return generate.invert(parts, adapter.latents[None], args.sampling_steps, args.precision)
 
 
 def share(hits):
@@ -138,7 +143,7 @@ def measure_motion(name, args):
         parts = load(args)
         if tuned:
             lora.apply_adapters(parts, [adapter])
-        inverted = generate.invert(parts, adapter.latents[None], args.steps, args.precision)
+        inverted = invert(parts, adapter, args)
         for start in ("noise", "inverted"):
             videos = make(parts, prompts, seeds, args, inverted if start == "inverted" else None)
             rows[f"{'tuned' if tuned else 'base'}, {start}"] = score(videos, clip, looks)
@@ -160,10 +165,11 @@ def measure_methods(args):
             prompts, seeds = prompts_of(looks, words, 1)
             parts = load(args)
             adapter = lora.read_adapter(folder / "run" / f"{method}.safetensors")
-            lora.apply_adapters(parts, [adapter])
-            p, inverted = train.METHODS[method].noise_prior, None
-            if p:
-                inverted = generate.invert(parts, adapter.latents[None], args.steps, args.precision)
+            p, base = float(adapter.meta["noise_prior"]), adapter.meta["inverts"] == "base"
+            before, after = ([adapter], []) if not base else ([], [adapter])
+            lora.apply_adapters(parts, before)
+            inverted = invert(parts, adapter, args) if p else None
+            lora.apply_adapters(parts, after)
             videos = make(parts, prompts, seeds, args, inverted, p)
             data.contact_sheet(folder / "sheet.png", [world.render(clip)[0], *videos])
             trained = [*adapter.tensors.values(), *adapter.words.values(),
@@ -223,7 +229,7 @@ def main():
     add("--motions", nargs="*", help="novel motions (default: all six; methods: the first)")
     add("--methods", nargs="*", help="which methods (default: all)")
     add("--clips", type=int, default=1, help="clips, for methods that take several (default: 1)")
-    add("--steps", type=int, default=30, help="sampling and inversion steps (default: 30)")
+    add("--sampling-steps", type=int, default=20, help="and inversion steps (default: 20)")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance (default: 4)")
     add("--weights", type=Path, default=generate.TINY, help="the model (default: tiny/weights)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
