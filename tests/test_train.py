@@ -426,7 +426,7 @@ def test_a_full_disk_keeps_the_old_state(clip, tmp_path, monkeypatch, capsys):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(clip, tmp_path, monkeypatch):
     """Before the optimiser steps; the message names step, timestep and clip; the state is kept."""
-    monkeypatch.setitem(train.losses.LOSSES, "residual-cosine",
+    monkeypatch.setitem(train.losses.LOSSES, "residual-cosine-mse",
                         lambda pred, eps, **_: pred.mean() * float("nan"))
     with pytest.raises(SystemExit) as stop:
         train.main([str(f) for f in flags(clip, tmp_path / "n", "--steps", 3)])
