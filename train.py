@@ -237,7 +237,7 @@ def parse(argv=None):
     add("--beta", type=float, help="strength of MotionDirector's debiasing")
     add("--timesteps", choices=("uniform", "coarse"), help="distribution of the timesteps")
     add("--alpha", type=float, help="how coarse (NewMove's α), 0 to 1")
-    add("--augment", choices=("none", "augmented", "recoloured"), help="show the clips enlarged and "
+    add("--augment", choices=("none", "augmented", "recoloured"), help="show clips enlarged and "
         "tinted (newmove's default) or in random colours (the tiny vmc's; default: none)")
     # what learns the looks, and words:
     add("--look-layers", help="what learns the appearance")
