@@ -215,7 +215,7 @@ def parse(argv=None):
     add("--video", type=Path, nargs="+", default=[], help="the clips: video files, folders of "
         "numbered pictures, or folders of clips")
     add("--prompt", nargs="+", help="a caption for all, or one a clip; as the papers advise, about "
-        "the motion: 'a bird is flying' (default: clip.txt beside it, else the file's name)")
+        "the motion: 'a bird is flying' (default: the clip's own .txt, else its name)")
     add("--look-prompt", help="what is seen, without the motion, for the appearance (default: "
         "the caption)")
     add("--images", type=Path, nargs="+", default=[], help="a subject's pictures (newmove), or "
