@@ -73,11 +73,12 @@ def select(unet, layers):
 
 def halve(unet, keep, dtype=torch.bfloat16):
     """Store all parameters in `dtype` but those named in `keep` and those that are used in fp32
-    anyhow: norms and the last layer."""
+    anyhow: norms (which the temporal convolutions number 0) and the last layer."""
+    # Channels last, as the activations lie: or the kernels reorder them at every call.
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for name, p in unet.named_parameters():
-        if name not in keep and not re.search(r"norm|^conv_out", name) and p.dim() > 1:
-            # Channels last, as the activations lie: or the kernels reorder them at every call.
-            layout = torch.channels_last if p.dim() == 4 else torch.preserve_format
+        if name not in keep and not re.search(r"norm|\.conv\d\.0\.|^conv_out", name):
+            layout = layouts.get(p.dim(), torch.preserve_format)
             p.data = p.data.to(dtype, memory_format=layout)
 
 

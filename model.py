@@ -67,6 +67,19 @@ def over_time(x, frames):
 # Layers shared by the UNet and the VAE
 
 
+LARGE = 2**20  # numbers in a tensor, from where memory counts for more than the calls
+
+
+def lean(f, *inputs):
+    """f(*inputs), of which only the inputs are kept for the backward pass, where they are large:
+    there f is computed again, up to its last operation, whose result no gradient needs. For what is
+    cheap beside its memory: norms and activations before a convolution, attention's scores."""
+    x = inputs[0]
+    if torch.is_grad_enabled() and x.requires_grad and x.numel() >= LARGE:
+        return checkpoint(f, *inputs, use_reentrant=False)
+    return f(*inputs)
+
+
 class Resnet(nn.Module):
     """norm, SiLU, conv, twice, on a residual path; the time embedding is added in between."""
 
@@ -82,10 +95,10 @@ class Resnet(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, time=None):
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = lean(lambda x: self.conv1(F.silu(self.norm1(x))), x)
         if time is not None:
             h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = lean(lambda h: self.conv2(F.silu(self.norm2(h))), h)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -121,12 +134,30 @@ def attend(q, k, v):
     backward several times so, and is kept for those whose scores would need much memory. Rows
     shorter than 64 go through the softmax in fp32, which there is exact and faster than bf16.
     """
-    if q.device.type == "cpu" and k.shape[-2] <= 1024:
+    if q.device.type != "cpu" or k.shape[-2] > 1024:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def plain(q, k, v):
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-        short = scores.shape[-1] < 64
-        wide = torch.promote_types(q.dtype, torch.float32 if short else q.dtype)
+        wide = torch.promote_types(q.dtype, torch.float32 if k.shape[-2] < 64 else q.dtype)
         return scores.softmax(-1, wide).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+
+    return lean(plain, q, k, v)
+
+
+class _Masked(torch.autograd.Function):
+    """x·keep·scale, which keeps one byte an element for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, keep, scale):
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return x * keep.to(x.dtype).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, g):
+        keep, = ctx.saved_tensors
+        return g * keep.to(g.dtype).mul_(ctx.scale), None, None
 
 
 def dropout(x, p, training):
@@ -138,6 +169,8 @@ def dropout(x, p, training):
     like = torch.empty_like(x)  # never written: for its strides, since the mask lies as x does
     bits = words.view(torch.int16)[: x.numel()].as_strided(like.shape, like.stride())
     keep = (bits >= round(p * 2**16) - 2**15).view(torch.uint8)  # bool itself converts slowly
+    if x.numel() >= LARGE:
+        return _Masked.apply(x, keep, 1 / (1 - p))
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
@@ -179,8 +212,11 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, dim * 8)
 
     def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        def activate(both):
+            x, gate = both.chunk(2, dim=-1)
+            return x * F.gelu(gate)
+
+        return lean(activate, self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -244,7 +280,7 @@ class SpatialTransformer(Transformer):
 
     def forward(self, x, text):
         h, w = x.shape[-2:]
-        return to_picture(self.blocks(to_tokens(self.norm(x)), text), h, w) + x
+        return x + to_picture(self.blocks(to_tokens(self.norm(x)), text), h, w)
 
 
 class TemporalTransformer(Transformer):
@@ -255,9 +291,9 @@ class TemporalTransformer(Transformer):
         h, w = x.shape[-2:]
         y = self.norm(over_time(x, frames))  # (B, C, F, hw): the statistics include the frames
         B, C = y.shape[:2]
-        y = y.permute(0, 3, 2, 1).reshape(B * h * w, frames, C)
+        y = y.permute(0, 3, 2, 1).reshape(B * h * w, frames, C).contiguous()
         y = self.blocks(y).view(B, h * w, frames, C).transpose(1, 2)  # (B, F, hw, C)
-        return to_picture(y.reshape(B * frames, h * w, C), h, w) + x
+        return x + to_picture(y.reshape(B * frames, h * w, C), h, w)  # x first: in its layout
 
 
 class TimeConv(nn.Conv3d):
@@ -289,7 +325,7 @@ class TemporalConv(nn.Module):
         h, w = x.shape[-2:]
         y = over_time(x, frames)  # (B, C, F, hw)
         for layers in (self.conv1, self.conv2, self.conv3, self.conv4):
-            y = layers(y)
+            y = lean(layers, y)
         y = y.permute(0, 2, 3, 1).reshape(x.shape[0], h * w, -1)
         return x + to_picture(y, h, w)
 
@@ -481,7 +517,7 @@ class UNet(nn.Module):
         x = self.conv_in(fold_frames(latents))  # (B·F, C, h, w)
         if frames:
             x = self.transformer_in(x, frames)
-        x, time = x.repeat(texts, 1, 1, 1), time.repeat(texts, 1)
+        x, time = torch.cat([x] * texts), torch.cat([time] * texts)  # channels stay last
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):

@@ -132,6 +132,25 @@ def test_the_start_is_as_published(unet):
     assert {A.shape[0] for A, _ in wide.pairs.values()} == {64}
 
 
+def test_half_of_the_frozen_weights_is_kept_and_the_norms_stay_whole():
+    """All but norms, the last layer and what learns are stored as autocast would cast them."""
+    unet = model.load(TINY).unet
+    text = torch.randn(1, 5, 64)
+
+    def run():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return unet(torch.ones(1, 8, 3, 8, 8), 500, text)
+
+    before, norms = run(), (torch.nn.GroupNorm, torch.nn.LayerNorm)
+    keep = set(lora.select(unet, "temporal-attention"))
+    lora.halve(unet, keep)
+    whole = {n for n, p in unet.named_parameters() if p.dtype == torch.float32}
+    wanted = {f"{n}.{kind}" for n, m in unet.named_modules() if isinstance(m, norms)
+              for kind in ("weight", "bias")} | {"conv_out.weight", "conv_out.bias"} | keep
+    assert whole == wanted
+    assert relative(run(), before) < 2e-2
+
+
 def test_dropout_is_on_the_output_and_only_in_training(unet):
     one = filled(unet, "temporal-attention", dropout=0.5)
     assert torch.equal(forward(unet.eval()), forward(unet))

@@ -132,6 +132,45 @@ def test_checkpointing_changes_no_gradient(unets):
     assert relative(*grads) <= 1e-12
 
 
+def test_what_is_computed_again_changes_no_gradient_and_is_not_kept(unets, monkeypatch):
+    """With every tensor counted as large, against none, with dropout on."""
+    ours, _ = unets
+    x, text = torch.randn(1, 4, 3, 8, 8).double(), torch.randn(1, 5, 24).double()
+    weights, grads, kept = {p.data_ptr() for p in ours.parameters()}, [], []
+
+    def pack(t):
+        seen.setdefault(t.data_ptr(), t.nbytes if t.data_ptr() not in weights else 0)
+        return t
+
+    ours.train()
+    for large in (2**40, 0):
+        monkeypatch.setattr(model, "LARGE", large)
+        torch.manual_seed(0)
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = ours(x, 500, text).square().sum()
+        kept.append(sum(seen.values()))
+        grads.append(torch.autograd.grad(out, list(ours.parameters())))
+    ours.eval()
+    assert all(relative(a, b) <= 1e-12 for a, b in zip(*grads))
+    assert kept[1] < 0.75 * kept[0]
+
+
+def test_channels_stay_last(unets):
+    """Or the kernels reorder every activation."""
+    ours, _ = unets
+    wrong = []
+    last = torch.channels_last
+    hooks = [m.register_forward_hook(lambda m, inputs, out, n=n: wrong.append(n) if out.dim() == 4
+             and not out.is_contiguous(memory_format=last) else None)
+             for n, m in ours.named_modules()]
+    for B in (1, 2):
+        ours(torch.randn(B, 4, 3, 8, 8).double(), 500, torch.randn(2, 5, 24).double())
+    for hook in hooks:
+        hook.remove()
+    assert len(hooks) > 100 and [n for n in wrong if not n.startswith("time_emb")] == []
+
+
 def test_without_temporal_layers_frames_do_not_meet(unets):
     """As an image model the UNet ignores every temporal weight, and each frame stands alone."""
     ours, _ = unets
@@ -360,8 +399,10 @@ def test_an_original_pth_loads_as_the_same_unet(tmp_path):
     assert all(torch.equal(read[n], t) for n, t in unet.state_dict().items())
 
 
+@pytest.mark.parametrize("large", [0, 2**40])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_dropout_has_the_rate_the_scale_and_the_gradient_of_dropout(layout):
+def test_dropout_has_the_rate_the_scale_and_the_gradient_of_dropout(layout, large, monkeypatch):
+    monkeypatch.setattr(model, "LARGE", large)
     x = torch.rand(2, 31, 40, 53).add(0.1).to(memory_format=layout).requires_grad_()
     torch.manual_seed(0)
     y = model.dropout(x, 0.2, True)
