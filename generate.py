@@ -98,6 +98,13 @@ def require(args, least):
             raise BadInput(f"--{name.replace('_', '-')} {got}: wanted {wanted}.")
 
 
+def check_size(parts, width, height, what=""):
+    """Raises BadInput for pixels that are no whole number of latents."""
+    factor = parts.vae.config.factor
+    if width % factor or height % factor:
+        raise BadInput(f"{what}{width}×{height} pixels: wanted multiples of {factor}.")
+
+
 def check_steps(schedule, steps, name="steps"):
     """Raises BadInput for a number of sampling steps that the schedule does not have, and warns of
     one whose whole-number spacing would begin far from pure noise."""
@@ -320,8 +327,7 @@ def check(args, parts):
         if getattr(args, name) is None:
             setattr(args, name, value)
     check_steps(parts.schedule, args.steps)
-    if args.height % factor or args.width % factor:
-        raise BadInput(f"{args.width}×{args.height} pixels: wanted multiples of {factor}.")
+    check_size(parts, args.width, args.height)
     if not 0 <= args.noise_prior <= 1:
         raise BadInput(f"--noise-prior {args.noise_prior}: wanted 0 (noise) to 1 (inverted).")
     if args.init == "inverted" and not (clip or args.init_video):
@@ -376,9 +382,7 @@ def load_refiner(args, first):
     if args.refine_guidance is None:
         args.refine_guidance = 4.0 if args.refine.resolve() == TINY.resolve() else 15.0
     check_steps(parts.schedule, args.refine_steps, "refine-steps")
-    if args.refine_width % parts.vae.config.factor or args.refine_height % parts.vae.config.factor:
-        raise BadInput(f"--refine-width {args.refine_width}, --refine-height {args.refine_height}: "
-                       f"wanted multiples of {parts.vae.config.factor}.")
+    check_size(parts, args.refine_width, args.refine_height, "--refine-width, --refine-height: ")
     return parts
 
 

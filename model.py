@@ -31,7 +31,7 @@ class BadInput(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------
-# Shapes: the only two places where time is folded into batch, and space into batch
+# Shapes: time folded into batch, and space into tokens
 
 
 def fold_frames(video):

@@ -182,7 +182,7 @@ BY_DATA = {
 TINY = {
     "vmc": {"layers": "temporal", "loss": "residual-cosine-mse", "align": "x0", "steps": 300,
             "augment": "recoloured", "lr": 1e-3, "sampling_steps": 20},
-    "motiondirector": {"steps": 200, "lr": 3e-3, "look_lr": 3e-3},
+    "motiondirector": {"lr": 3e-3, "look_lr": 3e-3},
     "newmove": {"steps": 300, "lr": 1e-3, "prior": "world"},
     "customize-a-video": {"steps": 200, "first_steps": 100, "lr": 3e-3, "look_lr": 1e-3},
     "lora": {"steps": 200, "lr": 3e-3},
@@ -436,6 +436,8 @@ def check_flags(args, method, asked):
     has = {
         "a prior": any(p.of == "prior" for p in passes),
         "a prior that is made": method.prior == "generated",
+        "prior clips that are made": method.prior in ("generated", "world"),
+        "whole clips to learn from": any(p.sees == "whole" and p.of == "clips" for p in passes),
         "an appearance to stop at": args.stop_at_appearance is not None,
         "an appearance of its own": "look" in parts and not borrowed(args),
         "an absorber": "look-word" in METHODS[args.method].parts,
@@ -454,6 +456,8 @@ def check_flags(args, method, asked):
     }
     needs = {
         "prior_weight": "a prior", "prior_prompt": "a prior that is made",
+        "prior_clips": "prior clips that are made",
+        **dict.fromkeys(("loss", "align", "timesteps", "augment"), "whole clips to learn from"),
         "clip": "an appearance to stop at", "clip_weights": "an appearance to stop at",
         "look_layers": "an appearance of its own", "look_rank": "an appearance of its own",
         "look_lr": "an appearance of its own", "look_weight_decay": "an appearance of its own",
@@ -612,6 +616,7 @@ class Run:
     clips: list
     images: list
     prior: list
+    keep: bool = False  # the adapters of every saved step, not of the last alone
     learners: dict = field(default_factory=dict)
     states: dict = field(default_factory=dict)  # caption -> its states, while no word learns
     process: int = 0  # which of torchrun's processes this is, and of how many
@@ -926,14 +931,15 @@ def prepare(args, method):
     factor = parts.vae.config.factor
     side = parts.unet.config.sample_size * factor
     args.width, args.height = args.width or side, args.height or side
-    if args.width % factor or args.height % factor:
-        raise BadInput(f"{args.width}×{args.height} pixels: wanted multiples of {factor}.")
+    generate.check_size(parts, args.width, args.height)
+    if args.stop_at_appearance is not None:
+        eval.load_clip(args.clip, args.clip_weights)  # is it there, and whole?
     clips, sources = read_clips(args, method)
     images = read_images(args)
     prompts = [c.prompt for c in clips or images]
     args.prompt = prompts if len(set(prompts)) > 1 else prompts[:1]
     args.preview_prompt = data.check_prompt(args.preview_prompt or args.prompt[0])
-    run = Run(args, method, parts, clips, images, [])
+    run = Run(args, method, parts, clips, images, [], keep=args.save_every is not None)
     run.process, run.processes = generate.place(args)
     args.batch = args.batch or run.processes
     if args.batch % run.processes:
@@ -947,7 +953,6 @@ def prepare(args, method):
         stages = tuple(replace(s, passes=tuple(p for p in s.passes if p.of != "prior"))
                        for s in method.stages)
         run.method = replace(method, prior="none", stages=stages)
-    run.keep = args.save_every is not None
     args.save_every = args.save_every or 100
     run.learners = make_learners(args, run.method, parts, clips or images)
     return run, sources
@@ -991,7 +996,7 @@ def read_prior(run):
     """The prior clips, encoded: of a folder, of the tiny world, or made by the base model, which
     are kept beside the run, so that a resumed one need not make them again."""
     args, kind = run.args, run.method.prior
-    if kind == "none" or kind == "folder":
+    if kind == "none" or kind == "folder" and args.prior is None:
         return []
     if kind == "world":
         from tiny import world  # only where it is asked for

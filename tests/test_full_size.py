@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from test_model import FULL_TEXT, FULL_UNET
 from test_train import run
 
+import data
 import model
 
 pytestmark = pytest.mark.slow
@@ -53,10 +54,13 @@ def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
     done = run("train.py", "--video", clip, "--steps", 2, "--preview-every", 0,
                "--out", tmp_path / "run", *size)
     print(done.stdout)
-    assert "training: 74,342,400 of 1,411,233,860 parameters in 96 tensors" in done.stdout
+    assert "74,342,400 parameters in 96 tensors (the UNet has 1,411,233,860)" in done.stdout
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 2 and all(0 < line["loss"] < 2 and line["grad"] > 0 for line in log)
     print(log)
     run("generate.py", "--adapter", tmp_path / "run" / "vmc.safetensors", "--prompt", "a bird",
-        "--steps", 1, "--out", tmp_path / "g", *size)
-    assert len(list((tmp_path / "g").glob("*.mp4"))) == 1
+        "--steps", 1, "--out", tmp_path / "g", *size, "--refine", full_size_folder,
+        "--refine-steps", 2, "--strength", 0.5, "--refine-width", 192, "--refine-height", 160)
+    made, = (tmp_path / "g").glob("*.mp4")
+    _, pictures = data.decode(made)
+    assert [p.shape for p in pictures] == [(320, 384, 3)] * 8  # small ones are written enlarged

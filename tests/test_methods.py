@@ -21,16 +21,24 @@ import train
 from model import BadInput
 from tiny import world
 
-FAST = ("--preview-every", 0, "--preview-steps", 2, "--prior-clips", 2)
+FAST = ("--preview-every", 0, "--preview-steps", 2)
+
+
+def fast(flags):
+    """The flags as strings, with previews left out and few prior clips, where they are made."""
+    flags = [str(f) for f in (*FAST, *flags)]
+    made = {"newmove", "custom-diffusion", "dreambooth"} & set(flags)
+    made = made and not {"--prior", "--weights"} & set(flags) or "generated" in flags
+    return flags + ["--prior-clips", "2"] * bool(made)
 
 
 def learn(*flags):
-    train.main([str(f) for f in (*flags, *FAST)])
+    train.main(fast(flags))
 
 
 def prepared(*flags):
     """A Run as main makes it, ready for its first step."""
-    args = train.parse([str(f) for f in (*flags, *FAST)])
+    args = train.parse(fast(flags))
     method, _ = train.resolve(args)
     run, _ = train.prepare(args, method)
     run.parts.unet.train()
@@ -267,7 +275,7 @@ def test_prior_clips_from_a_folder(folder, clip):
 
 
 def test_a_prior_that_is_missing_is_told(clip, capsys):
-    run = prepared("--method", "newmove", "--video", clip, "--prior", "folder")
+    run = prepared("--method", "newmove", "--video", clip, "--weights", TINY)
     assert "forgets" in capsys.readouterr().err
     assert [p.of for p in run.method.stages[0].passes] == ["clips"]
 
@@ -412,10 +420,21 @@ def test_save_every_keeps_the_adapters_on_the_way(clip, tmp_path):
     (("--method", "newmove", "--prompt", "a", "b"), "captions for 1 clips"),
     (("--method", "textual-inversion", "--word", ""), "needs a name"),
     (("--method", "newmove", "--prior", "/nowhere"), "does not exist"),
+    (("--method", "newmove", "--prior", "folder"), "folder does not exist"),
+    (("--prior-clips", 3), "has not prior clips"),
+    (("--stop-at-appearance", 0.2, "--look-prompt", "x", "--preview-every", 1, "--clip", "ViT-L-14",
+      "--clip-weights", "/nowhere"), "ViT-L-14 needs its weights"),
 ])
 def test_flags_that_do_not_go_together_are_refused(more, says, clip, tmp_path):
     with pytest.raises(BadInput, match=says):
         learn("--video", clip, "--out", tmp_path / "o", *more)
+
+
+@pytest.mark.parametrize("flag,value", [("--loss", "mse"), ("--augment", "recoloured")])
+def test_pictures_alone_refuse_what_is_for_clips(flag, value, folder, tmp_path):
+    with pytest.raises(BadInput, match="whole clips"):
+        learn("--method", "motiondirector", "--images", folder / "thing.png", "--out", tmp_path,
+              flag, value)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -495,7 +514,7 @@ def test_the_readmes_own_methods_apply_and_run(clip, tmp_path):
         assert len(diff.splitlines()) <= 30 and diff.count("diff --git") <= 2
         subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
     for more in (("--method", "tap"), ("--loss", "spectral", "--align", "x0")):
-        flags = ("--video", clip, "--out", tmp_path / "out", "--steps", 2, *more, *FAST)
+        flags = ("--video", clip, "--out", tmp_path / "out", "--steps", 2, *more, "--preview-every", 0)
         done = subprocess.run([sys.executable, copy / "train.py", *map(str, flags)],
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
