@@ -40,9 +40,6 @@ LAYERS = {
     # Customize-A-Video: its text names q, k, v, its parameter counts need the output as well.
     "spatial-attention": rf"{_SPATIAL}.*{_LINEARS.format('[12]')}\.weight",
     "temporal-attention": rf"{_TEMPORAL}.*{_LINEARS.format('[12]')}\.weight",
-    # NewMove Sec. 3.2: all of the temporal layers, and how the pictures read the text.
-    "temporal-and-cross-kv": r"transformer_in\..*|.*temp_(attentions|convs)\..*"
-                             rf"|{_SPATIAL}.*attn2\.to_[kv]\.weight",
     "cross-attention-kv": rf"{_SPATIAL}.*attn2\.to_[kv]\.weight",  # Custom Diffusion
     # Tune-A-Video: the spatial queries and the temporal attention.
     "tune-a-video": rf"{_SPATIAL}.*attn[12]\.to_q\.weight|{_TEMPORAL}.*attn[12]\..*",
@@ -52,9 +49,13 @@ LAYERS = {
     # For LoRA alone, every layer that can have one: NewMove's ablation (Table 2).
     "temporal-linears-convs": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight"
                               r"|.*temp_convs\..*\.[03]\.weight",
-    "coupled": rf"{_SPATIAL}.*({_LINEARS.format(1)}|{_FF})\.weight"
-               rf"|{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight",
     "all": r".*",
+}
+LAYERS |= {  # two of them together
+    # NewMove Sec. 3.2: all of the temporal layers, and how the pictures read the text.
+    "temporal-and-cross-kv": f"{LAYERS['temporal']}|{LAYERS['cross-attention-kv']}",
+    # MotionDirector's baseline.
+    "coupled": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-attention-ff']}",
 }
 
 

@@ -69,9 +69,10 @@ def residual_cosine_official(pred, eps, stride=1, **_):
 def unseen_by_cosine(pred, eps):
     """What no cosine of residuals constrains: the prediction's scale, std(ε̂)/std(ε), and how far
     its mean over time is off, per channel and pixel. A run can drift there at no cost: log both."""
-    scale = pred.float().std() / eps.float().std()
-    offset = (pred.float().mean(2) - eps.float().mean(2)).square().mean().sqrt()
-    return {"scale": scale.item(), "offset": offset.item()}
+    pred, eps = pred.detach().float(), eps.float()
+    scale = pred.std() / eps.std()
+    offset = (pred.mean(2) - eps.mean(2)).square().mean().sqrt()
+    return {"scale": scale, "offset": offset}
 
 
 # ------------------------------------------------------------------------------------------------

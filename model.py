@@ -331,25 +331,24 @@ class TemporalConv(nn.Module):
 
 
 class Block(nn.Module):
-    """One level of the UNet: layers of resnet, temporal convolution and the two transformers, then
-    a change of size. Going up, each layer first takes a skip from the way down."""
+    """One level of the UNet: layers of resnet, temporal convolution and, in the first `attended` of
+    them, the two transformers; then a change of size. Going up, each layer first takes a skip from
+    the way down."""
 
-    def __init__(self, config, c_in, c_out, skips=(), layers=None, attention=True, resize=None):
+    def __init__(self, config, c_in, c_out, layers, attended, skips=(), resize=None):
         super().__init__()
         c, groups = config, config.norm_num_groups
-        layers = len(skips) or layers
         widths = [c_in] + [c_out] * (layers - 1)
         skips = list(skips) or [0] * layers
         heads = c_out // c.attention_head_dim
-        make = lambda cls, *args: nn.ModuleList([cls(*args) for _ in range(layers)])
+        sizes = (c_out, heads, c.attention_head_dim, groups)
+        make = lambda n, cls, *args: nn.ModuleList([cls(*args) for _ in range(n)])
         self.resnets = nn.ModuleList(
             [Resnet(a + b, c_out, groups, c.norm_eps, c.time_dim) for a, b in zip(widths, skips)]
         )
-        self.temp_convs = make(TemporalConv, c_out, groups)
-        if attention:
-            sizes = (c_out, heads, c.attention_head_dim, groups)
-            self.attentions = make(SpatialTransformer, *sizes, c.cross_attention_dim)
-            self.temp_attentions = make(TemporalTransformer, *sizes)
+        self.temp_convs = make(layers, TemporalConv, c_out, groups)
+        self.attentions = make(attended, SpatialTransformer, *sizes, c.cross_attention_dim)
+        self.temp_attentions = make(attended, TemporalTransformer, *sizes)
         if resize == "down":
             self.downsamplers = nn.ModuleList([Downsample(c_out, c.downsample_padding)])
         if resize == "up":
@@ -360,36 +359,11 @@ class Block(nn.Module):
         x = self.resnets[i](x, time)
         if frames:
             x = self.temp_convs[i](x, frames)
-        if hasattr(self, "attentions"):
+        if i < len(self.attentions):
             x = self.attentions[i](x, text)
             if frames:
                 x = self.temp_attentions[i](x, frames)
         return x
-
-
-class MidBlock(nn.Module):
-    """The UNet's lowest level: a layer with attention, then a resnet and temporal convolution."""
-
-    def __init__(self, config, channels):
-        super().__init__()
-        c, groups = config, config.norm_num_groups
-        sizes = (channels, channels // c.attention_head_dim, c.attention_head_dim, groups)
-        self.resnets = nn.ModuleList(
-            [Resnet(channels, channels, groups, c.norm_eps, c.time_dim) for _ in range(2)]
-        )
-        self.temp_convs = nn.ModuleList([TemporalConv(channels, groups) for _ in range(2)])
-        self.attentions = nn.ModuleList([SpatialTransformer(*sizes, c.cross_attention_dim)])
-        self.temp_attentions = nn.ModuleList([TemporalTransformer(*sizes)])
-
-    def forward(self, x, time, text, frames):
-        x = self.resnets[0](x, time)
-        if frames:
-            x = self.temp_convs[0](x, frames)
-        x = self.attentions[0](x, text)
-        if frames:
-            x = self.temp_attentions[0](x, frames)
-        x = self.resnets[1](x, time)
-        return self.temp_convs[1](x, frames) if frames else x
 
 
 class TimeEmbedding(nn.Module):
@@ -475,21 +449,17 @@ class UNet(nn.Module):
         self.down_blocks, skips, here = nn.ModuleList(), [first], first
         for i, (kind, out) in enumerate(zip(c.down_block_types, width)):
             resize = "down" if i < len(width) - 1 else None
-            attention = kind.startswith("CrossAttn")
-            self.down_blocks.append(
-                Block(c, here, out, layers=layers, attention=attention, resize=resize)
-            )
+            attended = layers * kind.startswith("CrossAttn")
+            self.down_blocks.append(Block(c, here, out, layers, attended, resize=resize))
             skips += [out] * (layers + (resize is not None))
             here = out
-        self.mid_block = MidBlock(c, last)
+        self.mid_block = Block(c, last, last, layers=2, attended=1)
         self.up_blocks = nn.ModuleList()
         for i, (kind, out) in enumerate(zip(c.up_block_types, reversed(width))):
             taken = [skips.pop() for _ in range(layers + 1)]
             resize = "up" if i < len(width) - 1 else None
-            attention = kind.startswith("CrossAttn")
-            self.up_blocks.append(
-                Block(c, here, out, taken, attention=attention, resize=resize)
-            )
+            attended = len(taken) * kind.startswith("CrossAttn")
+            self.up_blocks.append(Block(c, here, out, len(taken), attended, taken, resize))
             here = out
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, first, c.norm_eps)
@@ -526,7 +496,8 @@ class UNet(nn.Module):
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)  # (B·F, C, h/2, w/2)
                 skips.append(x)
-        x = self._run(self.mid_block, x, time, text, frames)
+        for i in range(2):
+            x = self._run(self.mid_block.layer, i, x, time, text, frames)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 x = torch.cat([x, skips.pop()], dim=1)

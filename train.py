@@ -683,7 +683,7 @@ def learn(run, step, number, p, example, off, last):
         loss = run.through(loss)
         share = p.weight * run.processes / args.batch  # gradients are averaged over processes
         (share * loss).backward()
-    return {"loss": loss.item(), "weight": p.weight, "t": t.item(), "clip": str(clip.path)} | seen
+    return {"loss": loss.detach(), "weight": p.weight, "t": t.item(), "clip": str(clip.path)} | seen
 
 
 def advance(run, step, optimizer, trained):
@@ -702,6 +702,8 @@ def advance(run, step, optimizer, trained):
             if chance < p.chance for example in mine]
     logs = [learn(run, step, *one, off, one is todo[-1]) for one in todo]
     norm = nn.utils.clip_grad_norm_(trained.values(), method.clip_grad).item()
+    # Only here does the program wait for a GPU: the passes were queued one after the other.
+    logs = [{k: v.item() if torch.is_tensor(v) else v for k, v in line.items()} for line in logs]
     loss = sum(line["weight"] * line["loss"] for line in logs) / len(mine)
     if not math.isfinite(loss + norm):
         where = "; ".join(f"timestep {line['t']}, clip {line['clip']}" for line in logs)
