@@ -514,7 +514,7 @@ def test_the_readmes_own_methods_apply_and_run(clip, tmp_path):
         assert len(diff.splitlines()) <= 30 and diff.count("diff --git") <= 2
         subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
     for more in (("--method", "tap"), ("--loss", "spectral", "--align", "x0")):
-        flags = ("--video", clip, "--out", tmp_path / "out", "--steps", 2, *more, "--preview-every", 0)
+        flags = ("--video", clip, "--out", tmp_path / "out", "--steps", 2, *more, *FAST)
         done = subprocess.run([sys.executable, copy / "train.py", *map(str, flags)],
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
