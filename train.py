@@ -347,7 +347,8 @@ def resolve(args):
     args.augment = args.augment or ("augmented" if args.method == "newmove" else "none")
     if "subject" in method.parts:
         args.subject_word = args.subject_word or "X*"
-    args.prior_clips = args.prior_clips or (64 if method.prior == "world" else 16)
+    if method.prior in ("world", "generated"):
+        args.prior_clips = args.prior_clips or (64 if method.prior == "world" else 16)
     first = (args.video or args.images)[0]
     args.out = args.out or Path("out") / f"{data.slug(first.stem)}-{args.method}"
     if args.resume and not (args.out / "state.pt").is_file():
@@ -457,7 +458,7 @@ def check_flags(args, method, asked):
     needs = {
         "prior_weight": "a prior", "prior_prompt": "a prior that is made",
         "prior_clips": "prior clips that are made",
-        **dict.fromkeys(("loss", "align", "timesteps", "augment"), "whole clips to learn from"),
+        **dict.fromkeys(("loss", "align", "timesteps"), "whole clips to learn from"),
         "clip": "an appearance to stop at", "clip_weights": "an appearance to stop at",
         "look_layers": "an appearance of its own", "look_rank": "an appearance of its own",
         "look_lr": "an appearance of its own", "look_weight_decay": "an appearance of its own",
@@ -470,6 +471,8 @@ def check_flags(args, method, asked):
         "look_prompt": "a caption of the looks"}
     if args.prior not in (None, "none"):
         needs["prior"] = "a prior"
+    if args.augment not in (None, "none"):
+        needs["augment"] = "whole clips to learn from"
     for flag, need in needs.items():
         if flag in asked and not has[need]:
             raise BadInput(f"--{flag.replace('_', '-')} does nothing here: {args.method}, with "
