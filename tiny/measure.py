@@ -235,6 +235,8 @@ def main():
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
     add("--out", type=Path, help="folder (default: out/measure-…)")
     args, args.train = parser.parse_known_args()
+    if args.what == "base" and args.train:
+        parser.error(f"base trains nothing: {' '.join(args.train)} does nothing")
     args.precision = args.precision or generate.default_precision("cpu")
     args.out = args.out or Path("out") / f"measure-{args.what}"
     model.keep_memory()
