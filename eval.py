@@ -196,12 +196,15 @@ def tiny_clip(folder=generate.TINY, device="cpu"):
 def load_clip(name=None, weights=None, device="cpu"):
     """The tiny CLIP, or any of open_clip's by name with local weights; these may be in the hub's
     format, as PickScore's are. Raises BadInput."""
-    if name is None:
+    if name is None and weights is None:
         return tiny_clip(device=device)
+    if name is None:
+        raise BadInput(f"{weights}: whose weights? Give --clip too, such as ViT-L-14-quickgelu.")
     import open_clip
 
     if weights is None or not Path(weights).is_file():
-        raise BadInput(f"{name} needs its weights, a local file (got {weights}).")
+        raise BadInput(f"{name} needs its weights, a local file (got {weights}); give "
+                       "--clip-weights FILE.")
     if name not in open_clip.list_models():
         raise BadInput(f"--clip {name!r} is not one of open_clip's models, such as ViT-L-14, "
                        "ViT-H-14.")
@@ -602,8 +605,8 @@ def copy_threshold(args, runs, each):
     if args.copy_threshold is not None or args.sscd:
         return 0.25 if args.copy_threshold is None else args.copy_threshold
     base = [row.get(copy_name(args)) for run, rows in zip(runs, each) for row in rows
-            if "adapter" in run.settings and not any(run.settings.get("scale") or [1.0]
-                                                     if run.settings["adapter"] else [])]
+            if "adapter" in run.settings and not run.settings.get("dmt")
+            and not any(run.settings.get("scale") or [1.0] if run.settings["adapter"] else [])]
     base = [v for v in base if v is not None]
     return torch.tensor(base).quantile(0.99).item() if base else None
 

@@ -303,7 +303,7 @@ def check(args, parts):
     adapters = [lora.read_adapter(path, parts.unet) for path in args.adapter]
     scales = args.scale or [1.0]
     if len(scales) not in (1, len(adapters)) or args.scale and not adapters:
-        raise BadInput(f"--scale: {len(scales)} numbers for {len(adapters)} adapters; give one "
+        raise BadInput(f"--scale: {len(scales)} numbers for {len(adapters)} --adapter; give one "
                        "for each.")
     scales = scales * len(adapters) if len(scales) == 1 else scales
     clip = next((a for a in adapters if a.latents is not None), None)
@@ -330,8 +330,9 @@ def check(args, parts):
     check_size(parts, args.width, args.height)
     if not 0 <= args.noise_prior <= 1:
         raise BadInput(f"--noise-prior {args.noise_prior}: wanted 0 (noise) to 1 (inverted).")
-    if args.init == "inverted" and not (clip or args.init_video):
-        raise BadInput("--init inverted has no clip to invert; give --adapter or --init-video.")
+    if (args.init == "inverted" or args.noise_prior) and not source:
+        what = "--init inverted" if args.init == "inverted" else "--noise-prior"
+        raise BadInput(f"{what} has no clip to invert; give --adapter or --init-video.")
     if args.init == "inverted" and args.noise_prior == 1 and args.seeds > 1:
         data.say("note: from the inverted clip alone every seed gives the same video; "
                  "--noise-prior 0.5 mixes noise in")

@@ -875,6 +875,8 @@ def open_log(out, step):
 
 def clear(out):
     """Forget an earlier run in the folder, and what a killed one was writing."""
+    if (out / "state.pt").is_file():
+        data.say(f"replacing the earlier run in {out}; --out keeps both")
     adapters = [p for p in out.glob("*.safetensors") if p.name != "prior.safetensors"]
     for path in [*adapters, *out.glob("steps/*/*.safetensors"),
                  *out.glob("state.pt"), *out.glob("log.jsonl"), *out.glob("samples/step-*.mp4"),
@@ -1137,8 +1139,9 @@ def main(argv=None):
         return
     for path in paths:
         print(f"adapter: {path}")
-    print(f"samples: {args.out / 'samples'}\n"
-          f"next: python generate.py --adapter {paths[0]} --prompt \"…\"")
+    if args.preview_every:
+        print(f"samples: {args.out / 'samples'}")
+    print(f"next: python generate.py --adapter {paths[0]} --prompt \"…\"")
 
 
 if __name__ == "__main__":

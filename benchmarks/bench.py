@@ -29,7 +29,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-import diffusers  # noqa: E402
+try:
+    import diffusers
+except ImportError:
+    sys.exit("error: diffusers is missing; pip install -r requirements-test.txt")
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402

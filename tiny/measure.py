@@ -226,8 +226,8 @@ def main():
     add = parser.add_argument
     add("what", choices=("base", "vmc", "methods"), help="what to measure")
     add("--prompts", type=int, default=200, help="prompts for base (default: 200)")
-    add("--motions", nargs="*", help="novel motions (default: all six; methods: the first)")
-    add("--methods", nargs="*", help="which methods (default: all)")
+    add("--motions", nargs="*", choices=world.NOVEL, metavar="MOTION", help="novel motions (default: all six; methods: the first)")
+    add("--methods", nargs="*", choices=tuple(train.METHODS), metavar="METHOD", help="which methods (default: all)")
     add("--clips", type=int, default=1, help="clips, for methods that take several (default: 1)")
     add("--sampling-steps", type=int, default=20, help="and inversion steps (default: 20)")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance (default: 4)")
@@ -237,6 +237,7 @@ def main():
     args, args.train = parser.parse_known_args()
     if args.what == "base" and args.train:
         parser.error(f"base trains nothing: {' '.join(args.train)} does nothing")
+    generate.require(args, {"prompts": 1, "clips": 1, "sampling_steps": 1, "guidance": 0})
     args.precision = args.precision or generate.default_precision("cpu")
     args.out = args.out or Path("out") / f"measure-{args.what}"
     model.keep_memory()
