@@ -226,8 +226,10 @@ def main():
     add = parser.add_argument
     add("what", choices=("base", "vmc", "methods"), help="what to measure")
     add("--prompts", type=int, default=200, help="prompts for base (default: 200)")
-    add("--motions", nargs="*", choices=world.NOVEL, metavar="MOTION", help="novel motions (default: all six; methods: the first)")
-    add("--methods", nargs="*", choices=tuple(train.METHODS), metavar="METHOD", help="which methods (default: all)")
+    add("--motions", nargs="*", choices=world.NOVEL, metavar="MOTION",
+        help="novel motions (default: all six; methods: the first)")
+    add("--methods", nargs="*", choices=tuple(train.METHODS), metavar="METHOD",
+        help="which methods (default: all)")
     add("--clips", type=int, default=1, help="clips, for methods that take several (default: 1)")
     add("--sampling-steps", type=int, default=20, help="and inversion steps (default: 20)")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance (default: 4)")
