@@ -2,6 +2,7 @@
 import json
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -482,6 +483,7 @@ def test_train_folders_are_sampled_and_drawn_against_steps(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags,says", [
     (("nowhere",), "is not a folder"), ((".", "--clip", "ViT-H-14"), "needs its weights"),
+    ((".", "--clip-weights", "x"), "Give --clip too"),
     ((), "give folders to score"), (("--votes", "none.json"), "study-key.json does not exist"),
     ((".", "--keyframes", "3"), "two or more"), ((".", "--prompts", "none.txt"), "does not exist"),
 ])
@@ -489,3 +491,14 @@ def test_mistakes_are_told(flags, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(model.BadInput, match=says):
         eval.main(list(flags))
+
+
+@pytest.mark.parametrize("settings,base", [
+    ({"adapter": []}, True), ({"adapter": ["a"], "scale": [0.0]}, True), ({}, False),
+    ({"adapter": ["a"], "scale": None}, False), ({"adapter": [], "dmt": "clip.mp4"}, False)])
+def test_copies_are_counted_from_the_base_models_own_score(settings, base):
+    """Of no adapter, or none that acts, and not led by a clip either."""
+    args = SimpleNamespace(copy_threshold=None, sscd=None, clip=None)
+    each = [[{eval.copy_name(args): 0.25}]]
+    threshold = eval.copy_threshold(args, [SimpleNamespace(settings=settings)], each)
+    assert threshold == (0.25 if base else None)

@@ -362,6 +362,7 @@ VAE_FILE = TINY / "vae" / "diffusion_pytorch_model.safetensors"
     (lambda p, a: ["--prompt", "x", "--adapter", p / "other.safetensors"], "was trained on"),
     (lambda p, a: ["--prompt", "x", "--adapter", a, "--width", "128"], "leave --frames, --width"),
     (lambda p, a: ["--prompt", "x", "--init", "inverted"], "no clip to invert"),
+    (lambda p, a: ["--prompt", "x", "--noise-prior", "0.5"], "noise-prior has no clip to invert"),
     (lambda p, a: ["--prompt", "x", "--noise-prior", "2"], "wanted 0"),
     (lambda p, a: ["--prompt", "x", "--steps", "2000"], "wanted 1 to"),
     (lambda p, a: ["--prompt", "x", "--frames", "0"], "wanted 1"),
