@@ -132,14 +132,14 @@ def attend(q, k, v):
 
     On a CPU the fused kernel is slower than two matrix products for the sequences met here, its
     backward several times so, and is kept for those whose scores would need much memory. Rows
-    shorter than 64 go through the softmax in fp32, which there is exact and faster than bf16.
+    shorter than 128 go through the softmax in fp32, which there is exact and faster than bf16.
     """
     if q.device.type != "cpu" or k.shape[-2] > 1024:
         return F.scaled_dot_product_attention(q, k, v)
 
     def plain(q, k, v):
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-        wide = torch.promote_types(q.dtype, torch.float32 if k.shape[-2] < 64 else q.dtype)
+        wide = torch.promote_types(q.dtype, torch.float32 if k.shape[-2] < 128 else q.dtype)
         return scores.softmax(-1, wide).to(v.dtype) @ v
 
     return lean(plain, q, k, v)

@@ -11,6 +11,7 @@ Axes: B clips, C channels, F frames, h w latent, N text tokens, D text width.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -644,49 +645,98 @@ def read_caption(run, caption):
     return run.states[caption]
 
 
-def learn(run, step, number, p, example, off, last):
-    """One pass on one example: forward and backward; gradients are exchanged between processes in
-    the `last` of a step. Returns what the log says of it."""
+@dataclass
+class Drawn:
+    """What a pass took of one example: clean and noisy latents (1, C, F, h, w), and what belongs to
+    them."""
+
+    p: Pass
+    example: int  # of the step
+    clip: data.Clip
+    index: int  # of the clip
+    latents: torch.Tensor
+    noise: torch.Tensor
+    x: torch.Tensor
+    t: torch.Tensor
+    anchor: int  # frame
+    seed: int  # of dropout, which draws from the global generator
+
+
+def draw(run, step, number, p, example):
+    """The clip, timestep, noise and view of one pass on one example of a step."""
     args, S = run.args, run.parts.schedule
     # Passes over the same data share a step's clip, timestep and noise (MotionDirector's two paths
-    # do); what else is random is the pass's own. Dropout draws from the global generator.
+    # do); what else is random is the pass's own.
     source = {"clips": run.clips, "images": run.images, "prior": run.prior}[p.of]
     shared = sampler.generator(
         args.seed, step, example, ("clips", "images", "prior").index(p.of))
     own = sampler.generator(args.seed, step, example, 10 + number)
-    torch.manual_seed(int(torch.randint(2**62, (), generator=own)))
+    seed = int(torch.randint(2**62, (), generator=own))
     index = int(torch.randint(len(source), (), generator=shared))
     clip = source[index]
     weights = sampler.timestep_weights(p.timesteps, S.num_train_timesteps, p.alpha)
     t = sampler.draw_timesteps(weights, 1, shared)
     noise = torch.randn(clip.latents.shape, generator=shared)
-    switch(run.learners, p.learns, [n for n in p.beside if n not in off], index)
     altered = args.augment != "none" and p.sees == "whole" and p.of == "clips"
     view = args.augment if altered else p.sees
     latents, frames = data.VIEWS[view](clip, own, lambda video: encode(run, video))
     noise = noise[:, :, frames].to(latents)
-    x, a = S.add_noise(latents, noise, t), S.at(t, latents)
     anchor = int(torch.randint(latents.shape[2], (), generator=own))
-    seen = {}
+    x = S.add_noise(latents, noise, t)
+    return Drawn(p, example, clip, index, latents, noise, x, t, anchor, seed)
+
+
+def batches(run, drawn):
+    """Lists of what was drawn, each to go through the network at once: an example's passes that
+    teach the same parts, where the network's activations are small (NewMove's clip and its prior
+    clip); where they are large, one by one."""
+    config, parts = run.parts.unet.config, run.method.parts.values()
+
+    def alike(d):
+        if config.block_out_channels[0] * d.x[0, 0].numel() >= model.LARGE:
+            return id(d)
+        which = any(p.per_clip for p in parts) and d.index
+        return d.example, d.p.learns, d.p.beside, d.p.sees, d.x.shape, which
+
+    return [list(group) for _, group in itertools.groupby(drawn, alike)]
+
+
+def learn(run, drawn, off, last):
+    """Forward and backward on what was drawn; gradients are exchanged between processes in the
+    `last` of a step. Returns what the log says of each."""
+    args, S, first = run.args, run.parts.schedule, drawn[0]
+    torch.manual_seed(first.seed)
+    switch(run.learners, first.p.learns, [n for n in first.p.beside if n not in off], first.index)
+    seen = [{} for _ in drawn]
 
     def loss():
-        text = read_caption(run, caption_of(run, p, clip))
-        temporal = p.sees == "whole"  # single frames go past every temporal layer
+        text = torch.cat([read_caption(run, caption_of(run, d.p, d.clip)) for d in drawn])
+        x, t = torch.cat([d.x for d in drawn]), torch.cat([d.t for d in drawn]).to(args.device)
+        temporal = first.p.sees == "whole"  # single frames go past every temporal layer
         with generate.autocast(args.device, args.precision):
-            prediction = run.parts.unet(x, t.to(args.device), text, temporal=temporal).float()
-        x0, eps = S.split(prediction, x, a)
-        pair = {"output": (prediction, S.target(latents, noise, t)), "epsilon": (eps, noise),
-                "x0": (x0, latents)}[p.align]
-        if "cosine" in p.loss:
-            seen.update(losses.unseen_by_cosine(eps, noise))
-        return losses.LOSSES[p.loss](*pair, a=a.to(x), stride=p.stride, anchor=anchor, beta=p.beta)
+            predictions = run.parts.unet(x, t, text, temporal=temporal).float()
+        return [loss_of(S, d, pred, more) for d, pred, more
+                in zip(drawn, predictions.split(1), seen)]
 
     alone = run.processes == 1 or last
     with contextlib.nullcontext() if alone else run.through.no_sync():
-        loss = run.through(loss)
-        share = p.weight * run.processes / args.batch  # gradients are averaged over processes
-        (share * loss).backward()
-    return {"loss": loss.detach(), "weight": p.weight, "t": t.item(), "clip": str(clip.path)} | seen
+        found = run.through(loss)
+        share = run.processes / args.batch  # gradients are averaged over processes
+        sum(share * d.p.weight * one for d, one in zip(drawn, found)).backward()
+    return [{"loss": one.detach(), "weight": d.p.weight, "t": d.t.item(), "clip": str(d.clip.path)}
+            | more for d, one, more in zip(drawn, found, seen)]
+
+
+def loss_of(S, d, prediction, seen):
+    """A pass's loss of what the network says, (1, C, F, h, w); `seen` takes what the log shows."""
+    p, a = d.p, S.at(d.t, d.latents)
+    x0, eps = S.split(prediction, d.x, a)
+    pair = {"output": (prediction, S.target(d.latents, d.noise, d.t)), "epsilon": (eps, d.noise),
+            "x0": (x0, d.latents)}[p.align]
+    if "cosine" in p.loss:
+        seen.update(losses.unseen_by_cosine(eps, d.noise))
+    return losses.LOSSES[p.loss](
+        *pair, a=a.to(d.x), stride=p.stride, anchor=d.anchor, beta=p.beta)
 
 
 def advance(run, step, optimizer, trained):
@@ -701,9 +751,10 @@ def advance(run, step, optimizer, trained):
     for p, chance in zip(passes, chances):
         if chance >= p.chance:
             off.update(p.learns)  # left out, and what it teaches does not act in this step
-    todo = [(number, p, example) for number, (p, chance) in enumerate(zip(passes, chances))
-            if chance < p.chance for example in mine]
-    logs = [learn(run, step, *one, off, one is todo[-1]) for one in todo]
+    todo = batches(run, [draw(run, step, number, p, example) for example in mine
+                         for number, (p, chance) in enumerate(zip(passes, chances))
+                         if chance < p.chance])
+    logs = [line for drawn in todo for line in learn(run, drawn, off, drawn is todo[-1])]
     norm = nn.utils.clip_grad_norm_(trained.values(), method.clip_grad).item()
     # Only here does the program wait for a GPU: the passes were queued one after the other.
     logs = [{k: v.item() if torch.is_tensor(v) else v for k, v in line.items()} for line in logs]

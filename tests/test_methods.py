@@ -125,7 +125,7 @@ def test_recipes_have_the_papers_numbers():
 
 def one_pass(run, step, p, number, off=()):
     """One pass on one example, as a step makes it."""
-    return train.learn(run, step, number, p, 0, off, True)
+    return train.learn(run, [train.draw(run, step, number, p, 0)], off, True)[0]
 
 
 @pytest.mark.parametrize("method", train.METHODS)
@@ -179,12 +179,13 @@ def test_a_fifth_of_the_spatial_passes_is_left_out(clip, monkeypatch):
     trained, counts = train.named(run.learners), {0: 0, 1: 0}
     rests = []
 
-    def learn(run, step, number, p, example, off, last):
-        counts[number] += 1
-        if number == 1:
+    def learn(run, drawn, off, last):
+        motion = drawn[0].p.learns == ("motion",)
+        counts[motion] += 1
+        if motion:
             rests.append(off == {"look"})
-        assert last == (number == 1)
-        return {"loss": 0.0, "weight": 1.0}
+        assert last == motion and len(drawn) == 1
+        return [{"loss": 0.0, "weight": 1.0}]
 
     monkeypatch.setattr(train, "learn", learn)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
@@ -192,6 +193,31 @@ def test_a_fifth_of_the_spatial_passes_is_left_out(clip, monkeypatch):
         train.advance(run, step, optimizer, trained)
     assert abs(counts[0] / 400 - 0.8) < 0.06 and counts[1] == 400
     assert rests.count(True) == 400 - counts[0]
+
+
+def test_one_batch_teaches_what_its_passes_teach_one_by_one(clip, monkeypatch):
+    """NewMove's clip and prior clip, where they are small; MotionDirector's paths stay apart."""
+    run = prepared("--method", "newmove", "--video", clip, "--precision", "fp32")
+    monkeypatch.setattr(model, "dropout", lambda x, p, training: x)  # whose masks differ
+    trained = train.named(run.learners)
+    drawn = [train.draw(run, 0, i, p, 0) for i, p in enumerate(run.method.stages[0].passes)]
+    assert train.batches(run, drawn) == [drawn]
+    found = []
+    for together in ([drawn], [[d] for d in drawn]):
+        logs = [line for part in together for line in train.learn(run, part, set(), True)]
+        found.append(([p.grad.clone() for p in trained.values()], [d["loss"] for d in logs]))
+        for p in trained.values():
+            p.grad = None
+    for a, b in zip(found[0][0], found[1][0]):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert found[0][1][0] != found[0][1][1]
+    monkeypatch.setattr(model, "LARGE", 1)
+    assert train.batches(run, drawn) == [[d] for d in drawn]
+    run = prepared("--method", "motiondirector", "--video", clip)
+    monkeypatch.undo()
+    drawn = [train.draw(run, 0, i, p, 0) for i, p in enumerate(run.method.stages[0].passes)]
+    assert train.batches(run, drawn) == [[d] for d in drawn]
 
 
 def test_newmoves_passes_draw_apart_and_its_prior_has_its_own_captions(clip):
