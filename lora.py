@@ -123,11 +123,11 @@ class LoRA:
             if not self.on:
                 return out
             if A.dim() == 2:
-                low = F.linear(F.linear(inputs[0], A), self.scale * B)
+                low = F.linear(F.linear(inputs[0], A), B)
             else:  # a TimeConv: down along time, up pointwise
                 low = F.conv2d(inputs[0], A.squeeze(-1), padding=(1, 0))
-                low = F.conv2d(low, self.scale * B.squeeze(-1))
-            return out + dropout(low, self.dropout, layer.training)
+                low = F.conv2d(low, B.squeeze(-1))
+            return out.add(dropout(low, self.dropout, layer.training), alpha=self.scale)
 
         return add
 

@@ -437,7 +437,7 @@ def check_flags(args, method, asked):
     motion = parts.get("motion", Part())
     has = {
         "a prior": any(p.of == "prior" for p in passes),
-        "a prior that is made": method.prior == "generated",
+        "a generated prior": method.prior == "generated",
         "prior clips that are made": method.prior in ("generated", "world"),
         "whole clips to learn from": any(p.sees == "whole" and p.of == "clips" for p in passes),
         "an appearance to stop at": args.stop_at_appearance is not None,
@@ -457,7 +457,7 @@ def check_flags(args, method, asked):
         or args.stop_at_appearance is not None,
     }
     needs = {
-        "prior_weight": "a prior", "prior_prompt": "a prior that is made",
+        "prior_weight": "a prior", "prior_prompt": "a generated prior",
         "prior_clips": "prior clips that are made",
         **dict.fromkeys(("loss", "align", "timesteps"), "whole clips to learn from"),
         "clip": "an appearance to stop at", "clip_weights": "an appearance to stop at",

@@ -122,7 +122,7 @@ def test_lora_by_hand():
 
 
 def test_the_start_is_as_published(unet):
-    """A of rank r starts at N(0, 1/r); the rank is cut to the layer's width; a seed repeats."""
+    """A of rank r starts at N(0, 1/r²); the rank is cut to the layer's width; a seed repeats."""
     one = lora.LoRA(unet, "spatial-self-attention-ff", 32, seed=1)
     A = torch.cat([A.flatten() for A, _ in one.pairs.values()])
     assert abs(A.std().item() * 32 - 1) < 0.02 and abs(A.mean().item()) < 1e-3
@@ -132,7 +132,7 @@ def test_the_start_is_as_published(unet):
     assert {A.shape[0] for A, _ in wide.pairs.values()} == {64}
 
 
-def test_half_of_the_frozen_weights_is_kept_and_the_norms_stay_whole():
+def test_frozen_weights_are_halved_and_norms_stay_whole():
     """All but norms, the last layer and what learns are stored as autocast would cast them."""
     unet = model.load(TINY).unet
     text = torch.randn(1, 5, 64)
