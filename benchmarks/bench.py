@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -111,20 +112,25 @@ def make_folder(size, folder):
         save_file(state, folder / name / "diffusion_pytorch_model.safetensors")
 
 
+def flags_of(folder, method, shape, args, *more):
+    """train.py's flags, with a clip of noise."""
+    width, height, frames = shape
+    clip = args.scratch / "clips" / "0.mp4"
+    if not clip.is_file():
+        g = torch.Generator().manual_seed(0)
+        data.write_video(clip, torch.rand(3, 32, 256, 256, generator=g) * 2 - 1, 8)
+    flags = ["--method", method, "--video", clip, "--prompt", "a thing moving", "--weights", folder,
+             "--width", width, "--height", height, "--frames", frames, "--out",
+             args.scratch / "run", "--preview-every", 0, *more]
+    flags += ["--prior", clip.parent, "--augment", "none"] if method == "newmove" else []
+    return [str(f) for f in flags]
+
+
 class Ours:
     """train.py's own run, step by step."""
 
     def __init__(self, folder, method, shape, args, *more):
-        width, height, frames = shape
-        clip = args.scratch / "clips" / "0.mp4"
-        if not clip.is_file():
-            g = torch.Generator().manual_seed(0)
-            data.write_video(clip, torch.rand(3, 32, 256, 256, generator=g) * 2 - 1, 8)
-        flags = ["--method", method, "--video", clip, "--prompt", "a thing moving", "--weights",
-                 folder, "--width", width, "--height", height, "--frames", frames, "--out",
-                 args.scratch / "run", "--device", args.device, "--preview-every", 0, *more]
-        flags += ["--prior", clip.parent, "--augment", "none"] if method == "newmove" else []
-        args_ = train.parse([str(f) for f in flags])
+        args_ = train.parse(flags_of(folder, method, shape, args, "--device", args.device, *more))
         chosen, _ = train.resolve(args_)
         with contextlib.redirect_stderr(None):
             self.run, _ = train.prepare(args_, chosen)
@@ -507,6 +513,30 @@ def bench_growth(folder, size, args):
         gc.collect()
 
 
+def bench_processes(folder, size, args):
+    """train.py's step of two examples: in one process, and in two under torchrun, which share out
+    the same cores or have a GPU each. The two are run in turn, twice."""
+    cuda, threads = args.device.startswith("cuda"), torch.get_num_threads()
+    if torch.cuda.device_count() < 2 if cuda else threads < 2:
+        print("processes: not measured; there is one GPU, or one core, alone")
+        return
+    launchers = {"one": (), "two": ("-m", "torch.distributed.run", "--standalone",
+                                    "--nproc_per_node", "2")}
+    for method in args.methods:
+        more = ("--batch", 2, "--steps", args.repeats + args.warm)
+        more += () if cuda else ("--device", "cpu")
+        flags, times = flags_of(folder, method, SHAPES[size][-1], args, *more), {}
+        for name, launcher in [*launchers.items()] * 2:
+            each = {"OMP_NUM_THREADS": str(threads if name == "one" else threads // 2)}
+            subprocess.run([sys.executable, *launcher, ROOT / "train.py", *flags], check=True,
+                           env=os.environ | each, capture_output=True)
+            lines = (args.scratch / "run" / "log.jsonl").read_text().splitlines()[args.warm:]
+            times.setdefault(name, []).extend(json.loads(line)["seconds"] for line in lines)
+        ratio = statistics.median(times["one"]) / statistics.median(times["two"])
+        args.rows.append({"case": f"two processes, {method}", "ratio": ratio, "times": times})
+        print(f"step of two examples, {method}: two processes {ratio:.2f}× as fast as one")
+
+
 def main():
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
@@ -515,8 +545,8 @@ def main():
     add("--size", choices=tuple(UNETS), default="tiny", help="of the UNet (default: tiny)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--methods", nargs="+", default=METHODS, choices=METHODS, help="default: all three")
-    add("--parts", nargs="+", default=("training", "sampling", "growth"),
-        choices=("training", "sampling", "growth"), help="default: all")
+    parts = ("training", "sampling", "growth", "processes")
+    add("--parts", nargs="+", default=parts, choices=parts, help="default: all")
     add("--repeats", type=int, default=9, help="timed runs of each side (default: 9)")
     add("--warm", type=int, default=2, help="untimed runs before (default: 2)")
     add("--sampling-steps", type=int, help="default: 3 on a CPU, 50 on a GPU")
