@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward and backward pass of a step: what learns, from which view of which data."""
+    """A part of a step: what learns, from which view of which data, by which loss."""
 
     learns: tuple
     sees: str = "whole"  # one of data.VIEWS; a single frame goes past all temporal layers
@@ -328,7 +328,7 @@ def resolve(args):
         "look_rank": 1, "word_vectors": 1, "lora_scale": 0, "dropout": (0, 0.99), "beta": 0,
         "alpha": (0, 1), "prior_weight": 0, "prior_clips": 1, "noise_prior": (0, 1),
         "clip_grad": 1e-12, "fps": 0.01, "start": 0, "seed": 0, "width": 8, "height": 8,
-        "preview_every": 0, "preview_steps": 1, "save_every": 1, "guidance": 0,
+        "batch": 1, "preview_every": 0, "preview_steps": 1, "save_every": 1, "guidance": 0,
         "stop_at_appearance": (-1, 1)})
     clips = len(data.find_clips(args.video))
     kind = "pictures" if not clips else "one clip" if clips == 1 else "several clips"
@@ -659,7 +659,7 @@ class Drawn:
     x: torch.Tensor
     t: torch.Tensor
     anchor: int  # frame
-    seed: int  # of dropout, which draws from the global generator
+    seed: int  # of dropout, which draws from the global generator; in a batch, the first's
 
 
 def draw(run, step, number, p, example):
@@ -694,9 +694,9 @@ def batches(run, drawn):
 
     def alike(d):
         if config.block_out_channels[0] * d.x[0, 0].numel() >= model.LARGE:
-            return id(d)
-        which = any(p.per_clip for p in parts) and d.index
-        return d.example, d.p.learns, d.p.beside, d.p.sees, d.x.shape, which
+            return id(d)  # like nothing else
+        look = d.index if any(p.per_clip for p in parts) else None
+        return d.example, d.p.learns, d.p.beside, d.p.sees, d.x.shape, look
 
     return [list(group) for _, group in itertools.groupby(drawn, alike)]
 
@@ -709,7 +709,7 @@ def learn(run, drawn, off, last):
     switch(run.learners, first.p.learns, [n for n in first.p.beside if n not in off], first.index)
     seen = [{} for _ in drawn]
 
-    def loss():
+    def each_loss():
         text = torch.cat([read_caption(run, caption_of(run, d.p, d.clip)) for d in drawn])
         x, t = torch.cat([d.x for d in drawn]), torch.cat([d.t for d in drawn]).to(args.device)
         temporal = first.p.sees == "whole"  # single frames go past every temporal layer
@@ -720,7 +720,7 @@ def learn(run, drawn, off, last):
 
     alone = run.processes == 1 or last
     with contextlib.nullcontext() if alone else run.through.no_sync():
-        found = run.through(loss)
+        found = run.through(each_loss)
         share = run.processes / args.batch  # gradients are averaged over processes
         sum(share * d.p.weight * one for d, one in zip(drawn, found)).backward()
     return [{"loss": one.detach(), "weight": d.p.weight, "t": d.t.item(), "clip": str(d.clip.path)}
@@ -791,7 +791,7 @@ def stage_at(method, step):
 
 class Shared(nn.Module):
     """What DistributedDataParallel wraps: the trained parameters, whose gradients it averages over
-    torchrun's processes, with any pass's loss as the forward."""
+    torchrun's processes, with any passes' losses as the forward."""
 
     def __init__(self, trained):
         super().__init__()

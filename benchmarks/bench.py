@@ -1,4 +1,5 @@
-"""Time and memory of this code against the diffusers UNet and the official training loops.
+"""Time and memory of this code against the diffusers UNet and the official training loops, and how
+its own time grows with frames, ranks and processes.
 
     python benchmarks/bench.py --size tiny                     # CPU
     python benchmarks/bench.py --size middle                   # CPU, several minutes
@@ -515,8 +516,10 @@ def bench_growth(folder, size, args):
 
 def bench_processes(folder, size, args):
     """train.py's step of two examples: in one process, and in two under torchrun, which share out
-    the same cores or have a GPU each. The two are run in turn, twice."""
+    the same cores or have a GPU each; in turn, twice. How long the two wait for each other between
+    steps is not counted."""
     cuda, threads = args.device.startswith("cuda"), torch.get_num_threads()
+    gc.collect(), torch.cuda.empty_cache()
     if torch.cuda.device_count() < 2 if cuda else threads < 2:
         print("processes: not measured; there is one GPU, or one core, alone")
         return
@@ -528,13 +531,16 @@ def bench_processes(folder, size, args):
         flags, times = flags_of(folder, method, SHAPES[size][-1], args, *more), {}
         for name, launcher in [*launchers.items()] * 2:
             each = {"OMP_NUM_THREADS": str(threads if name == "one" else threads // 2)}
-            subprocess.run([sys.executable, *launcher, ROOT / "train.py", *flags], check=True,
-                           env=os.environ | each, capture_output=True)
+            done = subprocess.run([sys.executable, *launcher, ROOT / "train.py", *flags],
+                                  env=os.environ | each, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr[-2000:])
             lines = (args.scratch / "run" / "log.jsonl").read_text().splitlines()[args.warm:]
             times.setdefault(name, []).extend(json.loads(line)["seconds"] for line in lines)
         ratio = statistics.median(times["one"]) / statistics.median(times["two"])
-        args.rows.append({"case": f"two processes, {method}", "ratio": ratio, "times": times})
-        print(f"step of two examples, {method}: two processes {ratio:.2f}× as fast as one")
+        case = "step of two examples, {}, {}×{}×{}".format(method, *SHAPES[size][-1])
+        args.rows.append({"case": f"{case}, two processes", "ratio": ratio, "times": times})
+        print(f"{case}: two processes {ratio:.2f}× as fast as one")
 
 
 def main():
@@ -550,7 +556,7 @@ def main():
     add("--repeats", type=int, default=9, help="timed runs of each side (default: 9)")
     add("--warm", type=int, default=2, help="untimed runs before (default: 2)")
     add("--sampling-steps", type=int, help="default: 3 on a CPU, 50 on a GPU")
-    add("--out", type=Path, help="default: out/benchmarks/SIZE-DEVICE.json")
+    add("--out", type=Path, help="default: out/benchmarks/SIZE-DEVICE-PARTS.json")
     args = parser.parse_args()
     model.keep_memory()
     args.precision = generate.default_precision(args.device)
@@ -578,7 +584,8 @@ def write(args):
                "threads": torch.get_num_threads()}
     if args.device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
-    out = args.out or Path("out/benchmarks") / f"{args.size}-{args.device.split(':')[0]}.json"
+    name = "-".join([args.size, args.device.split(":")[0], *args.parts])
+    out = args.out or Path("out/benchmarks") / f"{name}.json"
     with data.publish(out) as path:
         path.write_text(json.dumps(
             {"machine": machine, "precision": args.precision, "matmul FLOP/s": args.peak,

@@ -440,6 +440,7 @@ def test_save_every_keeps_the_adapters_on_the_way(clip, tmp_path):
     (("--method", "motiondirector", "--images", "x.png"), "does nothing here"),
     (("--noise-prior", 1.5), "wanted 0 to 1"),
     (("--method", "lora", "--dropout", 1.5), "wanted 0 to"),
+    (("--batch", -2), "wanted 1 or more"),
     (("--method", "newmove", "--alpha", 2), "wanted 0 to 1"),
     (("--rank", 2, "--layers", ".*norm.*"), "no linear layer"),
     (("--stop-at-appearance", 0.2), "give --look-prompt"),
