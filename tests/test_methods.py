@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -202,6 +203,8 @@ def test_one_batch_teaches_what_its_passes_teach_one_by_one(clip, monkeypatch):
     trained = train.named(run.learners)
     drawn = [train.draw(run, 0, i, p, 0) for i, p in enumerate(run.method.stages[0].passes)]
     assert train.batches(run, drawn) == [drawn]
+    other = replace(drawn[1], p=replace(drawn[1].p, learns=()))
+    assert train.batches(run, [drawn[0], other]) == [[drawn[0]], [other]]
     found = []
     for together in ([drawn], [[d] for d in drawn]):
         logs = [line for part in together for line in train.learn(run, part, set(), True)]
@@ -453,8 +456,10 @@ def test_save_every_keeps_the_adapters_on_the_way(clip, tmp_path):
       "--clip-weights", "/nowhere"), "ViT-L-14 needs its weights"),
 ])
 def test_flags_that_do_not_go_together_are_refused(more, says, clip, tmp_path):
+    """Before anything is written."""
     with pytest.raises(BadInput, match=says):
         learn("--video", clip, "--out", tmp_path / "o", *more)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("flag,value", [("--loss", "mse"), ("--augment", "recoloured")])
