@@ -78,21 +78,22 @@ def measure_base(args):
 
 
 def other_looks(scenes, n, g):
-    """n scenes whose colour, shape and background all differ from those of `scenes` (one scene)."""
-    candidates = world.sample_scenes(60 * n, g, world.BASE, speeds=False)
-    differs = torch.ones(len(candidates), dtype=torch.bool)
-    for name in LOOK:
-        differs &= getattr(candidates, name) != getattr(scenes, name)
-    return candidates[differs][torch.arange(n)]
+    """n scenes whose colour, shape and background all differ from those of `scenes` (one scene); no
+    two look alike."""
+    candidates = world.sample_scenes(480, g, world.BASE, speeds=False)
+    looks = lambda s: torch.stack([getattr(s, name) for name in LOOK], 1)
+    differs = (looks(candidates) != looks(scenes)).all(1)
+    alike = (looks(candidates)[:, None] == looks(candidates)[None]).all(2)
+    return candidates[differs & ~alike.tril(-1).any(1)][torch.arange(n)]  # the first of each look
 
 
 def learn_motion(name, method, args):
     """One novel motion, learned by one method from one clip (or --clips). Returns the folder, the
-    first clip's scene, the words that now name the motion, what else it looks like in 8 scenes, and
-    how many seconds it took."""
+    first clip's scene, the words that now name the motion, what else it looks like in 16 scenes,
+    and how many seconds it took."""
     g = torch.Generator().manual_seed(world.MOTIONS.index(name))
     clip = world.sample_scenes(1, g, (name,), speeds=False)
-    looks = other_looks(clip, 8, g)
+    looks = other_looks(clip, 16, g)
     several = "look" not in train.METHODS[method].parts or method == "motiondirector"
     count = args.clips if several and method not in ("vmc", "tune-a-video") else 1
     scenes = world.sample_scenes(count, g, (name,), speeds=False)
@@ -113,9 +114,9 @@ def learn_motion(name, method, args):
 
 
 def score(videos, clip, looks):
-    """The figures of N videos, whose looks were asked for in turn, against a clip's motion."""
-    reading, repeat = instruments.read(videos), len(videos) // len(looks)
-    right = {n: getattr(reading, n) == getattr(looks, n).repeat(repeat) for n in LOOK}
+    """The figures of N videos, one a look, against a clip's motion."""
+    reading = instruments.read(videos)
+    right = {n: getattr(reading, n) == getattr(looks, n) for n in LOOK}
     agrees = instruments.agreement(reading, world.trajectory(clip)).mean().item()
     return {"agreement": round(agrees, 3),
             "recognised": share(reading.motion == clip.motion),
@@ -124,19 +125,19 @@ def score(videos, clip, looks):
             "leak": share(reading.background == clip.background)}
 
 
-def prompts_of(looks, words, seeds):
-    """The prompts of `looks` with the words of the motion, once a seed, and the seeds."""
+def prompts_of(looks, words):
+    """The prompts of `looks` with the words of the motion, and a seed each."""
     count = range(len(looks))
     name = lambda table, field, i: list(table)[getattr(looks, field)[i]]
     prompts = [world.caption(name(world.COLOURS, "colour", i), name(world.SHAPES, "shape", i),
                              words, "", name(world.BACKGROUNDS, "background", i)) for i in count]
-    return prompts * seeds, [s for s in range(seeds) for _ in count]
+    return prompts, list(count)
 
 
 def measure_motion(name, args):
-    """VMC on one novel motion: 8 prompts × 2 seeds in each of four cells."""
+    """VMC on one novel motion: 16 prompts in each of four cells."""
     folder, clip, words, looks, seconds = learn_motion(name, "vmc", args)
-    prompts, seeds = prompts_of(looks, words, 2)
+    prompts, seeds = prompts_of(looks, words)
     adapter = lora.read_adapter(folder / "run" / "vmc.safetensors")
     rows, sheets = {}, []
     for tuned in (False, True):
@@ -156,13 +157,13 @@ def measure_motion(name, args):
 
 
 def measure_methods(args):
-    """Each method on novel motions, sampled as it says: 8 prompts, one seed."""
+    """Each method on novel motions, sampled as it says: 16 prompts."""
     table = {}
     for method in args.methods or train.METHODS:
         rows = []
         for name in args.motions or world.NOVEL[:1]:
             folder, clip, words, looks, seconds = learn_motion(name, method, args)
-            prompts, seeds = prompts_of(looks, words, 1)
+            prompts, seeds = prompts_of(looks, words)
             parts = load(args)
             adapter = lora.read_adapter(folder / "run" / f"{method}.safetensors")
             p, base = float(adapter.meta["noise_prior"]), adapter.meta["inverts"] == "base"
