@@ -48,7 +48,7 @@ LAYERS = {
     "spatial": r"(?!transformer_in|.*temp_(attentions|convs)).*",
     # For LoRA alone, every layer that can have one: NewMove's ablation (Table 2).
     "temporal-linears-convs": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight"
-                              r"|.*temp_convs\..*\.[03]\.weight",
+                              r"|.*temp_convs\..*\.[23]\.weight",
     "all": r".*",
 }
 LAYERS |= {  # two of them together
@@ -56,6 +56,7 @@ LAYERS |= {  # two of them together
     "temporal-and-cross-kv": f"{LAYERS['temporal']}|{LAYERS['cross-attention-kv']}",
     # MotionDirector's baseline.
     "coupled": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-attention-ff']}",
+    "coupled-convs": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-linears-convs']}",
 }
 
 

@@ -179,14 +179,16 @@ BY_DATA = {
     ("newmove", "one clip"): {"steps": 1000},  # its supplement, Sec. 3
 }
 # What the tiny model does otherwise. It is hundreds of times smaller, and so wants larger steps and
-# fewer of them.
+# fewer of them; and its temporal attentions alone learn next to no motion, so that its temporal
+# convolutions learn too.
 TINY = {
     "vmc": {"layers": "temporal", "loss": "residual-cosine-mse", "align": "x0", "steps": 300,
             "augment": "recoloured", "lr": 1e-3, "sampling_steps": 20},
-    "motiondirector": {"lr": 3e-3, "look_lr": 3e-3},
+    "motiondirector": {"layers": "temporal-linears-convs", "lr": 3e-3, "look_lr": 3e-3},
     "newmove": {"steps": 300, "lr": 1e-3, "prior": "world"},
-    "customize-a-video": {"steps": 200, "first_steps": 100, "lr": 3e-3, "look_lr": 1e-3},
-    "lora": {"steps": 200, "lr": 3e-3},
+    "customize-a-video": {"layers": "temporal-linears-convs", "steps": 200, "first_steps": 100,
+                          "lr": 3e-3, "look_lr": 1e-3},
+    "lora": {"layers": "coupled-convs", "steps": 200, "lr": 3e-3},
     "dreambooth": {"steps": 200, "lr": 1e-4},
     "custom-diffusion": {"steps": 200, "lr": 1e-3, "word_lr": 1e-2, "prior": "world"},
     "textual-inversion": {"steps": 300, "lr": 1e-2},
@@ -478,7 +480,7 @@ def check_flags(args, method, asked):
         if flag in asked and not has[need]:
             raise BadInput(f"--{flag.replace('_', '-')} does nothing here: {args.method}, with "
                            f"these flags, has not {need}.")
-        if not has[need] and flag not in ("images", "prior", "layers", "rank"):
+        if not has[need] and flag not in ("images", "prior"):
             setattr(args, flag, None)  # a default that does nothing is not worth keeping
     if args.stop_at_appearance is not None and not (args.look_prompt and args.preview_every):
         raise BadInput("--stop-at-appearance looks at the samples; give --look-prompt (what is "
