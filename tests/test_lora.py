@@ -75,6 +75,17 @@ def test_sites_are_the_layers_of_motiondirectors_files_in_their_order(full):
         assert mine == [name for name, _ in order[kind]]
 
 
+def test_temporal_linears_and_convolutions_are_all_of_them(full):
+    """All that a LoRA can stand beside, but the linear layers around the attention blocks."""
+    kinds = (torch.nn.Linear, model.TimeConv)
+    want = {n for n, m in full.named_modules() if isinstance(m, kinds) and "proj_" not in n
+            and ("temp_" in n or n.startswith("transformer_in"))}
+    want |= {n for n, m in full.named_modules() if n.endswith("ff.net.0.proj") and
+             ("temp_" in n or n.startswith("transformer_in"))}
+    assert set(lora.sites(full, "temporal-linears-convs")) == want
+    assert len([n for n in want if "temp_convs" in n]) == 88
+
+
 # ------------------------------------------------------------------------------------------------
 # LoRA
 

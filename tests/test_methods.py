@@ -289,6 +289,7 @@ def test_motiondirector_learns_a_picture_alone(folder, tmp_path):
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["motiondirector-look.safetensors"]
     look = lora.read_adapter(tmp_path / "motiondirector-look.safetensors")
     assert all(".attentions." in s for s in look.pairs)
+    assert json.loads((tmp_path / "args.json").read_text())["layers"] is None  # no motion learns
 
 
 def test_dreambooth_makes_its_own_prior_and_keeps_it(clip, tmp_path):
