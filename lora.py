@@ -46,7 +46,7 @@ LAYERS = {
     "temporal": r"transformer_in\..*|.*temp_(attentions|convs)\..*",
     "temporal-convs": r".*temp_convs\..*",
     "spatial": r"(?!transformer_in|.*temp_(attentions|convs)).*",
-    # For LoRA alone, every layer that can have one: NewMove's ablation (Table 2).
+    # For LoRA alone, after NewMove's ablation (Table 2): the temporal blocks and convolutions.
     "temporal-linears-convs": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight"
                               r"|.*temp_convs\..*\.[23]\.weight",
     "all": r".*",
@@ -54,7 +54,7 @@ LAYERS = {
 LAYERS |= {  # two of them together
     # NewMove Sec. 3.2: all of the temporal layers, and how the pictures read the text.
     "temporal-and-cross-kv": f"{LAYERS['temporal']}|{LAYERS['cross-attention-kv']}",
-    # MotionDirector's baseline.
+    # MotionDirector's baseline; and what the tiny model needs for it.
     "coupled": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-attention-ff']}",
     "coupled-convs": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-linears-convs']}",
 }

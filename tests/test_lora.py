@@ -80,8 +80,6 @@ def test_temporal_linears_and_convolutions_are_all_of_them(full):
     kinds = (torch.nn.Linear, model.TimeConv)
     want = {n for n, m in full.named_modules() if isinstance(m, kinds) and "proj_" not in n
             and ("temp_" in n or n.startswith("transformer_in"))}
-    want |= {n for n, m in full.named_modules() if n.endswith("ff.net.0.proj") and
-             ("temp_" in n or n.startswith("transformer_in"))}
     assert set(lora.sites(full, "temporal-linears-convs")) == want
     assert len([n for n in want if "temp_convs" in n]) == 88
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import generate
 import model
-from tiny import instruments, world
+from tiny import instruments, measure, world
 
 
 def scenes(n, motions=world.MOTIONS, seed=11):
@@ -23,6 +23,17 @@ def test_the_same_seed_is_the_same_clip():
     a, b = world.render(scenes(3)), world.render(scenes(3))
     assert torch.equal(a, b) and not torch.equal(a, world.render(scenes(3, seed=12)))
     assert a.shape == (3, 3, 16, 64, 64) and a.min() >= -1 and a.max() <= 1
+
+
+@pytest.mark.parametrize("name", world.NOVEL)
+def test_methods_are_measured_on_looks_that_all_differ(name):
+    g = torch.Generator().manual_seed(world.MOTIONS.index(name))
+    clip = world.sample_scenes(1, g, (name,), speeds=False)
+    looks = measure.other_looks(clip, 16, g)
+    prompts, seeds = measure.prompts_of(looks, name)
+    assert len(set(prompts)) == len(set(seeds)) == 16
+    for field in measure.LOOK:
+        assert not (getattr(looks, field) == getattr(clip, field)).any()
 
 
 def test_captions_say_what_is_drawn_and_leave_parts_out():
