@@ -6,14 +6,12 @@ Timing is the signal here, so frames are chosen by their time stamps and never b
 
 Axes: C colours, F frames, H W picture. Videos are float32 in [-1, 1].
 """
-import contextlib
-import os
 import re
-import shutil
-import sys
-import tempfile
+import struct
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -22,16 +20,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from model import BadInput, words_to_ids
+from model import has_word, words_to_ids
+from support.files import BadInput, publish, say
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FEWEST_FRAMES = 4  # residuals and directions mean nothing below that
-
-
-def say(text):
-    """A line for the person at the terminal, apart from the program's results."""
-    print(text, file=sys.stderr, flush=True)
+MOST_PIXELS = 2**26  # of a picture, twice 8K's: a file may claim any size, and is asked before
 
 
 # ------------------------------------------------------------------------------------------------
@@ -40,7 +35,7 @@ def say(text):
 
 def natural(path):
     """Sort key by which 2.jpg comes before 10.jpg."""
-    return [int(p) if p.isdigit() else p.lower() for p in re.split(r"(\d+)", Path(path).name)]
+    return [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", Path(path).name)]
 
 
 def read_video(path, frames, size, fps, start=0.0, learn=True):
@@ -52,23 +47,19 @@ def read_video(path, frames, size, fps, start=0.0, learn=True):
     Raises BadInput for anything that is not a clip of at least four frames.
     """
     path = Path(path)
-    if path.is_dir():
-        pictures = read_folder(path)
-        times = [i / fps for i in range(len(pictures))]
-    else:
-        times, pictures = decode(path, start + frames / fps + 1)
-    chosen = choose_frames(times, frames, fps, start)
+    source = read_folder(path, fps) if path.is_dir() else decode(path, start)
+    chosen, times = choose_frames(source, frames, fps, start, size)
     if len(chosen) < FEWEST_FRAMES:
         raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; wanted "
                        f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher "
                        "--fps.")
-    video = torch.stack([fit(pictures[i], size) for i in chosen], dim=1)
+    video = torch.stack(chosen, dim=1)
     if not learn:
         return video
     if len(chosen) < frames:
         say(f"{path} has {len(chosen)} frames at {fps:g} fps, wanted {frames}: "
             "going on with its own length")
-    if len(set(chosen)) < len(chosen):
+    if len(set(times)) < len(times):
         say(f"warning: {path} has fewer than {fps:g} frames a second, so frames repeat; "
             "a lower --fps avoids that")
     if (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
@@ -76,24 +67,42 @@ def read_video(path, frames, size, fps, start=0.0, learn=True):
     return video
 
 
-def choose_frames(times, frames, fps, start=0.0):
-    """Indices of the frames nearest in time to start, start + 1/fps, … while the clip lasts."""
-    times = np.asarray(times) - times[0]
-    spacing = np.median(np.diff(times)) if len(times) > 1 else 1 / fps
-    end = times[-1] + 0.75 * spacing  # the last frame, too, is shown for a while
+def choose_frames(source, frames, fps, start, size):
+    """The pictures (3, *size) nearest in time to start, start + 1/fps, … while the clip lasts, and
+    their times, from a source of (seconds, function that makes the picture (H, W, 3) uint8).
+    Nothing is held of what is not chosen, and nothing read after the last."""
     wanted = start + np.arange(frames) / fps
-    wanted = wanted[wanted < end]
-    return [int(np.abs(times - t).argmin()) for t in wanted]
+    chosen, times, seen = [], [], []
+
+    def take(time, make):
+        again = times and times[-1] == time
+        chosen.append(chosen[-1] if again else fit(make(), size))
+        times.append(time)
+
+    before = None
+    for now in source:
+        seen.append(now[0])
+        while len(chosen) < frames and wanted[len(chosen)] <= now[0]:
+            goal = wanted[len(chosen)]
+            take(*(before if before and goal - before[0] <= now[0] - goal else now))
+        if len(chosen) == frames:
+            return chosen, times
+        before = now
+    spacing = np.median(np.diff(seen)) if len(seen) > 1 else 1 / fps
+    while before and len(chosen) < frames and wanted[len(chosen)] < seen[-1] + 0.75 * spacing:
+        take(*before)  # the last frame, too, is shown for a while
+    return chosen, times
 
 
-def decode(path, until=float("inf")):
-    """Time stamps in seconds and pictures (H, W, 3) uint8 of a video file, upright and with square
-    pixels, for its first `until` seconds. Raises BadInput."""
+def decode(path, start=0.0):
+    """Yields (seconds since the first frame, function that makes the picture) of a video file, from
+    the key frame before `start` seconds on. The pictures (H, W, 3) uint8 are upright, with square
+    pixels. Raises BadInput."""
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give a video file or a folder of pictures.")
     if path.suffix.lower() in PICTURES:
         raise BadInput(f"{path} is one picture; a motion needs a video, or a folder of pictures.")
-    times, pictures = [], []
+    count, (first, target) = 0, key_frame(path, start) if start else (None, None)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -101,49 +110,99 @@ def decode(path, until=float("inf")):
             stream = container.streams.video[0]
             aspect = float(stream.sample_aspect_ratio or 1)
             rate = float(stream.average_rate or 25)
+            if target is not None:
+                container.seek(target, stream=stream)
             for frame in container.decode(stream):
-                times.append(len(times) / rate if frame.time is None else frame.time)
-                if times[-1] - times[0] > until:
-                    times.pop()
-                    break
-                picture = frame.to_ndarray(format="rgb24")
-                if aspect != 1:
-                    wide = round(picture.shape[1] * aspect), picture.shape[0]
-                    picture = np.asarray(Image.fromarray(picture).resize(wide))
-                pictures.append(np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90)))
-    except (av.error.FFmpegError, ValueError, EOFError) as error:
-        if isinstance(error, BadInput):
-            raise
-        reason = "no video inside" if not pictures else f"broken after frame {len(pictures)}"
+                judge(path, frame.width * max(aspect, 1), frame.height * max(1 / aspect, 1))
+                first = frame.time if first is None else first
+                time = count / rate if frame.time is None else frame.time - first
+                count += 1
+                yield time, partial(upright, frame, aspect)
+    except BadInput:
+        raise
+    except (av.error.FFmpegError, ArithmeticError, ValueError, EOFError):
+        reason = f"broken after frame {count}" if count else "no video inside"
         raise BadInput(f"{path} is not a video that can be read ({reason}); wanted one of "
                        f"{', '.join(VIDEOS)}. Convert it, or save it again.") from None
-    if not pictures:
+    if not count:
         raise BadInput(f"{path} holds no frames; save it again.")
-    order = np.argsort(times, kind="stable")
-    return [times[i] for i in order], [pictures[i] for i in order]
 
 
-def read_folder(path):
-    """The pictures (H, W, 3) uint8 of a folder, in natural order. Raises BadInput."""
-    files = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES), key=natural)
-    if not files:
-        raise BadInput(f"{path} holds no pictures ({', '.join(PICTURES)}); give a video, or a "
-                       "folder of numbered pictures.")
-    pictures = [read_picture(p) for p in files]
-    sizes = sorted({p.shape[:2] for p in pictures})
+def key_frame(path, start):
+    """A video's first time in seconds, and the stream's time stamp to seek, so as to read from the
+    last key frame before `start` seconds on; (None, None) where seeking does not lead there."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            judge(path, stream.width, stream.height)
+            first = next(container.decode(stream)).time
+            target = int((first + start) / stream.time_base)
+            container.seek(target, stream=stream)
+            landed = next(container.decode(stream)).time
+            return (first, target) if landed <= first + start else (None, None)
+    except (av.error.FFmpegError, ArithmeticError, LookupError, StopIteration, TypeError):
+        return None, None  # `decode` tells what is wrong
+
+
+def upright(frame, aspect):
+    """A decoded frame as (H, W, 3) uint8, turned as the file says and with square pixels."""
+    picture = frame.to_ndarray(format="rgb24")
+    if aspect != 1:
+        wide = max(1, round(picture.shape[1] * aspect)), picture.shape[0]
+        picture = np.asarray(Image.fromarray(picture).resize(wide))
+    return np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90))
+
+
+def judge(path, width, height):
+    """Raises BadInput for a picture of more pixels than any that is real, before they are asked
+    for."""
+    if not 1 <= width * height <= MOST_PIXELS:
+        raise BadInput(f"{path} claims {width:g}×{height:g} pixels; wanted at most {MOST_PIXELS:,} "
+                       "of them. Save it smaller.")
+
+
+def read_folder(path, fps):
+    """Yields (seconds, function that makes the picture) of a folder of pictures, one each 1/fps, in
+    natural order. Raises BadInput."""
+    files = find_pictures([path])
+    sizes = sorted({picture_size(p) for p in files})
     if len(sizes) > 1:
-        examples = " and ".join(f"{w}×{h}" for h, w in sizes[:2])
+        examples = " and ".join(f"{w}×{h}" for w, h in sizes[:2])
         raise BadInput(f"{path} mixes pictures of {len(sizes)} sizes, such as {examples}; "
                        "make them one size.")
-    return pictures
+    for i, file in enumerate(files):
+        yield i / fps, partial(read_picture, file)
+
+
+TURNED = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
+
+
+def picture_size(path):
+    """(width, height) of a picture as it is to be seen, read from its head. Raises BadInput."""
+    with open_picture(path) as image:
+        turned = image.getexif().get(0x0112) in TURNED
+        return image.size[::-1] if turned else image.size
 
 
 def read_picture(path):
     """(H, W, 3) uint8, turned as its EXIF says. Raises BadInput."""
+    with open_picture(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@contextmanager
+def open_picture(path):
+    """A picture file, whose pixels are read later. Raises BadInput for what is wrong then, too."""
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError):
+            judge(path, *image.size)
+            yield image
+    except Image.DecompressionBombError:
+        raise BadInput(f"{path} claims more than {MOST_PIXELS:,} pixels; save it smaller."
+                       ) from None
+    except BadInput:
+        raise
+    except (OSError, ValueError, SyntaxError, ArithmeticError, struct.error):
         raise BadInput(f"{path} is not a picture that can be read; save it again.") from None
 
 
@@ -160,35 +219,47 @@ def fit(picture, size):
     return x[0, :, top : top + H, left : left + W] / 127.5 - 1
 
 
-MOST_CHARACTERS = 256  # about what 77 tokens hold of English; the rest would be cut unseen
+# ------------------------------------------------------------------------------------------------
+# Captions
 
 
-def check_prompt(prompt):
-    """The prompt itself. Raises BadInput when the text encoder could not read all of it."""
-    tokens = len(words_to_ids(prompt)) + 2  # and the start and the end
-    if len(prompt) > MOST_CHARACTERS or tokens > 77:
-        raise BadInput(f"prompt {prompt[:40]!r}… has {len(prompt)} characters, {tokens} tokens; "
-                       f"the text encoder reads {MOST_CHARACTERS} and 77 at most. Shorten it.")
+MOST_TOKENS = 77  # that the text encoder reads, with the start and the end
+
+
+def check_prompt(prompt, learned=None, source=None):
+    """The prompt itself; learned: {word: how many vectors it has}; source: the file it is from.
+    Raises BadInput when the text encoder could not read all of it."""
+    ids = {word: [0] * vectors for word, vectors in (learned or {}).items()}
+    tokens = len(words_to_ids(prompt, ids)) + 2
+    if tokens > MOST_TOKENS:
+        where = f"{source}: " if source else ""
+        raise BadInput(f"{where}prompt {prompt[:40]!r}… has {tokens} tokens; the text encoder "
+                       f"reads {MOST_TOKENS} at most. Shorten it.")
     return prompt
 
 
 def find_caption(video, prompt=None):
     """The caption of a clip and where it came from: the prompt, else clip.txt beside the clip (or
-    inside a folder of pictures: caption.txt), else the file's name."""
+    inside a folder of pictures: caption.txt), else the file's name. Raises BadInput."""
     video = Path(video)
     if prompt is not None:
         return check_prompt(prompt), "--prompt"
     for path in (video.parent / f"{video.stem}.txt", video / "caption.txt"):
         if path.is_file():
-            text = path.read_text(errors="replace").strip()
+            with path.open(errors="replace") as file:
+                text = file.read(10_000).strip()
             if not text:
                 raise BadInput(f"{path} is empty; write the caption in it, or give --prompt.")
-            return check_prompt(text.splitlines()[0]), str(path)
-    return check_prompt(re.sub(r"[\W_]+", " ", video.stem).strip() or "a video"), "the file's name"
+            return check_prompt(text.splitlines()[0], source=path), str(path)
+    caption = re.sub(r"[\W_]+", " ", video.stem).strip()
+    if not re.search(r"[^\W\d_]", caption):
+        say(f"warning: the caption of {video} is its name, {caption!r}, which says nothing; give "
+            "--prompt, or a text file of the same name beside it")
+    return check_prompt(caption or "a video", source=video), "the file's name"
 
 
 # ------------------------------------------------------------------------------------------------
-# Clips to learn from, and what of one a pass sees
+# Clips to learn from
 
 
 @dataclass
@@ -199,7 +270,53 @@ class Clip:
     video: torch.Tensor
     prompt: str
     path: Path
-    latents: torch.Tensor = None
+    latents: torch.Tensor | None = None
+
+
+def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, word=None,
+               learned=None):
+    """The clips that the paths name, with their captions, and where each caption is from.
+
+    prompts: one caption for all, or one a clip, or None; word: put at the end of a caption that
+    lacks it; learned: {word: vectors}, for the captions' length; else as `read_video`. Raises
+    BadInput.
+    """
+    paths, prompts = find_clips(paths), prompts or [None]
+    if len(prompts) not in (1, len(paths)) and paths:
+        raise BadInput(f"--prompt: {len(prompts)} captions for {len(paths)} clips; give one for "
+                       "all, or one a clip.")
+    clips, sources, seen = [], [], set()
+    for i, path in enumerate(paths):
+        if path.resolve() in seen:
+            say(f"warning: {path} is given twice, and counts twice")
+        seen.add(path.resolve())
+        caption, source = find_caption(path, prompts[i % len(prompts)])
+        if word and not has_word(caption, word):
+            caption, source = f"{caption} {word}", f"{source}, and --word"
+        check_prompt(caption, learned, path)
+        video = read_video(path, frames, size, fps, start)
+        clips.append(Clip(video.flip(1) if reverse else video, caption, path))
+        sources.append(source)
+    return clips, sources
+
+
+def load_images(paths, prompt, size, word=None, learned=None):
+    """The pictures that the paths name, as clips of one frame; word: put before a caption that
+    lacks it. Raises BadInput."""
+    images = []
+    for path in find_pictures(paths):
+        caption, _ = find_caption(path, prompt)
+        if word and not has_word(caption, word):
+            caption = f"{word} {caption}"
+        check_prompt(caption, learned, path)
+        images.append(Clip(fit(read_picture(path), size)[:, None], caption, path))
+    return images
+
+
+def load_prior(folder, frames, size, fps):
+    """The clips of a folder that is kept beside the clip to learn from, with their captions.
+    Raises BadInput."""
+    return load_clips([folder], None, frames, size, fps)[0]
 
 
 def find_clips(paths):
@@ -225,45 +342,36 @@ def find_pictures(paths):
     return found
 
 
-# Each view takes a clip, a source of randomness and encode(video) -> latents, and gives the latents
-# (1, C, F', h, w) that the pass sees and which of the clip's frames they are, as a slice.
+# ------------------------------------------------------------------------------------------------
+# Views: what of a video (3, F, H, W) a method sees, drawn from a generator
 
 
-def whole(clip, g, encode):
-    """All frames."""
-    return clip.latents, slice(None)
+PATCH = (0.33, 0.67)  # of the sides: Customize-A-Video's
 
 
-def frame(clip, g, encode):
-    """One random frame (MotionDirector's spatial path)."""
-    f = int(torch.randint(clip.video.shape[1], (), generator=g))
-    return clip.latents[:, :, f : f + 1], slice(f, f + 1)
+def crop(video, g):
+    """A random part of one random frame, a third to two thirds as wide and high, enlarged, (3, 1,
+    H, W): what things look like, without where they are (Customize-A-Video)."""
+    f = int(torch.randint(video.shape[1], (), generator=g))
+    return zoom(video[:, f : f + 1], *PATCH, g)
 
 
-CROP = (0.33, 0.67)  # of the sides: Customize-A-Video's patches
-
-
-def crop(clip, g, encode):
-    """A random part of one random frame, a third to two thirds as wide and high, enlarged: what
-    things look like, without where they are (Customize-A-Video)."""
-    f = int(torch.randint(clip.video.shape[1], (), generator=g))
-    part = zoom(clip.video[:, f : f + 1], *CROP, g)
-    return encode(part), slice(f, f + 1)
-
-
-def augmented(clip, g, encode):
+def augmented(video, g):
     """All frames, all alike a little enlarged, shifted, and changed in brightness, contrast and
     saturation (NewMove's supplement names spatial and colour augmentation, with no figures).
     Never flipped: a flip turns left into right."""
-    return encode(tint(zoom(clip.video, 0.8, 1.0, g), g)), slice(None)
+    return tint(zoom(video, 0.8, 1.0, g), g)
 
 
-def recoloured(clip, g, encode):
+def recoloured(video, g):
     """All frames, all alike with red, green and blue shuffled, half of the time as a negative, and
     tinted: another look at each step, and what the looks share is the motion."""
-    shuffled = clip.video[torch.randperm(3, generator=g)]
+    shuffled = video[torch.randperm(3, generator=g)]
     negative = torch.rand((), generator=g) < 0.5
-    return encode(tint(-shuffled if negative else shuffled, g)), slice(None)
+    return tint(-shuffled if negative else shuffled, g)
+
+
+VIEWS = {"none": None, "augmented": augmented, "recoloured": recoloured}
 
 
 def tint(video, g):
@@ -272,10 +380,6 @@ def tint(video, g):
     video = ((video + 1) * light - 1 - video.mean()) * contrast + video.mean()
     grey = video.mean(0, keepdim=True)
     return (grey + (video - grey) * colour).clamp(-1, 1)
-
-
-VIEWS = {"whole": whole, "frame": frame, "crop": crop, "augmented": augmented,
-         "recoloured": recoloured}
 
 
 def zoom(video, least, most, g):
@@ -291,37 +395,6 @@ def zoom(video, least, most, g):
 
 # ------------------------------------------------------------------------------------------------
 # Out
-
-
-PART = ".part-"  # files that are being written
-
-
-def room_for(path, size):
-    """Raises BadInput when the disk of `path` cannot take `size` more bytes."""
-    free = shutil.disk_usage(Path(path).parent).free
-    if free < size:
-        raise BadInput(f"{path} needs {size:,} bytes, the disk has {free:,} left; nothing was "
-                       "changed. Free some, or give another --out.")
-
-
-@contextlib.contextmanager
-def publish(path):
-    """A temporary path beside `path`; when the block ends well it is flushed to disk and takes the
-    name, so a reader meets the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=PART, suffix=path.suffix)
-    os.close(handle)
-    umask = os.umask(0)
-    os.umask(umask)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~umask)  # temporary files, and safetensors', are private
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def to_pixels(video):
@@ -365,8 +438,3 @@ def contact_sheet(path, videos):
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
     with publish(path) as part:
         Image.fromarray(np.concatenate(rows)).save(part)
-
-
-def slug(text, longest=48):
-    """A file name from a text: letters, digits and dashes alone, so it stays in its folder."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].strip("-") or "untitled"

@@ -1,521 +1,460 @@
 """Make videos, with a learned motion or without.
 
+    python generate.py --prompt "a red ring moving left on a grey background"
     python generate.py --adapter out/eight-vmc/vmc.safetensors --prompts assets/prompts.txt
     python generate.py --adapter motion.safetensors look.safetensors --scale 1 0.7 --prompt "…"
-    python generate.py --adapter A.safetensors --prompts prompts.txt --seeds 4
-    python generate.py --prompt "a red ring moving left on a grey background"
+    python generate.py --dmt clip.mp4 --prompt "a red star"        # a motion without training
+    python generate.py --adapter motion.safetensors --save merged  # keep the model it makes
 
-Writes an mp4 a video, one contact sheet and the settings to --out.
+Writes an mp4 a video, one contact sheet and the settings to --out. What the flags leave open is
+taken from the adapter's file, and what that leaves open from the model.
 
-Axes: N videos, B of them at a time, C channels, F frames, h w latent, H W picture.
+Axes: B videos, C channels, F frames, h w latent, H W picture.
 """
-import argparse
-import contextlib
+import itertools
 import json
-import os
-import sys
-from datetime import timedelta
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import data
+import dmt
 import lora
-import model
 import sampler
-from model import BadInput
-
-TINY = Path(__file__).resolve().parent / "tiny" / "weights"
-
-
-# ------------------------------------------------------------------------------------------------
-# What train.py shares: where and how precisely to compute, and sampling itself
-
-
-def autocast(device, precision):
-    """The context in which the networks run: bf16 products, or plain fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
-
-
-def default_precision(device):
-    """bf16 wherever the hardware multiplies it faster than fp32, else fp32."""
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else "fp32"
-
-
-def find_device(device=None):
-    """The device that a flag names, or the default; under torchrun each process has its own GPU.
-    Raises BadInput when it cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:80]
-        raise BadInput(f"--device {device} cannot be used ({reason}); give cpu or cuda.") from None
-    return device
-
-
-def load_base(args):
-    """The base model that the flags name, in fp32. Raises BadInput."""
-    args.device = find_device(args.device)
-    args.precision = args.precision or default_precision(args.device)
-    return model.load(args.weights or TINY, args.device)
-
-
-def place(args):
-    """This process's number and their count: torchrun's, which meet here, else 0 and 1."""
-    number, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if count > 1 and not torch.distributed.is_initialized():
-        kind = torch.device(args.device).type
-        if kind == "cuda":
-            torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-                                             timeout=timedelta(days=1))  # samples take long
-    return number, count
-
-
-def store_frozen(args, unet, keep):
-    """In bf16, store frozen weights in it too: half the memory, and none are converted again at
-    every step. Those named in `keep` stay in fp32."""
-    if args.precision == "bf16":
-        lora.halve(unet, keep)
-
-
-def require(args, least):
-    """Raises BadInput when a flag's number lies under its least value (or, where two are given,
-    outside them), or is none at all."""
-    for name, value in least.items():
-        low, high = value if isinstance(value, tuple) else (value, None)
-        got = getattr(args, name)
-        if got is not None and not (low <= got < float("inf") and (high is None or got <= high)):
-            wanted = f"{low} or more" if high is None else f"{low} to {high}"
-            raise BadInput(f"--{name.replace('_', '-')} {got}: wanted {wanted}.")
-
-
-def check_size(parts, width, height, what=""):
-    """Raises BadInput for pixels that are no whole number of latents."""
-    factor = parts.vae.config.factor
-    if width % factor or height % factor:
-        raise BadInput(f"{what}{width}×{height} pixels: wanted multiples of {factor}.")
-
-
-def check_steps(schedule, steps, name="steps"):
-    """Raises BadInput for a number of sampling steps that the schedule does not have, and warns of
-    one whose whole-number spacing would begin far from pure noise."""
-    T = schedule.num_train_timesteps
-    if not 1 <= steps < T:
-        raise BadInput(f"--{name} {steps}: wanted 1 to {T - 1}.")
-    if (first := schedule.timesteps(steps)[0]) < 0.9 * T:
-        data.say(f"warning: {steps} steps, {T // steps} timesteps apart, begin at t = {first} and "
-                 f"not in pure noise; a number that divides {T} begins there")
-
-
-@torch.no_grad()
-def invert(parts, latents, steps, precision, on_step=None):
-    """DDIM inversion of clean latents (B, C, F, h, w) (VMC Sec. 3.3), with an empty prompt and no
-    guidance, as the published code has it."""
-    device = next(parts.unet.parameters()).device
-    empty = parts.text([""]).expand(len(latents), -1, -1)
-    with autocast(device, precision):
-        predict = sampler.guide(parts.unet, empty)
-        return sampler.ddim_inversion(parts.schedule, predict, latents.to(device), steps,
-                                      on_step)
-
-
-@torch.no_grad()
-def sample(parts, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", negative="",
-           precision="fp32", on_step=None, **more):
-    """Prompts and starting latents (B, C, F, h, w) -> videos (B, 3, F, H, W) in [-1, 1].
-    `more` goes to the sampler."""
-    device = next(parts.unet.parameters()).device
-    text, empty = parts.text(prompts), parts.text([negative]).expand(len(prompts), -1, -1)
-    extra = more | ({"seeds": seeds} if method == "ddpm" else {})
-    with autocast(device, precision):
-        predict = sampler.guide(parts.unet, text, empty, guidance)
-        latents = sampler.SAMPLERS[method](
-            parts.schedule, predict, start.to(device), steps, on_step=on_step, **extra)
-    if not torch.isfinite(latents).all():
-        raise BadInput(f"sampling with guidance {guidance:g} gave NaN; lower --guidance, or use "
-                       "--precision fp32.")
-    return parts.vae.decode_video(latents.float()).cpu()
-
-
-# ------------------------------------------------------------------------------------------------
-# Diffusion Motion Transfer (Yatim et al. 2023): no training; while sampling, the latents are pulled
-# until features of the video change over time as those of a reference do.
-
-DMT_SHARE, DMT_STEPS, DMT_RATE = 0.4, 10, (0.007, 0.004)  # of the steps; Adam's, and its rates
-
-
-def frame_features(unet, x, t, text):
-    """Spatially averaged features (B, F, C) of the second upward block."""
-    block, seen = unet.up_blocks[1], []
-    last = block.upsamplers[0] if hasattr(block, "upsamplers") else block.temp_attentions[-1]
-    hook = last.register_forward_hook(lambda module, inputs, out: seen.append(out))
-    try:
-        unet(x, t, text)
-    finally:
-        hook.remove()
-    return seen[0].float().mean((2, 3)).unflatten(0, (len(x), -1))
-
-
-def pairwise_differences_loss(got, want):
-    """1 − cosine of the differences between each frame and every anchor frame, on (B, F, C)
-    features: what all frames share cancels."""
-    difference = lambda f: f[:, :, None] - f[:, None]  # (B, F, F, C)
-    other = ~torch.eye(got.shape[1], dtype=torch.bool, device=got.device)
-    cosine = torch.nn.functional.cosine_similarity(difference(got), difference(want), dim=-1)
-    return (1 - cosine[:, other]).mean()
-
-
-def low_frequencies(x, factor=4):
-    """(B, C, F, h, w) without spatial detail finer than `factor` latents."""
-    h, w = x.shape[-2:]
-    resize = lambda x, size: torch.nn.functional.interpolate(
-        x, size, mode="bilinear", antialias=True)
-    small = resize(x.flatten(0, 2)[None], (max(1, h // factor), max(1, w // factor)))
-    return resize(small, (h, w)).view(x.shape)
-
-
-def motion_transfer(parts, latents, prompts, start, seeds, args):
-    """Videos (B, 3, F, H, W) of the prompts that move as the clean latents (1, C, F, h, w) do."""
-    S, unet, device = parts.schedule, parts.unet, start.device
-    path, empty = {}, parts.text([""])
-    inverted = invert(parts, latents, args.steps, args.precision,
-                      on_step=lambda t, x: path.update({t: x}))
-    start = start + low_frequencies(inverted) - low_frequencies(start)
-    text = parts.text(prompts)
-    pulled = S.timesteps(args.steps)[: max(1, int(args.steps * DMT_SHARE))]
-
-    def edit(x, t):
-        if t not in pulled:
-            return x
-        with autocast(device, args.precision):
-            with torch.no_grad():
-                want = frame_features(unet, path[t], t, empty)
-            done = pulled.index(t) / max(1, len(pulled) - 1)
-            rate = DMT_RATE[0] + (DMT_RATE[1] - DMT_RATE[0]) * done
-            with torch.enable_grad():
-                free = x.detach().clone().requires_grad_()
-                adam = torch.optim.Adam([free], lr=rate)
-                for _ in range(DMT_STEPS):
-                    loss = pairwise_differences_loss(frame_features(unet, free, t, text), want)
-                    free.grad, = torch.autograd.grad(loss, free)
-                    adam.step()
-        return free.detach()
-
-    return sample(parts, prompts, start, seeds, args.steps, args.guidance,
-                  negative=args.negative, precision=args.precision, edit=edit)
-
+from model import TINY, load
+from support import machine, prompts, sets, videos
+from support.files import BadInput, check_folder_out, check_weights, read_size
+from support.flags import Parser, choice, real, some_text, whole
 
 # ------------------------------------------------------------------------------------------------
 # The command
 
 
+def main(argv=None):
+    """Prompts to videos, a contact sheet and the settings, in --out."""
+    args = parse(argv)
+    check(args)
+    machine.keep_memory()
+    device = machine.find_device(args.device)
+    process, processes = machine.place(device)
+    model = load(args.weights, device, args.precision or machine.default_precision(device))
+    adapters = [lora.read_adapter(path, model.unet) for path in args.adapter]
+    s, clip = settle(args, model, adapters)
+    second = load_refiner(s, model) if s.refine else None
+    first = process == 0
+    if first:
+        print("settings:", json.dumps(asdict(s), ensure_ascii=False), flush=True)
+
+    # The base inverts before the motion is in the weights.
+    path = invert_clip(s, model, clip) if s.inverts == "base" else None
+    for scale, change in zip(s.scale, lora.apply_adapters(model, adapters, s.scale)):
+        if first:
+            print("{}: {} layers change by ‖ΔW‖/‖W‖ = {:.3g}".format(*change), f"(scale {scale:g})")
+    if args.save and first:
+        save_merged(args.save, model, s.weights)
+    model.store_frozen({name for adapter in adapters for name in adapter.tensors})
+    path = invert_clip(s, model, clip) if path is None else path
+
+    jobs, sheet = s.jobs(), {}
+    names = [sets.video_name(i // s.seeds, *job) for i, job in enumerate(jobs)]
+    listed = asdict(s) | {"videos": [(name, *job) for name, job in zip(names, jobs)]}
+    out = machine.agreed(sets.begin(args.out, args.overwrite, listed) if jobs and first else None)
+    mine = range(process, len(jobs), processes)
+    for number, video in zip(mine, sample(s, model, clip, path, [jobs[n] for n in mine])):
+        if second:  # one by one: its pictures are large
+            video = refine(s.refine, second, video, *jobs[number], s.negative)
+        data.write_video(out / names[number], video, s.fps)
+        sheet[number] = data.every_nth(video)
+        print(f"{out / names[number]}: {jobs[number][0]}", flush=True)
+    if sheet := machine.gather(sheet):
+        data.contact_sheet(out / "sheet.png", [sheet[number] for number in sorted(sheet)])
+        print(f"contact sheet: {out / 'sheet.png'}")
+
+
+def invert_clip(s, model, clip):
+    """{timestep: latents (1, C, F, h, w)} of the inverted clip: at the last, where samples start
+    from, and, for DMT, at those where its features are read. {} where they start from noise."""
+    if s.init == "noise" or not s.prompts:
+        return {}
+    path, last = {}, model.schedule.timesteps(s.inversion_steps)[0]
+    keep = dmt.inversion_levels(s, model) if s.init == "dmt" else {last}
+
+    def on_step(t, x):
+        if t in keep:
+            path[t] = x
+
+    sampler.invert(model, clip, s.inversion_steps, s.inversion_prompt, on_step, "inverting")
+    return path
+
+
+def sample(s, model, clip, path, jobs):
+    """Yields the video (3, F, H, W) of every job, (prompt, seed)."""
+    if s.init == "dmt":
+        model.unet.checkpointing = s.checkpointing
+        for prompt, seed in jobs:
+            yield dmt.transfer_motion(s, model, clip, path, prompt, seed)
+        return
+    factor = model.vae.config.factor
+    shape = model.unet.config.in_channels, s.frames, s.height // factor, s.width // factor
+    start = videos.starts(shape, path[max(path)] if path else None, s.noise_prior)
+    made = videos.make_videos(model, jobs, start, steps=s.steps, guidance=s.guidance,
+                              method=s.sampler, negative=s.negative, batch=s.batch)
+    for _, video in made:
+        yield video
+
+
+def save_merged(path, model, weights):
+    """Keep a merged model: as a folder in the hub's layout, or as ModelScope's own .pth."""
+    from support import formats  # needed here alone
+
+    if path.suffix == ".pth":
+        formats.save_pth(model.unet, path)
+    else:
+        formats.save_hub(model, path, weights or TINY)
+    print(f"merged model: {path}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags, and what can be judged by them alone
+
+
 def parse(argv=None):
-    """The flags. Raises BadInput for numbers that make no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The flags; those not given are None where something else decides."""
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     # what to make
-    add("--prompt", help="what to show")
+    add("--prompt", type=some_text, help="what to show")
     add("--prompts", type=Path, help="a text file, one prompt a line, instead of --prompt")
-    add("--negative", default="", help="what not to show (default: nothing)")
-    add("--seed", type=int, default=0, help="first seed (default: 0)")
-    add("--seeds", type=int, default=1, help="videos a prompt, from --seed on (default: 1)")
+    add("--negative", help="what not to show (default: nothing; with --dmt its code's words)")
+    add("--style", help="words to end every prompt with: 'in watercolour'")
+    add("--seed", type=whole(0, 2**63), default=0, help="first seed (default: 0)")
+    add("--seeds", type=whole(1, 10**6), default=1, help="videos a prompt, from --seed on "
+        "(default: 1)")
     # the model
     add("--adapter", type=Path, nargs="+", default=[], help="what was learned: files that train.py "
         "wrote, or other programs' LoRAs; of several, the first gives the clip")
-    add("--scale", type=float, nargs="+", help="strength of each adapter; 0 is the base model "
-        "(default: 1)")
-    add("--style", default="", help="words to end every prompt with: 'in watercolour'")
+    add("--scale", type=real(-100, 100), nargs="+", help="strength of each adapter; 0 is the base "
+        "model (default: 1)")
     add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
-    # the shape; from the adapter's clip, where there is one
-    add("--frames", type=int, help="frames (default: the clip's, else 16)")
-    add("--width", type=int, help="pixels (default: the clip's, else the model's)")
-    add("--height", type=int, help="pixels (default: the clip's, else the model's)")
-    add("--fps", type=float, help="frames a second (default: the clip's, else 8)")
+    # the shape
+    add("--frames", type=whole(1, 1024), help="frames (default: the clip's, else 16)")
+    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "
+        "model's)")
+    add("--fps", type=real(0.01, 1000), help="frames a second (default: the clip's, else 8)")
     # the start
     add("--init", choices=("inverted", "noise"),
         help="start from the inverted clip, or from noise (default: as the adapter's method)")
     add("--init-video", type=Path, help="invert this clip instead of the adapter's")
-    add("--dmt", type=Path, help="Diffusion Motion Transfer: move as this clip does, by guidance, "
-        "without training (its paper's guidance: 10, steps: 50)")
-    add("--noise-prior", type=float, help="p in the start √p·inverted + √(1-p)·noise (default: the "
-        "adapter's method's: VMC 1, MotionDirector 0.5, NewMove 0)")
+    add("--noise-prior", type=real(0, 1), help="p in the start √p·inverted + √(1-p)·noise "
+        "(default: the method's: VMC 1, MotionDirector 0.5, NewMove 0)")
+    add("--inversion-steps", type=whole(1), help="steps of the inversion (default: --steps, else "
+        "the method's; with --dmt one a timestep, and with the tiny model as many as --steps)")
     # sampling
-    add("--steps", type=int, help="sampling and inversion steps (default: the method's, else 50)")
-    add("--guidance", type=float, help="classifier-free guidance (default: the "
-        "method's, else 9; tiny model: 4)")
-    add("--sampler", choices=tuple(sampler.SAMPLERS), default="ddim", help="default: ddim")
-    add("--batch", type=int, help="videos at a time (default: 1; tiny model: 4)")
+    add("--sampler", choices=tuple(sampler.SAMPLERS), help="default: the method's, else ddim")
+    add("--steps", type=whole(1), help="sampling steps (default: the method's, else 50)")
+    add("--guidance", type=real(0, 1000), help="classifier-free guidance (default: the method's, "
+        "else 9; tiny model: 4)")
+    add("--batch", type=whole(1), help="videos at a time on a GPU (default: 1); a CPU makes one by "
+        "one, which costs it nothing")
+    # Diffusion Motion Transfer
+    add("--dmt", type=Path, help="move as this clip does, by guidance, without training")
+    add("--dmt-prompt", type=some_text, help="its caption (default: its own .txt, else its name)")
+    add("--checkpointing", choices=("on", "off"), help="compute activations again instead of "
+        "keeping them: less memory, a third more time (default: on with --weights)")
     # a second model over the first one's videos, as ZeroScope XL
-    add("--refine", type=Path, help="its hub-layout folder; its size is --refine-width and -height")
-    add("--strength", type=float, help="how much it may change, 0 to 1 (default: 0.6)")
-    add("--refine-steps", type=int, help="its sampling steps (default: 50)")
-    add("--refine-guidance", type=float, help="its guidance (default: 15; tiny model: 4)")
-    add("--refine-width", type=int, help="pixels (default: as made)")
-    add("--refine-height", type=int, help="pixels (default: as made)")
-    add("--out", type=Path, default=Path("out/generated"), help="folder (default: out/generated)")
-    args = parser.parse_args(argv)
-    require(args, {"frames": 1, "width": 8, "height": 8, "fps": 0.01, "seed": 0, "seeds": 1,
-                   "steps": 1, "batch": 1, "guidance": 0, "strength": (0, 1),
-                   "refine_width": 8, "refine_height": 8, "refine_steps": 1, "refine_guidance": 0})
-    if not args.refine:
-        for name in ("strength", "refine_width", "refine_height", "refine_steps",
-                     "refine_guidance"):
-            if getattr(args, name) is not None:
-                raise BadInput(f"--{name.replace('_', '-')} needs --refine.")
-    args.strength = 0.6 if args.strength is None else args.strength
-    args.refine_steps = args.refine_steps or 50
-    return args
+    add("--refine", type=Path, help="its hub-layout folder")
+    add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: as made)")
+    add("--refine-steps", type=whole(1), help="its sampling steps (default: 50)")
+    add("--refine-guidance", type=real(0, 1000), help="default: 15; tiny model: 4")
+    add("--strength", type=real(0, 1), help="how much it may change, 0 to 1 (default: 0.6)")
+    # what is kept
+    add("--save", type=Path, help="keep the merged model: a folder in the hub's layout, or a .pth "
+        "in ModelScope's")
+    add("--out", type=Path, default=Path("out/generated"), help="folder (default: out/generated; "
+        "numbered where a set is there)")
+    add("--overwrite", action="store_true", help="replace the set in --out")
+    return parser.parse_args(argv)
 
 
-def read_prompts(args):
-    """The prompts, checked. Raises BadInput when there are none, or two sources of them."""
-    data.check_prompt(args.negative)
-    styled = lambda prompt: data.check_prompt(f"{prompt} {args.style}".strip())
-    if (args.prompt is None) == (args.prompts is None):
-        raise BadInput("give --prompt \"…\" or --prompts FILE, and not both.")
-    if args.prompt is not None:
-        return [styled(args.prompt)]
-    if not args.prompts.is_file():
-        raise BadInput(f"{args.prompts} does not exist; give a text file with one prompt a line.")
-    lines = args.prompts.read_text(errors="replace").splitlines()
-    prompts = [styled(line.strip()) for line in lines if line.strip()]
-    if not prompts:
-        raise BadInput(f"{args.prompts} holds no prompts; write one a line.")
-    return prompts
+# Flags that mean something beside another one alone, and flags that exclude each other.
+NEEDS = {"adapter": ("scale", "save"), "dmt": ("dmt_prompt", "checkpointing"),
+         "refine": ("refine_size", "refine_steps", "refine_guidance", "strength")}
+EXCLUDES = {"dmt": ("init", "init_video", "noise_prior", "sampler"), "prompt": ("prompts",)}
 
 
-def check(args, parts):
-    """Read the adapters, and fill in what the flags leave open from the first of them that has a
-    clip, and from the model; raise BadInput early. Returns adapters, scales, and that first one."""
-    factor, tiny = parts.vae.config.factor, args.weights is None
-    adapters = [lora.read_adapter(path, parts.unet) for path in args.adapter]
-    scales = args.scale or [1.0]
-    if len(scales) not in (1, len(adapters)) or args.scale and not adapters:
-        raise BadInput(f"--scale: {len(scales)} numbers for {len(adapters)} --adapter; give one "
-                       "for each.")
-    scales = scales * len(adapters) if len(scales) == 1 else scales
-    clip = next((a for a in adapters if a.latents is not None), None)
-    meta = (clip or adapters[0]).meta if adapters else {}
-    own = parts.unet.config.sample_size
-    F, h, w = clip.latents.shape[1:] if clip else (16, own, own)
-    source = clip or args.init_video
-    if args.init == "noise" and (args.noise_prior or args.init_video):
+def check(args):
+    """Raises BadInput for flags that do not go together, and for what is not where they say."""
+    flag = lambda name: "--" + name.replace("_", "-")
+    given = {name for name, value in vars(args).items() if value not in (None, [], False)}
+    given |= {name for name in ("strength", "noise_prior") if getattr(args, name) == 0}
+    for one, others in NEEDS.items():
+        for other in others:
+            if other in given and one not in given:
+                raise BadInput(f"{flag(other)} needs {flag(one)}.")
+    for one, others in EXCLUDES.items():
+        for other in others:
+            if one in given and other in given:
+                raise BadInput(f"{flag(one)} and {flag(other)} exclude each other.")
+    if args.init == "noise" and given & {"noise_prior", "init_video"}:
         raise BadInput("--init noise uses no clip; leave --noise-prior and --init-video out.")
-    prior = float(meta.get("noise_prior", 0)) if clip else 0.0
-    if args.init_video or args.init == "inverted":
-        prior = prior or 1.0
-    prior = prior if args.noise_prior is None else args.noise_prior
-    if args.init is None:
-        args.init = "inverted" if prior and source else "noise"
-    defaults = {"frames": F, "height": h * factor, "width": w * factor, "noise_prior": prior,
-                "fps": float(meta.get("fps", 8)), "steps": int(meta.get("sampling_steps", 50)),
-                "guidance": 4.0 if tiny else float(meta.get("guidance", 9)),
-                "batch": 4 if tiny else 1}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    check_steps(parts.schedule, args.steps)
-    check_size(parts, args.width, args.height)
-    if not 0 <= args.noise_prior <= 1:
-        raise BadInput(f"--noise-prior {args.noise_prior}: wanted 0 (noise) to 1 (inverted).")
-    if (args.init == "inverted" or args.noise_prior) and not source:
-        what = "--init inverted" if args.init == "inverted" else "--noise-prior"
-        raise BadInput(f"{what} has no clip to invert; give --adapter or --init-video.")
-    if args.init == "inverted" and args.noise_prior == 1 and args.seeds > 1:
-        data.say("note: from the inverted clip alone every seed gives the same video; "
-                 "--noise-prior 0.5 mixes noise in")
-    if args.dmt and (args.init == "inverted" or args.sampler != "ddim"):
-        raise BadInput("--dmt makes its own start from its clip and samples by DDIM; leave "
-                       "--sampler out, and give --init noise.")
-    if args.init == "inverted" and args.sampler == "dpm":
-        raise BadInput("--init inverted retraces DDIM's own timesteps; use --sampler ddim.")
-    return adapters, scales, clip
+    if args.noise_prior == 0 and (args.init or args.init_video):
+        raise BadInput("--noise-prior 0 starts from noise; leave --init and --init-video out.")
+    if args.scale and len(args.scale) not in (1, len(args.adapter)):
+        raise BadInput(f"--scale: {len(args.scale)} numbers for {len(args.adapter)} --adapter; "
+                       "give one for each.")
+    check_weights(args.weights)
+    check_weights(args.refine, "--refine")
+    if args.save:
+        check_folder_out(args.save.parent, "--save")
+        if args.save.exists():
+            raise BadInput(f"--save {args.save} exists; give another name.")
+    if not (args.prompt or args.prompts or args.save):
+        raise BadInput("give --prompt \"…\" or --prompts FILE.")
+    prompts.read_prompts(args.prompt, args.prompts, args.style)
+    sets.find_folder(args.out, args.overwrite)
 
 
-def read_latents(args, parts, path):
-    """A clip's latents (1, C, F, h, w), at the size of what is made; --frames becomes its own."""
-    video = data.read_video(path, args.frames, (args.height, args.width), args.fps)
-    args.frames = video.shape[1]
-    return parts.vae.encode_video(video[None].to(args.device))
+# ------------------------------------------------------------------------------------------------
+# The settings
 
 
-@torch.no_grad()
-def starting_latents(args, parts, adapter):
-    """The inverted clip (1, C, F, h, w), or None for noise."""
-    if args.init == "noise":
-        return None
-    if args.init_video:
-        latents = read_latents(args, parts, args.init_video)
+@dataclass(frozen=True)
+class Refining:
+    """What the second model does: `strength` of the way to noise, and back."""
+
+    weights: str
+    height: int
+    width: int
+    strength: float
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a set of videos depends on: worked out once, printed, and saved as settings.json."""
+
+    prompts: list
+    negative: str
+    seed: int
+    seeds: int
+    adapter: list
+    scale: list
+    weights: str | None  # None: the tiny model
+    device: str
+    precision: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    init: str  # where sampling starts: at noise, at the inverted clip, or as DMT does
+    clip: str | None  # what is inverted
+    noise_prior: float
+    inverts: str  # the model that inverts: the base, or as it was tuned
+    inversion_steps: int
+    inversion_prompt: str
+    sampler: str
+    steps: int
+    guidance: float
+    steps_trained: int | None  # of the adapter
+    batch: int
+    checkpointing: bool
+    refine: Refining | None
+
+    def jobs(self):
+        """(prompt, seed) of every video."""
+        seeds = range(self.seed, self.seed + self.seeds)
+        return list(itertools.product(self.prompts, seeds))
+
+
+# What an adapter's file may say of sampling.
+STORY = {"fps": real(0.01, 1000), "noise_prior": real(0, 1), "guidance": real(0, 1000),
+         "sampling_steps": whole(1, 10**5), "inversion_steps": whole(0, 10**5), "step": whole(0),
+         "sampler": choice(*sampler.SAMPLERS), "inverts": choice("tuned", "base")}
+
+
+def read_story(adapter):
+    """{name: value} of what an adapter's file says of sampling. Raises BadInput, before anything
+    is sampled, for what is of another kind, or outside its range."""
+    story, ours = {}, adapter.meta.get("format") == lora.FORMAT
+    for name, read in STORY.items() if ours else ():
+        try:
+            story |= {name: read(adapter.meta[name])} if name in adapter.meta else {}
+        except BadInput as error:
+            raise BadInput(f"{adapter.path} says {name} = {error} Train it again.") from None
+    return story
+
+
+def settle(args, model, adapters):
+    """The Settings, and the clip that gives the start or the motion as clean latents
+    (1, C, F, h, w), or None. Raises BadInput for what the model or the adapters cannot do."""
+    for adapter in adapters:
+        lora.check_fit(model, adapter)
+    tiny, source = is_tiny(args.weights), next((a for a in adapters if a.latents is not None), None)
+    v = choose_values(args, model, adapters, source)
+    v["init"], v["noise_prior"] = choose_start(args, v["noise_prior"], source)
+    check_sampling(v, model)
+    clip, v["clip"] = read_clip(args, v, model, source)
+    v["frames"] = v["frames"] if clip is None else clip.shape[2]
+    v["height"], v["width"] = v.pop("size")
+    scale = args.scale or [1.0]
+    # On a CPU several at a time take as long as one by one, and each would depend on the others in
+    # its last bits.
+    on_cpu = torch.device(model.device).type == "cpu"
+    recompute = (args.checkpointing or ("off" if tiny else "on")) == "on"
+    s = Settings(
+        prompts=prompts.read_prompts(args.prompt, args.prompts, args.style), seed=args.seed,
+        seeds=args.seeds, adapter=[str(path) for path in args.adapter],
+        scale=scale * len(adapters) if len(scale) == 1 else scale,
+        weights=str(args.weights) if args.weights else None, device=model.device,
+        precision=model.precision, batch=1 if on_cpu else args.batch or 1,
+        inversion_prompt=data.find_caption(args.dmt, args.dmt_prompt)[0] if args.dmt else "",
+        checkpointing=bool(args.dmt) and recompute, refine=settle_refining(args, v), **v)
+    check_prompts(s, adapters, tiny)
+    return s, clip
+
+
+def check_prompts(s, adapters, tiny):
+    """Raises BadInput for a prompt that is too long; says what the tiny model cannot read."""
+    learned, taught = {}, []
+    for adapter in adapters:
+        learned |= {word: len(vectors) for word, vectors in adapter.words.items()}
+        taught += [adapter.meta.get("prompt", ""), *adapter.words]
+    for prompt in (*s.prompts, s.negative):
+        data.check_prompt(prompt, learned)
+    if tiny:
+        prompts.explain_strange_words(" ".join(s.prompts), " ".join(taught))
+
+
+def choose_values(args, model, adapters, source):
+    """{name of a setting: its value}: of the flags, else of the first adapter that has a clip (or
+    the first), else the default."""
+    tiny, factor = is_tiny(args.weights), model.vae.config.factor
+    side = model.unet.config.sample_size * factor
+    v = {"negative": "", "frames": 16, "size": (side, side), "fps": 8.0, "noise_prior": 0.0,
+         "inverts": "tuned", "inversion_steps": 0, "sampler": "ddim", "steps": 50,
+         "steps_trained": None, "guidance": 4.0 if tiny else 9.0}
+    if adapters:
+        story = read_story(source or adapters[0])
+        story |= {"steps": story.get("sampling_steps", 50), "steps_trained": story.get("step")}
+        v |= {name: value for name, value in story.items() if name in v}
+    if source:
+        _, frames, h, w = source.latents.shape
+        v |= {"frames": frames, "size": (h * factor, w * factor)}
     else:
-        latents = adapter.latents[None].to(args.device).float()
-        factor = parts.vae.config.factor
-        own = latents.shape[2], latents.shape[3] * factor, latents.shape[4] * factor
-        wanted = args.frames, args.height, args.width
-        if own != wanted:
-            raise BadInput(
-                f"the adapter's clip has {own[0]} frames of {own[2]}×{own[1]}, wanted are "
-                f"{wanted[0]} of {wanted[2]}×{wanted[1]}; leave --frames, --width and --height "
-                "out, or give --init-video or --init noise.")
-    args.frames = latents.shape[2]
-    return invert(parts, latents, args.steps, args.precision)
+        v["noise_prior"] = 0.0
+    if args.dmt:
+        v |= dmt.defaults(model.schedule.num_train_timesteps, tiny)
+    elif args.steps:  # the method's steps of inversion belong to its steps of sampling
+        v["inversion_steps"] = 0
+    for name in v:
+        given = getattr(args, name, None)
+        v[name] = v[name] if given is None else given
+    v["inversion_steps"] = v["inversion_steps"] or v["steps"]
+    return v
 
 
-def load_refiner(args, first):
-    """The second model, for `refine`. Raises BadInput when its size makes no sense."""
-    parts = model.load(args.refine, args.device)
-    store_frozen(args, parts.unet, {})
-    if parts.text.config.hidden_size == first.text.config.hidden_size:
-        parts.text.learned = first.text.learned
-    args.refine_width = args.refine_width or args.width
-    args.refine_height = args.refine_height or args.height
-    if args.refine_guidance is None:
-        args.refine_guidance = 4.0 if args.refine.resolve() == TINY.resolve() else 15.0
-    check_steps(parts.schedule, args.refine_steps, "refine-steps")
-    check_size(parts, args.refine_width, args.refine_height, "--refine-width, --refine-height: ")
-    return parts
+def choose_start(args, noise_prior, source):
+    """Where samples start, and p in √p·inverted + √(1−p)·noise. Raises BadInput for what has no
+    clip."""
+    if args.dmt:
+        return "dmt", 0.0
+    asked = args.init == "inverted" or args.init_video
+    noise_prior = noise_prior or (1.0 if asked else 0.0)
+    init = args.init or ("inverted" if noise_prior else "noise")
+    if init == "noise" and args.inversion_steps:
+        raise BadInput("--inversion-steps: nothing is inverted here; leave it out.")
+    if init == "inverted" and not (source or args.init_video):
+        flag = "--noise-prior" if args.noise_prior else "--init inverted"
+        raise BadInput(f"{flag} has no clip to invert; give --adapter or --init-video.")
+    return init, noise_prior if init == "inverted" else 0.0
+
+
+def check_sampling(v, model):
+    """Raises BadInput for steps and sizes that the model does not have, and for a sampler that
+    would not come back to the clip."""
+    S, factor = model.schedule, model.vae.config.factor
+    sampler.check_steps(S, v["steps"])
+    if v["init"] != "noise" and v["inversion_steps"] != v["steps"]:
+        sampler.check_steps(S, v["inversion_steps"], "inversion-steps")
+    if any(side % factor for side in v["size"]):
+        raise BadInput(f"--size {v['size'][1]}x{v['size'][0]}: wanted multiples of {factor}.")
+    if v["init"] == "inverted" and v["sampler"] == "dpm" and (
+            sampler.dpm_timesteps(S, v["steps"]) != S.timesteps(v["steps"])):
+        raise BadInput("--sampler dpm has other timesteps than the inversion, so it would not come "
+                       "back to the clip; give --sampler ddim, or --init noise.")
+
+
+def read_clip(args, v, model, source):
+    """The clip to invert as clean latents (1, C, F, h, w), and where it is from; or None, None."""
+    if v["init"] == "noise":
+        return None, None
+    if path := args.dmt or args.init_video:
+        video = data.read_video(path, v["frames"], v["size"], v["fps"])
+        # DMT's code takes a sample of the VAE's posterior.
+        g = sampler.generator(args.seed, 5) if args.dmt else None
+        return model.encode(video[None], g), str(path)
+    factor, (_, frames, h, w) = model.vae.config.factor, source.latents.shape
+    if (frames, (h * factor, w * factor)) != (v["frames"], tuple(v["size"])):
+        raise BadInput(f"{source.path} has a clip of {frames} frames of {w * factor}x{h * factor}, "
+                       "which cannot start others; leave --frames and --size out, or give "
+                       "--init-video or --init noise.")
+    return source.latents[None].to(model.device).float(), str(source.path)
+
+
+def settle_refining(args, v):
+    """The second model's settings, or None."""
+    if not args.refine:
+        return None
+    height, width = args.refine_size or (v["height"], v["width"])
+    guidance = 4.0 if is_tiny(args.refine) else 15.0
+    return Refining(str(args.refine), height, width,
+                    0.6 if args.strength is None else args.strength, args.refine_steps or 50,
+                    guidance if args.refine_guidance is None else args.refine_guidance)
+
+
+def is_tiny(weights):
+    """Whether the weights folder of a flag is the tiny model's."""
+    return weights is None or Path(weights).resolve() == TINY.resolve()
+
+
+# ------------------------------------------------------------------------------------------------
+# Refining
+
+
+def load_refiner(s, first):
+    """The second model, for `refine`. Raises BadInput when its numbers make no sense."""
+    r = s.refine
+    model = load(r.weights, s.device, s.precision, keep=())
+    if model.text.config.hidden_size == first.text.config.hidden_size:
+        model.text.learned = first.text.learned
+    sampler.check_steps(model.schedule, r.steps, "refine-steps")
+    factor = model.vae.config.factor
+    if r.height % factor or r.width % factor:
+        raise BadInput(f"--refine-size {r.width}x{r.height}: wanted multiples of {factor}.")
+    return model
 
 
 @torch.no_grad()
-def refine(parts, videos, prompts, seeds, args):
+def refine(r, model, video, prompt, seed, negative=""):
     """Video to video (SDEdit, Meng et al. 2021, as ZeroScope XL is used): resize, encode (a sample
     of the posterior, as the public pipeline takes), noise to `strength` of the way, and denoise
-    with the same prompts. (B, 3, F, H, W) -> (B, 3, F, H', W')."""
-    B, _, frames, _, _ = videos.shape
-    size = args.refine_height, args.refine_width
-    flat = model.fold_frames(videos)
-    flat = torch.nn.functional.interpolate(flat, size, mode="bicubic", antialias=True).clamp(-1, 1)
-    latents = []
-    for part in flat.split(max(1, model.PIXELS_AT_ONCE // (size[0] * size[1]))):
-        mean, std = parts.vae.encode(part.to(args.device))
-        latents.append(torch.cat([mean, std], 1))
-    mean, std = torch.cat(latents).chunk(2, 1)
-    draw = lambda key: sampler.noise_like_shape(
-        (mean.shape[1], frames, *mean.shape[2:]), [sampler.generator(s, key) for s in seeds])
-    x0 = model.unfold_frames(mean, frames) + model.unfold_frames(std, frames) * draw(2).to(mean)
-    x0 = x0 * parts.vae.config.scaling_factor
-    steps = args.refine_steps
-    skip = steps - min(int(steps * args.strength), steps)
-    if skip == steps:
-        return parts.vae.decode_video(x0).cpu()
-    t = torch.tensor([parts.schedule.timesteps(steps)[skip]] * B)
-    start = parts.schedule.add_noise(x0, draw(3).to(x0), t)
-    return sample(parts, prompts, start, seeds, steps, args.refine_guidance,
-                  negative=args.negative, precision=args.precision, skip=skip)
-
-
-def main(argv=None):
-    """Prompts to videos, a contact sheet and the settings, in --out."""
-    args = parse(argv)
-    prompts = read_prompts(args)
-    model.keep_memory()
-    parts = load_base(args)
-    adapters, scales, clip = check(args, parts)
-    inverted = None
-    if clip and clip.meta.get("inverts") == "base":  # before the motion is in the weights
-        inverted = starting_latents(args, parts, clip)
-    lora.apply_adapters(parts, adapters, scales)
-    store_frozen(args, parts.unet, {n for a in adapters for n in a.tensors})
-    if inverted is None:
-        inverted = starting_latents(args, parts, clip)
-    with torch.no_grad():
-        reference = read_latents(args, parts, args.dmt) if args.dmt else None
-    factor, channels = parts.vae.config.factor, parts.unet.config.in_channels
-    shape = (channels, args.frames, args.height // factor, args.width // factor)
-    second = load_refiner(args, parts) if args.refine else None
-    settings = plain(args)
-    jobs = [(i, p, s) for i, p in enumerate(prompts)
-            for s in range(args.seed, args.seed + args.seeds)]
-    print("settings:", json.dumps(settings, ensure_ascii=False))
-    with data.publish(args.out / "settings.json") as path:
-        more = {"videos": [(file_name(*job), job[1], job[2]) for job in jobs]}
-        if adapters and "step" in adapters[0].meta:
-            more["steps_trained"] = int(adapters[0].meta["step"])
-        path.write_text(json.dumps(settings | more, indent=1))
-
-    process, processes = place(args)
-    made = {}
-    for i in range(process * args.batch, len(jobs), processes * args.batch):
-        part = jobs[i : i + args.batch]
-        texts, seeds = [p for _, p, _ in part], [s for _, _, s in part]
-        start = sampler.noise_like_shape(shape, seeds).to(args.device)
-        if inverted is not None:
-            start = sampler.blend_noise(inverted, start, args.noise_prior)
-        if reference is not None:
-            videos = motion_transfer(parts, reference, texts, start, seeds, args)
-        else:
-            videos = sample(parts, texts, start, seeds, args.steps, args.guidance,
-                            args.sampler, args.negative, args.precision)
-        if second:
-            videos = refine(second, videos, texts, seeds, args)
-        for number, (job, video) in enumerate(zip(part, videos), i):
-            data.write_video(args.out / file_name(*job), video, args.fps)
-            made[number] = data.every_nth(video)
-            print(f"{args.out / file_name(*job)}: {job[1]}")
-    if made := gather(made, processes, process):
-        data.contact_sheet(args.out / "sheet.png", [made[n] for n in sorted(made)])
-        print(f"contact sheet: {args.out / 'sheet.png'}")
-
-
-def plain(args):
-    """The flags as JSON can hold them."""
-    one = lambda v: str(v) if isinstance(v, Path) else v
-    return {k: [one(i) for i in v] if isinstance(v, list) else one(v)
-            for k, v in vars(args).items()}
-
-
-def agreed(value):
-    """The first process's value, in all of them."""
-    if torch.distributed.is_initialized():
-        values = [value]
-        torch.distributed.broadcast_object_list(values)
-        return values[0]
-    return value
-
-
-def file_name(number, prompt, seed):
-    """A video's name in its folder."""
-    return f"{number:03d}-{data.slug(prompt)}-seed{seed}.mp4"
-
-
-def gather(mine, processes, process):
-    """The dicts of all processes as one, in the first process; {} in the others."""
-    if processes == 1:
-        return mine
-    parts = [None] * processes
-    torch.distributed.all_gather_object(parts, mine)
-    return {k: v for part in parts for k, v in part.items()} if process == 0 else {}
-
-
-def run(command):
-    """Run a script's main; a person's mistake becomes one line and exit code 2."""
-    try:
-        return command()
-    except BadInput as error:
-        line = str(error)
-    except torch.OutOfMemoryError:
-        line = ("out of memory at the size printed above. Try, in this order: --checkpointing "
-                "(when training), smaller --width and --height, fewer --frames, --batch 1.")
-    except OSError as error:  # a disk that is full, a folder that is a file, no permission
-        line = (f"{error.filename or 'a file'}: {error.strerror or error}; "
-                "give another --out, or free some space.")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    with the same prompt. (3, F, H, W) -> (3, F, H', W')."""
+    pictures = F.interpolate(video.transpose(0, 1), (r.height, r.width), mode="bicubic",
+                             antialias=True).clamp(-1, 1)
+    x0 = model.encode(pictures.transpose(0, 1)[None], sampler.generator(seed, 2))
+    run = min(int(r.steps * r.strength), r.steps)  # of the steps, the last so many
+    if run == 0:
+        return model.decode(x0)[0]
+    noise = sampler.noise_like_shape(x0.shape[1:], [sampler.generator(seed, 3)]).to(x0)
+    start = model.schedule.add_noise(x0, noise, model.schedule.timesteps(r.steps)[-run])
+    return sampler.sample(model, [prompt], start, [seed], r.steps, r.guidance, negative=negative,
+                          progress="refining", skip=r.steps - run)[0]
 
 
 if __name__ == "__main__":
-    run(main)
+    machine.run(main)

@@ -1,16 +1,17 @@
-"""What learns: sets of layers, LoRA, and the adapter files that keep what was learned.
+"""What learns: sets of layers, the learners that change them, and the adapter files that keep what
+was learned.
 
-    python -c "import lora; print(lora.read_adapter('out/clip-vmc/vmc.safetensors').meta)"
+    python -c "import lora; print(lora.read_adapter('out/eight-vmc/vmc.safetensors').meta)"
 
-A set of layers is a pattern over parameter names. A LoRA (Hu et al. 2021) is a pair of thin
-matrices beside each layer of a set: y = W·x + s·B·A·x. An adapter is a .safetensors file with what
-changed (whole tensors, LoRA pairs, learned tokens), maybe the clip's latents (a start for
-sampling), and its story in the metadata.
+A set of layers is a pattern over parameter names. A `Part` of a method says which of them learn,
+and how: in full, or by a LoRA (Hu et al. 2021), a pair of thin matrices beside each layer,
+W·x + s·B·A·x; a `Word` is a part too. `learner` makes what learns from it. An adapter is a
+.safetensors file with what changed, and its story in the metadata.
 """
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import data
-from model import BadInput, TimeConv, dropout, read_tensors
+import sampler
+from model import words_to_ids
+from support import fast, formats
+from support.files import BadInput, publish, read_tensors, room_for
 
 # ------------------------------------------------------------------------------------------------
 # Sets of layers
@@ -54,7 +57,7 @@ LAYERS = {
 LAYERS |= {  # two of them together
     # NewMove Sec. 3.2: all of the temporal layers, and how the pictures read the text.
     "temporal-and-cross-kv": f"{LAYERS['temporal']}|{LAYERS['cross-attention-kv']}",
-    # MotionDirector's baseline; and what the tiny model needs for it.
+    # MotionDirector's baseline; and with its temporal convolutions.
     "coupled": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-attention-ff']}",
     "coupled-convs": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-linears-convs']}",
 }
@@ -65,7 +68,7 @@ def select(unet, layers):
     try:
         pattern = re.compile(LAYERS.get(layers, layers))
     except re.error as error:
-        raise BadInput(f"--layers {layers!r} is no pattern ({error}).") from None
+        raise BadInput(f"layers={layers} is no pattern ({error}).") from None
     chosen = {n: p for n, p in unet.named_parameters() if pattern.fullmatch(n)}
     if not chosen:
         raise BadInput(f"no layer is called {layers!r}; known sets: {', '.join(LAYERS)}, "
@@ -73,18 +76,20 @@ def select(unet, layers):
     return chosen
 
 
-def halve(unet, keep, dtype=torch.bfloat16):
-    """Store all parameters in `dtype` but those named in `keep` and those that are used in fp32
-    anyhow: norms (which the temporal convolutions number 0) and the last layer."""
-    # Channels last, as the activations lie: or the kernels reorder them at every call.
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for name, p in unet.named_parameters():
-        if name not in keep and not re.search(r"norm|\.conv\d\.0\.|^conv_out", name):
-            layout = layouts.get(p.dim(), torch.preserve_format)
-            p.data = p.data.to(dtype, memory_format=layout)
+def sites(unet, layers):
+    """{module name: linear layer or temporal convolution} with a weight in a set of layers."""
+    found = {}
+    for name in select(unet, layers):
+        module = unet.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and isinstance(module, (nn.Linear, fast.TimeConv)):
+            found[name.removesuffix(".weight")] = module
+    if not found:
+        raise BadInput(f"layers={layers} has no linear layer or temporal convolution, so no LoRA "
+                       "can stand beside it; choose other layers, or rank=0.")
+    return found
 
 
-def groups(parameters):
+def kinds_of_layer(parameters):
     """{kind of layer: (tensors, numbers)} of {name: parameter}; a kind: 'temp_attentions attn1'."""
     count = {}
     for name, p in parameters.items():
@@ -97,7 +102,83 @@ def groups(parameters):
 
 
 # ------------------------------------------------------------------------------------------------
-# LoRA
+# The parts of a method: what can learn, as settings. `learner(model, seed)` makes it.
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers that learn, in full (rank 0) or by a LoRA beside them; or, with a file, layers of
+    another program that act and do not learn."""
+
+    layers: str  # one of LAYERS, a pattern, or none
+    rank: int = 0
+    scale: float = 1.0  # of the LoRA
+    dropout: float = 0.0  # of the LoRA's output
+    per_clip: bool = False  # a LoRA of its own for every clip
+    file: str = ""
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    rates: str = ""  # factors on the rate of some layers: pattern:factor,pattern:factor
+
+    def lacks(self, field):
+        """Why a setting of this part would do nothing; None where it does something."""
+        if not self.rank and field in ("scale", "dropout", "per_clip"):
+            return "it is of a LoRA, and rank is 0"
+        if self.layers == "none" and not self.file and field != "layers":
+            return "layers is none"
+        return None
+
+    def learner(self, model, seed):
+        """A Whole, a LoRA, a Borrowed, or None where no layer is chosen."""
+        if self.file:
+            return Borrowed(model, self.file)
+        if self.layers == "none":
+            return None
+        if self.rank:
+            return LoRA(model.unet, self.layers, self.rank, self.scale, self.dropout, seed)
+        return Whole(model.unet, self.layers)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word that stands in captions for what is learned; with `vectors`, its embedding learns."""
+
+    text: str
+    vectors: int = 0
+    init: str = ""  # a known word to begin from
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    rates: str = field(default="", repr=False)
+
+    per_clip = False
+
+    def lacks(self, field):
+        """Why a setting of this part would do nothing; None where it does something."""
+        if not self.vectors and field not in ("text", "vectors"):
+            return "none of its vectors learn, and vectors is 0"
+        return None
+
+    def learner(self, model, seed):
+        """Words, or None where no vector learns."""
+        return Words(model.text, self.text, self.vectors, self.init, seed) if self.vectors else None
+
+
+# ------------------------------------------------------------------------------------------------
+# Learners. Each has .parameters(), {name: what the optimiser gets}; .on: what is off does not act;
+# .tensors(), {name in an adapter file: tensor}, which `apply_adapters` puts to work.
+
+
+class Whole:
+    """Layers tuned in full. They always act: there is nothing beside them."""
+
+    def __init__(self, unet, layers):
+        self.chosen, self.on = select(unet, layers), True
+
+    def parameters(self):
+        return self.chosen
+
+    def tensors(self):
+        return {f"unet.{name}": p for name, p in self.chosen.items()}
 
 
 class LoRA:
@@ -128,25 +209,163 @@ class LoRA:
             else:  # a TimeConv: down along time, up pointwise
                 low = F.conv2d(inputs[0], A.squeeze(-1), padding=(1, 0))
                 low = F.conv2d(low, B.squeeze(-1))
-            return out.add(dropout(low, self.dropout, layer.training), alpha=self.scale)
+            return out.add(fast.dropout(low, self.dropout, layer.training), alpha=self.scale)
 
         return add
 
     def parameters(self):
         """{name: parameter}, in the names of peft: <module>.lora_A.weight and .lora_B.weight."""
-        return {f"{site}.lora_{ab}.weight": p
-                for site, pair in self.pairs.items() for ab, p in zip("AB", pair)}
+        named = {}
+        for site, (A, B) in self.pairs.items():
+            named |= {f"{site}.lora_A.weight": A, f"{site}.lora_B.weight": B}
+        return named
+
+    def tensors(self):
+        """The scale goes into B, so that every program that reads peft's names changes the same."""
+        return formats.to_peft({site: (A, B * self.scale) for site, (A, B) in self.pairs.items()})
 
 
-def sites(unet, layers):
-    """{module name: linear layer or temporal convolution} with a weight in a set of layers."""
-    names = [n.removesuffix(".weight") for n in select(unet, layers) if n.endswith(".weight")]
-    found = {n: unet.get_submodule(n) for n in names}
-    found = {n: m for n, m in found.items() if isinstance(m, (nn.Linear, TimeConv))}
-    if not found:
-        raise BadInput(f"--layers {layers!r} has no linear layer or temporal convolution, so no "
-                       "LoRA can stand beside it; choose other layers, or --rank 0.")
-    return found
+class Words:
+    """A learned word's vectors, in the text encoder. They act where a caption has the word."""
+
+    def __init__(self, text, word, vectors, init, seed):
+        table, ids = text.tower.token_embedding.weight, words_to_ids(word)
+        # A word that is a single token begins as what it is; a made-up one as `init` or a thing,
+        # with a little noise that tells its vectors apart.
+        known = ids if len(ids) == 1 and not init else words_to_ids(init or "thing")[:1]
+        start = table[known].detach().float().expand(vectors, -1)
+        noise = sampler.noise_like_shape(start.shape, [seed])[0].to(start) * table.std() * 0.1
+        self.word, self.on = word, True
+        self.vectors = nn.Parameter(start + noise * (vectors > 1))
+        text.learned[word] = self.vectors
+
+    def parameters(self):
+        return {f"word.{self.word}": self.vectors}
+
+    def tensors(self):
+        return self.parameters()
+
+
+class Borrowed:
+    """An appearance that was not learned here: a LoRA file, or the weights of an image UNet, which
+    take the place of the model's own while on."""
+
+    def __init__(self, model, path):
+        adapter = read_adapter(path, model.unet, whole=True)
+        check_fit(model, adapter)
+        if adapter.words:
+            raise BadInput(f"{path} holds words ({', '.join(adapter.words)}), which no caption "
+                           "here has; learn the absorber here, or give a LoRA.")
+        self.own, self._on = dict(model.unet.named_parameters()), False
+        self.swapped = {n: t.float() for n, t in adapter.tensors.items()}
+        for site, (A, B) in adapter.pairs.items():
+            name = f"{site}.weight"
+            W = self.swapped.get(name, self.own[name].data)
+            self.swapped[name] = W + product(A, B, W)
+
+    @property
+    def on(self):
+        return self._on
+
+    @on.setter
+    def on(self, on):
+        if on != self._on:
+            for name, tensor in self.swapped.items():
+                p = self.own[name]
+                p.data, self.swapped[name] = tensor.to(p), p.data
+        self._on = on
+
+    def parameters(self):
+        return {}
+
+    def tensors(self):
+        return {}
+
+
+# What a run does with its learners
+
+
+def make_learners(parts, model, clips, seed):
+    """{part: its learners}, one each, or one a clip; parts that have nothing to learn are left out.
+    """
+    learners = {}
+    for number, (name, part) in enumerate(parts.items()):
+        several = []
+        for i in range(clips if part.per_clip else 1):
+            several.append(part.learner(model, seed * 100 + number + 1000 * i))
+        if several[0] is not None:
+            learners[name] = several
+    return learners
+
+
+def named(learners):
+    """{unique name: parameter} of all learners, in a fixed order. Layers that two parts tune in
+    full are one and the same parameter."""
+    out = {}
+    for part, several in learners.items():
+        for i, one in enumerate(several):
+            prefix = "" if isinstance(one, (Whole, Words)) else f"{part}.{i}."
+            out |= {prefix + n: p for n, p in one.parameters().items()}
+    return out
+
+
+def make_optimizer(parts, learners):
+    """AdamW with each part's own rate and decay, and with `rates` those of some of its layers."""
+    seen, rows = set(), {}
+    for name, several in learners.items():
+        part = parts[name]
+        rates = read_rates(part.rates)
+        used = set()
+        for one in several:
+            for parameter, p in one.parameters().items():
+                factor = 1.0
+                for pattern, value in rates.items():
+                    if re.search(pattern, parameter):
+                        used.add(pattern)
+                        factor = value
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    rows.setdefault((part.lr * factor, part.weight_decay), []).append(p)
+        if unused := set(rates) - used:
+            raise BadInput(f"{name}.rates: no layer that learns has {', '.join(unused)} in its "
+                           "name.")
+    if not rows:
+        raise BadInput("nothing learns with these settings; choose layers, or vectors of a word.")
+    groups = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in rows.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def read_rates(text):
+    """{pattern: factor} of "attn1:2,attn2:0.5"."""
+    rates = {}
+    for item in filter(None, text.split(",")):
+        pattern, _, factor = item.rpartition(":")
+        try:
+            re.compile(pattern)
+            rates[pattern] = float(factor)
+        except (re.error, ValueError):
+            raise BadInput(f"rates: {item!r}; wanted pattern:factor,pattern:factor.") from None
+    return rates
+
+
+def switch(learners, learn=(), act=(), clip=0):
+    """Let the parts in `learn` learn and act, those in `act` act, and all others rest; of several,
+    the one of this clip. Returns the words of looks that act, which captions end with."""
+    for several in learners.values():
+        for one in several:
+            one.on = False
+            for p in one.parameters().values():
+                p.requires_grad_(False)
+    words = []
+    for name in (*act, *learn):
+        several = learners.get(name, ())
+        for one in several[clip : clip + 1] if len(several) > 1 else several:
+            one.on = True
+            for p in one.parameters().values():
+                p.requires_grad_(name in learn)
+            if isinstance(one, Words) and name.startswith("look"):
+                words.append(one.word)
+    return words
 
 
 def product(A, B, W):
@@ -155,95 +374,26 @@ def product(A, B, W):
 
 
 # ------------------------------------------------------------------------------------------------
-# Formats of other programs. Each function below renames one format to {module: (A, B)}, with the
-# file's scale multiplied into B; where a tensor is not ours to use, it is told aloud.
-
-
-def from_peft(state, unet):
-    """diffusers and peft: unet.<module>.lora_A.weight, with or without an adapter's name; alpha is
-    taken to be the rank unless the metadata say otherwise (`peft_scale`)."""
-    pairs = {}
-    for name, A in state.items():
-        if m := re.fullmatch(r"(?:unet\.)?(.*)\.lora_A(\.\w+)?\.weight", name):
-            pairs[m[1]] = A, state[name.replace(".lora_A", ".lora_B")]
-    return pairs
-
-
-def peft_scale(meta):
-    """alpha / rank of the metadata that diffusers writes beside a LoRA, or 1."""
-    try:
-        values = json.loads(meta.get("lora_adapter_metadata", "{}"))
-        return values["unet.lora_alpha"] / values["unet.r"]
-    except (ValueError, KeyError, TypeError):
-        return 1.0
-
-
-def from_stable_lora(state, unet):
-    """stable_lora: <module>.lora_A (r, in) and .lora_B (out, r)."""
-    return {n.removesuffix(".lora_A"): (A, state[n.removesuffix("A") + "B"])
-            for n, A in state.items() if n.endswith(".lora_A")}
-
-
-def from_kohya(state, unet):
-    """kohya: lora_unet_<module, "." as "_">.lora_down.weight, .lora_up.weight and .alpha; the scale
-    is alpha/rank, or 1."""
-    modules = {"lora_unet_" + n.replace(".", "_"): n for n, _ in unet.named_modules()}
-    pairs = {}
-    for name, A in state.items():
-        stem, _, kind = name.partition(".")
-        if kind == "lora_down.weight" and stem.startswith("lora_unet_"):
-            if stem not in modules:
-                raise BadInput(f"{name}: this UNet has no such layer; is the LoRA for Stable "
-                               "Diffusion 2.x?")
-            scale = float(state.get(f"{stem}.alpha", A.shape[0])) / A.shape[0]
-            pairs[modules[stem]] = A, state[f"{stem}.lora_up.weight"] * scale
-    return pairs
-
-
-def from_motiondirector(tensors, unet, clip=0):
-    """MotionDirector's published lists without names: up, down, up, down, … over its layers, down
-    blocks before up blocks and the middle last; of a file from N clips, layer k's pair of clip i is
-    number k·N + i."""
-    ups, downs = tensors[0::2], tensors[1::2]
-    for layers in ("temporal-attention-ff", "spatial-self-attention-ff"):
-        order = sorted(sites(unet, layers), key=lambda n: n.startswith("mid_block"))
-        shape = lambda site: unet.get_submodule(site).weight.shape
-        N = len(ups) // len(order)
-        fits = N and len(ups) == N * len(order) and all(
-            (up.shape[0], down.shape[1]) == shape(order[k // N])
-            for k, (up, down) in enumerate(zip(ups, downs)))
-        if fits and clip < N:
-            return {site: (downs[k * N + clip], ups[k * N + clip]) for k, site in enumerate(order)}
-    raise BadInput(f"a list of {len(tensors)} tensors does not fit MotionDirector's layers of this "
-                   "UNet" + (f", or has no clip {clip}" if clip else "") + ".")
-
-
-def to_peft(pairs):
-    """{module: (A, B)} as other programs read it: unet.<module>.lora_A.weight and .lora_B.weight.
-    """
-    return {f"unet.{site}.lora_{ab}.weight": t.contiguous()
-            for site, pair in pairs.items() for ab, t in zip("AB", pair)}
-
-
-# ------------------------------------------------------------------------------------------------
 # Adapter files
 
 
 def fingerprint(unet):
     """Twelve letters that tell one base model from another, the same for its fp16 and fp32 files.
-    Taken from the configuration and from layers that few methods train."""
+    Taken from the configuration and from the first parameters that no method trains."""
     digest = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
-    for tensor in (unet.conv_in.weight, unet.conv_out.weight, unet.time_embedding.linear_1.weight):
-        digest.update(tensor.detach().to("cpu", torch.float16).numpy().tobytes())
+    own = dict(unet.named_parameters())
+    for name in [n for n in own if re.match(r"conv_in|conv_out|time_embedding", n)] or own:
+        tensor = own[name].detach().to("cpu", torch.float16)
+        digest.update(tensor.flatten()[:4096].contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
 @dataclass
 class Adapter:
     """What was learned: whole tensors by parameter name, LoRA pairs (A, B) by module name with the
-    scale multiplied into B, learned words' vectors (n, D); the first clip's latents (C, F, h, w) or
-    None; and meta, the file's metadata (str to str): format, method, base, prompt, step and more.
-    """
+    scale multiplied into B; learned words' vectors (n, D); `more`, {kind: {name: tensor}}, of
+    learners that were added to KINDS; the first clip's latents (C, F, h, w) or None; and meta, the
+    file's metadata (str to str): format, method, base, prompt, step and more."""
 
     tensors: dict
     pairs: dict
@@ -251,29 +401,44 @@ class Adapter:
     latents: torch.Tensor
     meta: dict
     path: Path
+    more: dict = field(default_factory=dict)
 
 
-FORMAT = "motion-adapter-2"
+# {kind: apply(model, tensors, scale)} of learners of your own: their tensors are named "kind.…" in
+# the file, and come to `apply` without that, when the adapter is put to work.
+KINDS = {}
+FORMAT = "motion-adapter-3"
 
 
-def save_adapter(path, tensors=None, loras=(), words=None, latents=None, **meta):
-    """Write an adapter, atomically. Tensors keep their precision, so loading it is exact. A LoRA's
-    scale goes into B, so that every program that reads peft's names applies the same change."""
-    state = {f"unet.{n}": t for n, t in (tensors or {}).items()}
-    for one in loras:
-        state |= to_peft({site: (A, B * one.scale) for site, (A, B) in one.pairs.items()})
-    state |= {f"word.{word}": t for word, t in (words or {}).items()}
-    state |= {} if latents is None else {"clip.latents": latents}
-    state = {n: t.detach().cpu().contiguous() for n, t in state.items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    data.room_for(path, sum(t.nbytes for t in state.values()))
-    with data.publish(path) as part:
-        save_file(state, part, {"format": FORMAT} | {k: str(v) for k, v in meta.items()})
+def save_adapter(path, learners, latents=None, **meta):
+    """Write what learners hold, atomically. Tensors keep their precision, so loading is exact. The
+    clip's latents go into a file beside it, <name>.clip.safetensors, since other programs read the
+    adapter too and know no such tensor. Returns the files written."""
+    state = {}
+    for one in learners:
+        state |= one.tensors()
+    path, kept = Path(path), {k: str(v) for k, v in meta.items()}
+    files = {path: (state, {"format": FORMAT} | kept)}
+    if latents is not None:
+        files[clip_file(path)] = ({"latents": latents}, {"of": path.name})
+    for file, (tensors, more) in files.items():
+        tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        room_for(file, sum(t.nbytes for t in tensors.values()))
+        with publish(file) as part:
+            save_file(tensors, part, more)
+    return list(files)
 
 
-def read_adapter(path, unet=None):
+def clip_file(path):
+    """Where the latents of the clip that an adapter learned from are kept."""
+    return path.with_name(f"{path.stem}.clip.safetensors")
+
+
+def read_adapter(path, unet=None, whole=False):
     """Read an adapter's file: our own, or another program's LoRA, for which `unet` gives the names.
-    "file.pt#2" is clip 2 of a MotionDirector list. Raises BadInput when it is none, or damaged."""
+    "file.pt#2" is clip 2 of a MotionDirector list; `whole` takes an image UNet's weights too.
+    Raises BadInput when it is none, or damaged."""
     path = Path(path)
     name, _, clip = path.name.partition("#")
     if clip.isdigit():
@@ -281,80 +446,126 @@ def read_adapter(path, unet=None):
     if path.is_dir():
         raise BadInput(f"{path} is a folder; give the .safetensors file in it.")
     state, meta = read_tensors(path, lists=True), {}
-    if isinstance(state, list):
-        pairs = from_motiondirector(state, unet, int(clip) if clip.isdigit() else 0)
-        return Adapter({}, pairs, {}, None, {"method": "motiondirector's list"}, path)
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
-    if meta.get("format", "").startswith("motion-adapter") and meta["format"] != FORMAT:
-        raise BadInput(f"{path} has the older format {meta['format']!r}, wanted {FORMAT!r}; train "
-                       "it again.")
-    latents = state.pop("clip.latents", None)
-    words = {n.removeprefix("word."): t for n, t in state.items() if n.startswith("word.")}
-    other = sorted(n for n in state if re.match(r"(lora_te\d?_|text_encoder[._])", n))
-    if other:
-        data.say(f"{path}: skipping {len(other)} tensors of a text encoder, such as {other[0]}")
-    rest = {n: t for n, t in state.items() if n not in other and not n.startswith("word.")}
-    pairs = {}
-    for rename in (from_peft, from_stable_lora, from_kohya):
-        try:
-            pairs = pairs or rename(rest, unet) if unet or rename is not from_kohya else pairs
-        except KeyError as error:
-            raise BadInput(f"{path} has half of a pair: {error} is missing.") from None
-    if (scale := peft_scale(meta)) != 1:
-        pairs = {site: (A, B * scale) for site, (A, B) in pairs.items()}
-    whole = {n.removeprefix("unet."): t for n, t in rest.items()
-             if "lora" not in n and not n.endswith(".alpha")}
-    if not (pairs or words or whole):
-        raise BadInput(f"{path} is not an adapter: no learned tensor in it has a known name; give "
-                       "the .safetensors that train.py wrote, or a LoRA of a known format.")
-    return Adapter(whole, pairs, words, latents, meta, path)
+    kind = meta.get("format", "")
+    if kind == FORMAT:
+        return read_own(path, state, meta)
+    if kind.startswith("motion-adapter"):
+        raise BadInput(f"{path} has the older format {kind!r}, wanted {FORMAT!r}; train it again.")
+    if unet is None:
+        raise BadInput(f"{path} is not one of our own adapters ({FORMAT}).")
+    number = int(clip) if clip.isdigit() else 0
+    tensors, pairs = formats.read_foreign(state, meta, unet, path, number, whole)
+    return Adapter(tensors, pairs, {}, None, meta, path)
 
 
-def check_fit(unet, adapter):
-    """Raises BadInput when an adapter was made for another base, or does not fit the UNet."""
-    base = adapter.meta.get("base")
+def read_own(path, state, meta):
+    """The Adapter of a file of ours. Raises BadInput for a tensor that no learner wrote."""
+    adapter, halves = Adapter({}, {}, {}, None, meta, path), {}
+    for name, tensor in state.items():
+        kind, _, rest = name.partition(".")
+        pair = re.fullmatch(r"(.*)\.lora_([AB])\.weight", rest)
+        if kind == "unet" and pair:
+            halves.setdefault(pair[1], {})[pair[2]] = tensor
+        elif kind == "unet":
+            adapter.tensors[rest] = tensor
+        elif kind == "word":
+            adapter.words[rest] = tensor
+        elif kind in KINDS:
+            adapter.more.setdefault(kind, {})[rest] = tensor
+        else:
+            raise BadInput(f"{path}: {name} is of no learner known here; get the code that made "
+                           "it, or train it again.")
+    for site, pair in halves.items():
+        if len(pair) != 2:
+            raise BadInput(f"{path} has half of a pair: {site} has lora_{''.join(pair)} alone.")
+        adapter.pairs[site] = pair["A"], pair["B"]
+    if not state:
+        raise BadInput(f"{path} holds nothing that was learned; train it again.")
+    if clip_file(path).is_file():
+        adapter.latents = read_tensors(clip_file(path)).get("latents")
+    return adapter
+
+
+def check_fit(model, adapter):
+    """Raises BadInput when an adapter was made for another base, or does not fit the model."""
+    base, unet = adapter.meta.get("base"), model.unet
     if base and base != fingerprint(unet):
         raise BadInput(f"{adapter.path} was trained on {adapter.meta.get('base_name')} "
                        f"({base}), these weights are {fingerprint(unet)}; "
                        "give --weights the base it was trained on.")
-    own = dict(unet.named_parameters())
-    wrong = [n for n, t in adapter.tensors.items() if n not in own or own[n].shape != t.shape]
+    own = {n: tuple(p.shape) for n, p in unet.named_parameters()}
+    wrong = []
+    for name, tensor in adapter.tensors.items():
+        if own.get(name) != tuple(tensor.shape):
+            wrong.append(f"{name}: {tuple(tensor.shape)} on {own.get(name)}")
     for site, (A, B) in adapter.pairs.items():
-        shape = own[f"{site}.weight"].shape if f"{site}.weight" in own else (0, 0)
-        if (B.shape[0], A.shape[1]) != tuple(shape[:2]) or B.shape[1] != A.shape[0]:
-            wrong.append(f"{site}: {tuple(B.shape)}·{tuple(A.shape)} on {tuple(shape)}")
+        shape = own.get(f"{site}.weight", ())
+        fits = A.dim() == B.dim() == len(shape) >= 2 and B.shape[1] == A.shape[0] > 0
+        if not fits or (B.shape[0], A.shape[1]) != shape[:2] or A[0].numel() * shape[0] != (
+                torch.Size(shape).numel()):
+            wrong.append(f"{site}: {tuple(B.shape)}·{tuple(A.shape)} on {shape}")
+    width = model.text.config.hidden_size
+    for word, vectors in adapter.words.items():
+        if vectors.dim() != 2 or vectors.shape[1] != width:
+            wrong.append(f"word {word}: {tuple(vectors.shape)}, wanted (n, {width})")
+    channels = unet.config.in_channels
+    if adapter.latents is not None and (
+            adapter.latents.dim() != 4 or adapter.latents.shape[0] != channels):
+        wrong.append(f"the clip's latents: {tuple(adapter.latents.shape)}, wanted ({channels}, "
+                     "F, h, w)")
     if wrong:
-        raise BadInput(f"{adapter.path} does not fit the model: {len(wrong)} of "
-                       f"{len(adapter.tensors) + len(adapter.pairs)} tensors, first {wrong[:5]}.")
+        raise BadInput(f"{adapter.path} does not fit the model: {len(wrong)} tensors differ, first "
+                       + "; ".join(wrong[:3]))
 
 
 @torch.no_grad()
-def apply_adapters(parts, adapters, scales=None):
+def apply_adapters(model, adapters, scales=None):
     """Merge adapters into the model, each with its scale: W + Σ s·(change). Scale 0 leaves W as it
     is to the bit, scale 1 of whole tensors sets them exactly. Learned words join the text encoder,
     at any scale but 0. Raises BadInput when one does not fit, or when two bring the same word; then
-    nothing is changed."""
+    nothing is changed. Returns for each (path, layers changed, ‖ΔW‖/‖W‖ over these)."""
     for adapter in adapters:
-        check_fit(parts.unet, adapter)
+        check_fit(model, adapter)
     words = [w for adapter in adapters for w in adapter.words]
     if twice := {w for w in words if words.count(w) > 1}:
         raise BadInput(f"two adapters bring the word {', '.join(twice)}; train one of them with "
-                       "another --word.")
-    own, before = dict(parts.unet.named_parameters()), {}
-    chosen = [(a, s) for a, s in zip(adapters, scales or [1.0] * len(adapters)) if s != 0]
-    for adapter, _ in chosen:
-        device = own["conv_in.weight"].device
-        parts.text.learned |= {w: t.to(device) for w, t in adapter.words.items()}
-    for adapter, scale in chosen:
+                       "another word.text.")
+    own, before = dict(model.unet.named_parameters()), {}
+    device, changes = next(iter(own.values())).device, [[] for _ in adapters]
+    chosen = [row for row in zip(adapters, scales or [1.0] * len(adapters), changes) if row[1]]
+    for adapter, scale, mine in chosen:  # all whole tensors first: they take a layer's place
         for name, tensor in adapter.tensors.items():
-            p, tensor = own[name], tensor.to(own[name])
-            if scale == 1 and name not in before:
-                before[name], p.data = p.data, tensor
-            else:
-                p.data = p.data + scale * (tensor - before.setdefault(name, p.data))
-    for adapter, scale in chosen:
+            mine.append(move_whole(own[name], tensor.to(own[name]), name, scale, before))
+    for adapter, scale, mine in chosen:
         for site, (A, B) in adapter.pairs.items():
-            p = own[f"{site}.weight"]
-            p.data = p.data + scale * product(A, B, p.data)
+            W = own[f"{site}.weight"]
+            low = scale * product(A.to(device), B.to(device), W.data)
+            mine.append((low.norm(), W.data.norm()))
+            W.data = W.data + low
+        for kind, tensors in adapter.more.items():
+            KINDS[kind](model, {n: t.to(device) for n, t in tensors.items()}, scale)
+        model.text.learned |= {w: t.to(device) for w, t in adapter.words.items()}
+    return [(a.path, len(mine), relative_change(mine)) for a, mine in zip(adapters, changes)]
+
+
+def relative_change(changes):
+    """‖ΔW‖/‖W‖ of layers taken together, from [(norm of a layer's change, norm of the layer)]."""
+    if not changes:
+        return 0.0
+    apart, size = torch.tensor(changes, dtype=torch.float64).norm(dim=0).tolist()
+    return apart / size if size else 0.0
+
+
+def move_whole(p, tensor, name, scale, before):
+    """p + scale·(tensor − the base's own), in place; `before` keeps the base's own of each name.
+    Returns the norms of the change and of the base's."""
+    base = before.get(name, p.data)
+    if scale == 1 and name not in before:
+        p.data = tensor
+    else:
+        p.data = p.data + scale * (tensor - base)
+    before[name] = base
+    return scale * (tensor - base).norm(), base.norm()

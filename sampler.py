@@ -2,18 +2,25 @@
 
     python -c "import sampler; print(sampler.Schedule().timesteps(50))"
 
-A sampler walks from noise to latents by calling `predict(x, t)`, the UNet's raw prediction; one
-method, `Schedule.split`, turns that prediction, epsilon or v, into clean latents and noise.
+A sampler walks from noise to latents by calling `predict(x, t)`, the network's raw prediction; one
+method, `Schedule.split`, turns that prediction, epsilon or v, into clean latents and noise. All of
+them have one signature, (schedule, predict, x, steps, seeds, on_step) and what is their own.
 
 Symbols: ᾱ alpha_bar, the share of signal at a timestep; x latents (B, C, F, h, w); t in 0..T-1.
 """
-import json
 import math
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+from support.files import BadInput, misfits, number, one_of, read_fields, read_json, say
+
+# What diffusers' DDIMScheduler takes for a name that a file lacks.
+DIFFUSERS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0,
+             "set_alpha_to_one": True, "clip_sample": True}
 
 
 @dataclass
@@ -21,38 +28,33 @@ class Schedule:
     """How fast the signal fades. Defaults are ZeroScope's; `read` takes scheduler_config.json.
 
     alpha_bar (T,) is kept in fp64. timestep_spacing is 'leading', 'trailing' or 'linspace';
-    prediction_type 'epsilon' or 'v_prediction'. Raises ValueError on anything else.
+    prediction_type 'epsilon' or 'v_prediction'. Raises BadInput on anything else.
     """
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 1
-    set_alpha_to_one: bool = False
-    clip_sample: bool = False
-    rescale_betas_zero_snr: bool = False
-    alpha_bar: torch.Tensor = field(default=None, repr=False)
+    num_train_timesteps: int = number(2, 100_000, 1000)
+    beta_start: float = number(1e-9, 0.999, 0.00085)
+    beta_end: float = number(1e-9, 0.999, 0.012)
+    beta_schedule: str = one_of("scaled_linear", "linear")
+    prediction_type: str = one_of("epsilon", "v_prediction")
+    timestep_spacing: str = one_of("leading", "trailing", "linspace")
+    steps_offset: int = number(0, 1000, 1)
+    set_alpha_to_one: bool = one_of(False, True)
+    clip_sample: bool = one_of(False)
+    thresholding: bool = one_of(False)
+    trained_betas: list[float] | None = one_of(None)
+    rescale_betas_zero_snr: bool = one_of(False)
+    alpha_bar: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, path):
-        """From a hub scheduler_config.json. Raises ValueError or FileNotFoundError."""
-        values = json.loads(Path(path).read_text())
-        names = {f.name for f in fields(cls)} - {"alpha_bar"}
-        return cls(**{k: v for k, v in values.items() if k in names})
+        """From a hub scheduler_config.json. Raises BadInput."""
+        values = DIFFUSERS | read_json(path)
+        values.pop("alpha_bar", None)  # not a name of such a file
+        return read_fields(cls, values, path)
 
     def __post_init__(self):
-        for name, known in (
-            ("beta_schedule", ("linear", "scaled_linear")),
-            ("prediction_type", ("epsilon", "v_prediction")),
-            ("timestep_spacing", ("leading", "trailing", "linspace")),
-            ("clip_sample", (False,)),
-            ("rescale_betas_zero_snr", (False,)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"scheduler: {name} is {getattr(self, name)!r}, known: {known}")
+        if wrong := misfits(Schedule, vars(self)):
+            raise BadInput(f"scheduler: {'; '.join(wrong)}")
         if self.alpha_bar is None:
             power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
             ends = self.beta_start**power, self.beta_end**power
@@ -60,7 +62,10 @@ class Schedule:
             self.alpha_bar = torch.cumprod(1 - roots ** (1 / power), dim=0)
 
     def at(self, t, like):
-        """ᾱ_t for timesteps t (B,), shaped to multiply `like` (B, …); fp64, on the CPU."""
+        """ᾱ_t: a number for an int t; for t (B,) a tensor shaped to multiply `like` (B, …), in fp64
+        on the CPU."""
+        if isinstance(t, int):
+            return self.alpha_bar[t].item()
         a = self.alpha_bar[torch.as_tensor(t, device="cpu").long()]
         return a.reshape(-1, *[1] * (like.dim() - 1))
 
@@ -71,25 +76,26 @@ class Schedule:
         return 1.0 if self.set_alpha_to_one else self.alpha_bar[0].item()
 
     def add_noise(self, x0, noise, t):
-        """The forward process, x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (Ho et al. 2020, Eq. 4). t (B,)."""
-        a = self.at(t, x0)
-        return a.sqrt().to(x0) * x0 + (1 - a).sqrt().to(x0) * noise
+        """The forward process, x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (Ho et al. 2020, Eq. 4). t int or (B,).
+        """
+        signal, sigma = roots(self.at(t, x0), x0)
+        return signal * x0 + sigma * noise
 
     def target(self, x0, noise, t):
         """What the network shall say: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022, App. D)."""
         if self.prediction_type == "epsilon":
             return noise
-        a = self.at(t, x0)
-        return a.sqrt().to(x0) * noise - (1 - a).sqrt().to(x0) * x0
+        signal, sigma = roots(self.at(t, x0), x0)
+        return signal * noise - sigma * x0
 
     def split(self, prediction, x, a):
-        """(x̂0, ε̂) from the network's prediction at x, whose level is ᾱ = a (a float, or a tensor
-        from `at`). The only place that knows epsilon from v; the x̂0 of epsilon is Tweedie's."""
-        a = torch.as_tensor(a, dtype=torch.float64)
-        signal, noise = a.sqrt().to(x), (1 - a).sqrt().to(x)
+        """(x̂0, ε̂) from the network's prediction at x, whose level is ᾱ = a (a number, or a tensor,
+        both as `at` gives them). The only place that knows epsilon from v; the x̂0 of epsilon is
+        Tweedie's."""
+        signal, sigma = roots(a, x)
         if self.prediction_type == "epsilon":
-            return (x - noise * prediction) / signal, prediction
-        return signal * x - noise * prediction, signal * prediction + noise * x
+            return (x - sigma * prediction) / signal, prediction
+        return signal * x - sigma * prediction, signal * prediction + sigma * x
 
     def timesteps(self, steps):
         """The descending timesteps of a sampler in `steps` steps; leading: 981, 961, …, 1 for 50.
@@ -107,6 +113,25 @@ class Schedule:
         return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
 
 
+def roots(a, like):
+    """√ᾱ and √(1−ᾱ): numbers for a number, else tensors in the dtype and on the device of `like`.
+    """
+    if isinstance(a, float):  # costs no copy to the device, for which a GPU would wait
+        return a**0.5, (1 - a) ** 0.5
+    return a.sqrt().to(like), (1 - a).sqrt().to(like)
+
+
+def check_steps(schedule, steps, name="steps"):
+    """Raises BadInput for a number of sampling steps that the schedule does not have, and warns of
+    one whose whole-number spacing would begin far from pure noise."""
+    T = schedule.num_train_timesteps
+    if not 1 <= steps < T:
+        raise BadInput(f"--{name} {steps}: wanted 1 to {T - 1}.")
+    if (first := schedule.timesteps(steps)[0]) < 0.9 * T:
+        say(f"warning: {steps} steps, {T // steps} timesteps apart, begin at t = {first} and not "
+            f"in pure noise; a number that divides {T} begins there")
+
+
 # ------------------------------------------------------------------------------------------------
 # Randomness and timestep distributions
 
@@ -120,11 +145,14 @@ def generator(*key):
 def noise_like_shape(shape, seeds):
     """Standard normal (len(seeds), *shape) in fp32 on the CPU; row i depends on seeds[i] alone, so
     a sample does not change with the batch it is drawn in. Seeds are ints or Generators."""
-    make = lambda s: s if isinstance(s, torch.Generator) else generator(s)
-    return torch.stack([torch.randn(shape, generator=make(s)) for s in seeds])
+    rows = []
+    for seed in seeds:
+        g = seed if isinstance(seed, torch.Generator) else generator(seed)
+        rows.append(torch.randn(shape, generator=g))
+    return torch.stack(rows)
 
 
-def timestep_weights(kind, T=1000, alpha=0.5):
+def timestep_weights(kind, T, alpha=0.5):
     """Probabilities (T,) of the training timesteps.
 
     'uniform', or NewMove's 'coarse', f(t) = (1 − α·cos(πt/T))/T, which favours high noise, where
@@ -145,27 +173,28 @@ def draw_timesteps(weights, n, generator):
 # Guidance and samplers
 
 
-def guide(unet, text, empty=None, scale=1.0):
-    """predict(x, t) with classifier-free guidance, u + g·(c − u) (Ho & Salimans 2022, Eq. 6).
+def guide(network, text, empty=None, scale=1.0):
+    """predict(x, t) out of network(x, t, text), with classifier-free guidance: u + g·(c − u) (Ho &
+    Salimans 2022, Eq. 6).
 
     text and empty (B, N, D); both halves run as one batch. Scale 1 or no `empty`: one half only.
     """
     if empty is None or scale == 1.0:
-        return lambda x, t: unet(x, t, text)
+        return lambda x, t: network(x, t, text)
     both = torch.cat([empty, text])
 
     def predict(x, t):
-        uncond, cond = unet(x, t, both).chunk(2)
+        uncond, cond = network(x, t, both).chunk(2)
         return uncond + scale * (cond - uncond)
 
     return predict
 
 
-def ddim(schedule, predict, x, steps, eta=0.0, seeds=None, on_step=None, skip=0, edit=None):
+def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0, edit=None):
     """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds fresh noise from `seeds`, one a sample; with
     `skip`, x is at the level of the step of that number, and those before it are left out;
     edit(x, t) may change the latents before a step."""
-    S, generators = schedule, _generators(seeds, eta > 0)
+    S, generators = schedule, step_generators(seeds, eta > 0)
     for t in S.timesteps(steps)[skip:]:
         x = edit(x, t) if edit else x
         a, b = S.alpha_bar[t].item(), S.before(t - S.num_train_timesteps // steps)
@@ -179,9 +208,9 @@ def ddim(schedule, predict, x, steps, eta=0.0, seeds=None, on_step=None, skip=0,
     return x
 
 
-def ddpm(schedule, predict, x, steps, seeds, on_step=None):
+def ddpm(schedule, predict, x, steps, seeds=None, on_step=None):
     """Ancestral sampling (Ho et al. 2020, Eq. 6 and 7), with the small of the two variances."""
-    S, generators = schedule, _generators(seeds, True)
+    S, generators = schedule, step_generators(seeds, True)
     for t in S.timesteps(steps):
         a, s = S.alpha_bar[t].item(), t - S.num_train_timesteps // steps
         b = S.alpha_bar[s].item() if s >= 0 else 1.0
@@ -212,7 +241,7 @@ def dpm_timesteps(schedule, steps):
     return t.flip(0)[:-1].tolist()
 
 
-def dpm_solver(schedule, predict, x, steps, on_step=None):
+def dpm_solver(schedule, predict, x, steps, seeds=None, on_step=None):
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), first order in its first and last step."""
     S, old, h_old = schedule, None, None
     times = dpm_timesteps(S, steps)
@@ -233,7 +262,7 @@ def dpm_solver(schedule, predict, x, steps, on_step=None):
     return x
 
 
-def ddim_inversion(schedule, predict, x, steps, on_step=None):
+def ddim_inversion(schedule, predict, x, steps, seeds=None, on_step=None):
     """The noise from which `ddim` in as many steps returns to the clean latents x (Song et al.
     2021, Sec. 4.3): each step climbs from level t − T/steps to t with the prediction made at t."""
     S = schedule
@@ -251,7 +280,7 @@ def blend_noise(inverted, noise, p):
     return p**0.5 * inverted + (1 - p) ** 0.5 * noise
 
 
-def _generators(seeds, needed):
+def step_generators(seeds, needed=True):
     """One generator a sample, on another stream than the one that drew its start."""
     if not needed:
         return None
@@ -261,3 +290,52 @@ def _generators(seeds, needed):
 
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm_solver}
+
+
+# ------------------------------------------------------------------------------------------------
+# With a whole model: anything that has predict, read, decode, schedule and device (model.Model)
+
+
+@torch.no_grad()
+def invert(model, latents, steps, prompt="", on_step=None, progress=None):
+    """DDIM inversion of clean latents (B, C, F, h, w) (VMC Sec. 3.3), without guidance and, as the
+    published code has it, with an empty prompt. Gives latents of the same shape."""
+    text = model.read([prompt]).expand(len(latents), -1, -1)
+    with bar(progress, steps, on_step) as step:
+        return ddim_inversion(model.schedule, guide(model.predict, text), latents.to(model.device),
+                              steps, on_step=step)
+
+
+@torch.no_grad()
+def sample(model, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", negative="",
+           on_step=None, progress=None, **more):
+    """B prompts and starting latents (B, C, F, h, w) -> videos (B, 3, F, H, W) on the CPU.
+
+    seeds: one a video, for the noise of the steps. `more` goes to the sampler; with a text for
+    `progress`, a bar shows the time left. Raises BadInput when the latents are no longer numbers.
+    """
+    text, empty = model.read(prompts), model.read([negative]).expand(len(prompts), -1, -1)
+    predict = guide(model.predict, text, empty, guidance)
+    count = steps - more.get("skip", 0)
+    with bar(progress, count, on_step) as step:
+        latents = SAMPLERS[method](model.schedule, predict, start.to(model.device), steps, seeds,
+                                   step, **more)
+    if not torch.isfinite(latents).all():
+        raise BadInput(f"sampling with guidance {guidance:g} gave NaN; lower --guidance, or use "
+                       "--precision fp32.")
+    return model.decode(latents)
+
+
+@contextmanager
+def bar(text, count, on_step):
+    """on_step, which also moves a bar of `count` steps on where there is a text for it."""
+    if text is None:
+        yield on_step
+        return
+    with tqdm(total=count, desc=text) as moving:
+        def step(t, x):
+            moving.update()
+            if on_step:
+                on_step(t, x)
+
+        yield step

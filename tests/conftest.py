@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
+from support.machine import keep_memory  # noqa: E402
 
 TINY = ROOT / "tiny" / "weights"
 
@@ -30,5 +31,5 @@ def tiny():
 
 @pytest.fixture(scope="session", autouse=True)
 def threads():
-    model.keep_memory()
+    keep_memory()
     torch.use_deterministic_algorithms(False)

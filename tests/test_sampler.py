@@ -7,6 +7,7 @@ from conftest import TINY, relative
 
 import sampler
 from sampler import Schedule
+from support.files import BadInput
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -87,7 +88,7 @@ def test_ddim_equals_diffusers(prediction, spacing):
 def test_ddim_with_noise_equals_diffusers(prediction):
     ours, theirs = pair(diffusers.DDIMScheduler, prediction,
                         clip_sample=False, set_alpha_to_one=False)
-    generators = sampler._generators([3, 8], True)
+    generators = sampler.step_generators([3, 8])
     step = lambda out, t, x: theirs.step(
         out, t, x, eta=0.7,
         variance_noise=sampler.noise_like_shape(SHAPE[1:], generators).double()).prev_sample
@@ -99,7 +100,7 @@ def test_ddim_with_noise_equals_diffusers(prediction):
 def test_ddpm_equals_diffusers(prediction, monkeypatch):
     ours, theirs = pair(diffusers.DDPMScheduler, prediction, clip_sample=False)
     theirs.one = theirs.one.double()
-    generators = sampler._generators([3, 8], True)
+    generators = sampler.step_generators([3, 8])
     # The last step has no noise in the paper; diffusers draws some of variance 1e-20.
     draws = iter([1.0] * 49 + [0.0])
     monkeypatch.setattr(
@@ -181,22 +182,47 @@ def test_inversion_then_sampling_returns_exactly(prediction):
     assert relative(noise, start()) > 0.5
 
 
-def test_inversion_then_sampling_on_the_tiny_model(tiny):
-    """Without guidance the tiny model's reconstruction of a clip stays near it: see README."""
-    import generate
+def a_clip():
     from tiny import world
 
     scenes = world.sample_scenes(1, torch.Generator().manual_seed(0), ("moving left",))
-    video = world.render(scenes)
-    latents = tiny.vae.encode_video(video)
-    noise = generate.invert(tiny, latents, 50, "fp32")
-    with torch.no_grad():
-        empty = tiny.text([""])
-        again = sampler.ddim(tiny.schedule, sampler.guide(tiny.unet, empty), noise, 50)
-    goal, back = tiny.vae.decode_video(latents), tiny.vae.decode_video(again)
-    psnr = 10 * math.log10(4 / (goal - back).square().mean().item())
+    return world.render(scenes)
+
+
+def test_inversion_then_sampling_on_the_tiny_model(tiny):
+    """Without guidance the tiny model's reconstruction of a clip stays near it."""
+    latents = tiny.encode(a_clip())
+    noise = sampler.invert(tiny, latents, 50)
+    back = sampler.sample(tiny, [""], noise, [0], 50, guidance=1.0)
+    psnr = 10 * math.log10(4 / (tiny.decode(latents) - back).square().mean().item())
     print(f"inversion and back on the tiny model: {psnr:.1f} dB")
     assert psnr > 20
+
+
+def test_from_an_inverted_start_only_ddpm_tells_seeds_apart(tiny):
+    """VMC's pipeline samples by DDPM: one start, and another video a seed."""
+    noise = sampler.invert(tiny, tiny.encode(a_clip()), 7).expand(2, -1, -1, -1, -1)
+    for method, apart in (("ddim", False), ("dpm", False), ("ddpm", True)):
+        first, second = sampler.sample(tiny, ["", ""], noise, [1, 2], 7, 1.0, method)
+        assert (relative(first, second) > 0.01) == apart, method
+
+
+def test_sampling_tells_of_its_steps_and_shows_a_bar_where_asked(tiny, capsys):
+    x, seen = torch.randn(1, 8, 4, 8, 8), []
+    sampler.sample(tiny, ["a red ball"], x, [0], 3, on_step=lambda t, x0: seen.append(t))
+    assert seen == tiny.schedule.timesteps(3) and "ball" not in capsys.readouterr().err
+    sampler.sample(tiny, ["a red ball"], x, [0], 3, progress="making a ball")
+    assert "making a ball" in (said := capsys.readouterr().err) and "3/3" in said
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_whole_number_for_t_is_the_same_as_a_tensor(prediction):
+    S, x0, noise = Schedule(prediction_type=prediction), start().float(), torch.randn(SHAPE)
+    many, x = torch.tensor([901, 901]), S.add_noise(x0, noise, 901)
+    assert isinstance(S.at(901, x0), float) and torch.equal(S.add_noise(x0, noise, many), x)
+    assert torch.equal(S.target(x0, noise, 901), S.target(x0, noise, many))
+    for one, other in zip(S.split(noise, x, S.at(901, x)), S.split(noise, x, S.at(many, x))):
+        assert torch.equal(one, other)
 
 
 def test_guidance_is_the_papers_and_one_batch():
@@ -229,13 +255,13 @@ def test_coarse_timesteps_have_the_papers_density():
     assert w[500:].sum().item() == pytest.approx(0.659, abs=1e-3)
     drawn = sampler.draw_timesteps(w, 200_000, torch.Generator().manual_seed(0)).double()
     assert drawn.mean().item() == pytest.approx(600.9, abs=2.5)
-    assert sampler.draw_timesteps(sampler.timestep_weights("uniform"), 200_000,
+    assert sampler.draw_timesteps(sampler.timestep_weights("uniform", 1000), 200_000,
                                   torch.Generator().manual_seed(0)).double().mean() < 503
 
 
 def test_the_noise_of_the_steps_is_not_the_starts():
     start = sampler.noise_like_shape((4, 3), [5])
-    step = sampler.noise_like_shape((4, 3), sampler._generators([5], True))
+    step = sampler.noise_like_shape((4, 3), sampler.step_generators([5]))
     assert not torch.equal(start, step) and not torch.equal(
         sampler.noise_like_shape((4, 3), [5 + 2**32]), start)
 
@@ -246,11 +272,33 @@ def test_blend_keeps_the_variance():
     assert torch.equal(sampler.blend_noise(a, b, 1.0), a)
 
 
+@pytest.mark.parametrize("steps", (0, 1000, -3))
+def test_steps_that_the_schedule_has_not_are_refused(steps, capsys):
+    with pytest.raises(BadInput, match=f"--steps {steps}"):
+        sampler.check_steps(Schedule(), steps)
+    sampler.check_steps(Schedule(), 50)
+    assert capsys.readouterr().err == ""
+    sampler.check_steps(Schedule(), 600)  # 600 steps, one timestep apart
+    assert "not in pure noise" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [{"beta_schedule": "cosine"}, {"prediction_type": "sample"},
                                     {"clip_sample": True}, {"timestep_spacing": "odd"}])
 def test_an_unknown_schedule_is_refused(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
+    with pytest.raises(BadInput, match=next(iter(change))):
         Schedule(**change)
+
+
+def test_what_a_file_lacks_is_as_diffusers_has_it(tmp_path):
+    """And not as ZeroScope has it; there a missing clip_sample means clipping, which we lack."""
+    path, theirs = tmp_path / "scheduler_config.json", diffusers.DDIMScheduler(clip_sample=False)
+    path.write_text('{"clip_sample": false}')
+    S = Schedule.read(path)
+    assert relative(S.alpha_bar, theirs.alphas_cumprod.double()) < 1e-5
+    assert S.before(-1) == theirs.final_alpha_cumprod == 1 and S.steps_offset == 0
+    path.write_text("{}")
+    with pytest.raises(BadInput, match="clip_sample is True"):
+        Schedule.read(path)
 
 
 def test_the_tiny_models_schedule_is_read():

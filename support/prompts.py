@@ -1,0 +1,53 @@
+"""Prompts: from flags and files, and the words in them that the tiny model cannot read.
+"""
+import re
+
+from support.files import BadInput, say
+
+
+def read_prompts(prompt, path, style):
+    """The prompt, or the lines of a text file, each with the style behind it; [] for neither.
+    Raises BadInput for a file that gives none."""
+    if path is None:
+        lines = [prompt] if prompt else []
+    else:
+        lines = read_lines(path)
+    return [f"{line} {style or ''}".strip() for line in lines]
+
+
+def read_lines(path):
+    """The lines of a text file that are not empty, of which it has some. Raises BadInput."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist; give a text file with one prompt a line.") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not UTF-8 text; save it as that.") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise BadInput(f"{path} holds no prompts; write one a line.")
+    return lines
+
+
+def strange_words(text, taught=""):
+    """The words of a text that the tiny model met neither in its world's captions nor in the text
+    `taught`, and those that it knows; both sorted."""
+    from tiny import world  # needed here alone
+
+    parts = [*world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *world.BASE, *world.SPEEDS,
+             *getattr(world, "UNNAMED_WORDS", ()), world.caption("orange", background="grey"),
+             world.caption()]
+    known = _words(" ".join(parts))
+    return sorted(_words(text) - known - _words(taught)), sorted(known)
+
+
+def explain_strange_words(text, taught=""):
+    """Say in one line which words of a text the tiny model cannot read, where there are any."""
+    strange, known = strange_words(text, taught)
+    if strange:
+        say(f"note: the tiny model has never met {', '.join(strange)}; it knows {', '.join(known)}"
+            " and what it was taught with an adapter")
+
+
+def _words(text):
+    return set(re.findall(r"[^\W_]+", text.lower()))
