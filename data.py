@@ -102,14 +102,17 @@ def decode(path, start=0.0):
         raise BadInput(f"{path} does not exist; give a video file or a folder of pictures.")
     if path.suffix.lower() in PICTURES:
         raise BadInput(f"{path} is one picture; a motion needs a video, or a folder of pictures.")
-    count, (first, target) = 0, key_frame(path, start) if start else (None, None)
+    count, first, target = 0, None, None
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise BadInput(f"{path} has no picture, only sound; give a video.")
-            stream = container.streams.video[0]
+            stream = container.streams.video[0]  # of an unknown codec, it has no size
+            judge(path, getattr(stream, "width", 0), getattr(stream, "height", 0))
             aspect = float(stream.sample_aspect_ratio or 1)
             rate = float(stream.average_rate or 25)
+            if start:
+                first, target = key_frame(path, start)
             if target is not None:
                 container.seek(target, stream=stream)
             for frame in container.decode(stream):
@@ -117,7 +120,7 @@ def decode(path, start=0.0):
                 first = frame.time if first is None else first
                 time = count / rate if frame.time is None else frame.time - first
                 count += 1
-                yield time, partial(upright, frame, aspect)
+                yield time, partial(upright, path, frame, aspect)
     except BadInput:
         raise
     except (av.error.FFmpegError, ArithmeticError, ValueError, EOFError):
@@ -134,19 +137,24 @@ def key_frame(path, start):
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            judge(path, stream.width, stream.height)
             first = next(container.decode(stream)).time
             target = int((first + start) / stream.time_base)
             container.seek(target, stream=stream)
             landed = next(container.decode(stream)).time
             return (first, target) if landed <= first + start else (None, None)
-    except (av.error.FFmpegError, ArithmeticError, LookupError, StopIteration, TypeError):
-        return None, None  # `decode` tells what is wrong
+    except (av.error.FFmpegError, ArithmeticError, AttributeError, LookupError, StopIteration,
+            TypeError, ValueError):
+        return None, None  # `decode` reads from the beginning, and tells what is wrong
 
 
-def upright(frame, aspect):
-    """A decoded frame as (H, W, 3) uint8, turned as the file says and with square pixels."""
-    picture = frame.to_ndarray(format="rgb24")
+def upright(path, frame, aspect):
+    """A decoded frame as (H, W, 3) uint8, turned as the file says and with square pixels. Raises
+    BadInput for colours that cannot be converted."""
+    try:
+        picture = frame.to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, ValueError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise BadInput(f"{path} has pixels of an unknown kind ({reason}); convert it.") from None
     if aspect != 1:
         wide = max(1, round(picture.shape[1] * aspect)), picture.shape[0]
         picture = np.asarray(Image.fromarray(picture).resize(wide))
@@ -156,7 +164,7 @@ def upright(frame, aspect):
 def judge(path, width, height):
     """Raises BadInput for a picture of more pixels than any that is real, before they are asked
     for."""
-    if not 1 <= width * height <= MOST_PIXELS:
+    if width * height > MOST_PIXELS:
         raise BadInput(f"{path} claims {width:g}×{height:g} pixels; wanted at most {MOST_PIXELS:,} "
                        "of them. Save it smaller.")
 

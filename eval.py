@@ -29,7 +29,7 @@ from support.flags import Parser, is_text, real, whole
 @dataclass
 class Sample:
     """A video (3, F, H, W) in [-1, 1] with its prompt, its seed, and the rate it is measured at;
-    `shown` where the page may hold it."""
+    `shown` where the page may hold it. The rest is filled in by scores/figures.py."""
 
     video: torch.Tensor
     prompt: str
@@ -37,13 +37,15 @@ class Sample:
     path: Path
     fps: float
     shown: bool = True
+    figures: dict = field(default_factory=dict)  # {metric: number or None}
+    features: torch.Tensor | None = None  # CLIP's of its frames, (F, D)
     held: float | None = None  # the share of its tracks that can be trusted
 
 
 @dataclass
 class Run:
-    """Samples, the clips they learned from, and the settings of the sampling and of the training
-    (both dicts, empty where unknown)."""
+    """Samples, those of them that are compared with the other runs', the clips they learned from,
+    and the settings of the sampling and of the training (both dicts, empty where unknown)."""
 
     name: str
     path: Path
@@ -51,7 +53,7 @@ class Run:
     references: list
     settings: dict
     training: dict
-    chosen: list = field(default_factory=list)  # the numbers of the samples that are compared
+    compared: list = field(default_factory=list)
 
 
 def main(argv=None):
@@ -69,34 +71,34 @@ def main(argv=None):
         args.world = all(r.settings and not r.settings.get("weights") for r in runs)
     if args.world and not scorers.classifier:
         scorers.classifier = motion.tiny_trn(device=args.device)
-    table, each = {}, []
+    table = {}
     for run in runs:
         mine = range(process, len(run.samples), processes)
         found = machine.gather(figures.score(run, mine, args, scorers))
         if process == 0:
-            rows, pictures = zip(*(found[i] for i in range(len(run.samples))))
-            table[run.name] = figures.summary(run, rows, pictures, args, scorers)
-            each.append(rows)
+            for number, s in enumerate(run.samples):
+                s.figures, s.features = found[number]
+            table[run.name] = figures.summary(run, args, scorers)
     if process == 0:
-        threshold = figures.count_copies(runs, each, table, args, scorers)
-        notes += explain(runs, args)
+        threshold = figures.count_copies(runs, table, args, scorers)
+        notes += explain(runs)
         show(table, notes)
-        write(runs, table, each, notes, threshold, args)
+        write(runs, table, notes, threshold, args)
 
 
-def write(runs, table, each, notes, threshold, args):
+def write(runs, table, notes, threshold, args):
     """metrics.json, page.html, and the study."""
-    out, videos = args.out or args.runs[0], []
-    for run, rows in zip(runs, each):
-        for s, row in zip(run.samples, rows):
-            videos.append({"run": run.name, "file": s.path, "prompt": s.prompt, "seed": s.seed}
-                          | row)
+    out, videos, references = args.out or args.runs[0], [], {}
+    for run in runs:
+        references[run.name] = [r.path for r in run.references]
+        for s in run.samples:
+            about = {"run": run.name, "file": s.path, "prompt": s.prompt, "seed": s.seed}
+            videos.append(about | s.figures)
     write_json(out / "metrics.json", {
         "table": table, "notes": notes, "copy threshold": threshold, "videos": videos,
-        "references": {run.name: [str(r.path) for r in run.references] for run in runs},
-        "settings": {k: str(v) for k, v in vars(args).items() if v}})
+        "references": references, "settings": {k: str(v) for k, v in vars(args).items() if v}})
     print(f"written: {out / 'metrics.json'}")
-    page.report(out / "page.html", runs, table, each, notes)
+    page.report(out / "page.html", runs, table, notes)
     if args.user_study:
         kept = [run for run in runs if not run.name.rpartition(": ")[2].startswith("step ")]
         study.study(out, kept, args.ratings, args.question)
@@ -107,7 +109,7 @@ def write(runs, table, each, notes, threshold, args):
 
 
 def parse(argv=None):
-    """The flags. Raises BadInput for those that make no sense together."""
+    """The flags. Raises BadInput."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="folders that train.py or generate.py wrote, or of "
@@ -157,7 +159,11 @@ def parse(argv=None):
     add("--key", type=Path, help="the study's key (default: study-key.json beside the votes)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--out", type=Path, help="folder of all that is written (default: the first run)")
-    args = parser.parse_args(argv)
+    return checked(parser.parse_args(argv))
+
+
+def checked(args):
+    """The flags. Raises BadInput for those that make no sense together, and for what is missing."""
     if bool(args.runs) == bool(args.votes):
         raise BadInput("give folders to score, or --votes FILE.")
     if args.keyframes and len(args.keyframes) < 2:
@@ -365,7 +371,7 @@ def read(path, args, frames, fps, start=0.0, height=1, width=1):
 # Showing
 
 
-def explain(runs, args):
+def explain(runs):
     """What a reader of the table has to know: notes."""
     notes = ["↑: more is better, ↓: less is. One figure alone says little: a video that broke, or "
              "that copies the clip, can move best."]

@@ -25,8 +25,8 @@ import lora
 import sampler
 from model import TINY, load
 from support import machine, prompts, sets, videos
-from support.files import BadInput, check_folder_out, check_weights, read_size
-from support.flags import Parser, choice, real, some_text, whole
+from support.files import BadInput, check_folder_out, check_weights, read_size, say
+from support.flags import Parser, real, some_text, whole
 
 # ------------------------------------------------------------------------------------------------
 # The command
@@ -210,8 +210,8 @@ def check(args):
     check_weights(args.refine, "--refine")
     if args.save:
         check_folder_out(args.save.parent, "--save")
-        if args.save.exists():
-            raise BadInput(f"--save {args.save} exists; give another name.")
+        if args.save.exists() or args.save.suffix in (".safetensors", ".pt", ".bin", ".ckpt"):
+            raise BadInput(f"--save {args.save}: wanted the name of a new folder, or of a .pth.")
     if not (args.prompt or args.prompts or args.save):
         raise BadInput("give --prompt \"…\" or --prompts FILE.")
     prompts.read_prompts(args.prompt, args.prompts, args.style)
@@ -271,24 +271,6 @@ class Settings:
         return list(itertools.product(self.prompts, seeds))
 
 
-# What an adapter's file may say of sampling.
-STORY = {"fps": real(0.01, 1000), "noise_prior": real(0, 1), "guidance": real(0, 1000),
-         "sampling_steps": whole(1, 10**5), "inversion_steps": whole(0, 10**5), "step": whole(0),
-         "sampler": choice(*sampler.SAMPLERS), "inverts": choice("tuned", "base")}
-
-
-def read_story(adapter):
-    """{name: value} of what an adapter's file says of sampling. Raises BadInput, before anything
-    is sampled, for what is of another kind, or outside its range."""
-    story, ours = {}, adapter.meta.get("format") == lora.FORMAT
-    for name, read in STORY.items() if ours else ():
-        try:
-            story |= {name: read(adapter.meta[name])} if name in adapter.meta else {}
-        except BadInput as error:
-            raise BadInput(f"{adapter.path} says {name} = {error} Train it again.") from None
-    return story
-
-
 def settle(args, model, adapters):
     """The Settings, and the clip that gives the start or the motion as clean latents
     (1, C, F, h, w), or None. Raises BadInput for what the model or the adapters cannot do."""
@@ -305,6 +287,8 @@ def settle(args, model, adapters):
     # On a CPU several at a time take as long as one by one, and each would depend on the others in
     # its last bits.
     on_cpu = torch.device(model.device).type == "cpu"
+    if on_cpu and args.batch and args.batch > 1:
+        say(f"note: --batch {args.batch}: a CPU makes one by one, which takes it no longer")
     recompute = (args.checkpointing or ("off" if tiny else "on")) == "on"
     s = Settings(
         prompts=prompts.read_prompts(args.prompt, args.prompts, args.style), seed=args.seed,
@@ -338,9 +322,10 @@ def choose_values(args, model, adapters, source):
     v = {"negative": "", "frames": 16, "size": (side, side), "fps": 8.0, "noise_prior": 0.0,
          "inverts": "tuned", "inversion_steps": 0, "sampler": "ddim", "steps": 50,
          "steps_trained": None, "guidance": 4.0 if tiny else 9.0}
-    if adapters:
-        story = read_story(source or adapters[0])
-        story |= {"steps": story.get("sampling_steps", 50), "steps_trained": story.get("step")}
+    first = source or next(iter(adapters), None)
+    if first and first.meta.get("format") == lora.FORMAT:  # others may mean something else
+        story = videos.read_story(first)
+        story |= {"steps": story["sampling_steps"], "steps_trained": story["step"]}
         v |= {name: value for name, value in story.items() if name in v}
     if source:
         _, frames, h, w = source.latents.shape

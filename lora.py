@@ -65,15 +65,44 @@ LAYERS |= {  # two of them together
 
 def select(unet, layers):
     """{name: parameter} of a named set of layers, or of a pattern. BadInput if none match."""
-    try:
-        pattern = re.compile(LAYERS.get(layers, layers))
-    except re.error as error:
-        raise BadInput(f"layers={layers} is no pattern ({error}).") from None
+    pattern = pattern_of(layers)
     chosen = {n: p for n, p in unet.named_parameters() if pattern.fullmatch(n)}
     if not chosen:
         raise BadInput(f"no layer is called {layers!r}; known sets: {', '.join(LAYERS)}, "
                        "or a pattern over parameter names.")
     return chosen
+
+
+def pattern_of(layers):
+    """The compiled pattern of a named set of layers, or of a pattern. Raises BadInput."""
+    return re.compile(LAYERS[layers]) if layers in LAYERS else read_pattern(layers)
+
+
+class Tuned:
+    """The names of all parameters that a method's parts learn in full, before there is a network to
+    look at: `name in Tuned(parts)`. The others can be stored in bf16 as they are read."""
+
+    def __init__(self, parts):
+        self.patterns = []
+        for part in parts.values():
+            if isinstance(part, Part) and not (part.rank or part.file or part.layers == "none"):
+                self.patterns.append(pattern_of(part.layers))
+
+    def __contains__(self, name):
+        return any(pattern.fullmatch(name) for pattern in self.patterns)
+
+
+def read_pattern(text):
+    """A pattern that a person gave, compiled. Raises BadInput, also for one that might not end in a
+    lifetime: what repeats what repeats, or repeats often."""
+    if re.search(r"[*+}][^()|]*\)+[*+{]", text) or any(
+            len(re.findall(r"[*+]", one)) > 4 for one in text.split("|")):
+        raise BadInput(f"{text[:60]!r} repeats too much for a pattern over names; write at most "
+                       "four * or +, none of them within another.")
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadInput(f"{text[:60]!r} is no pattern ({error}).") from None
 
 
 def sites(unet, layers):
@@ -126,6 +155,8 @@ class Part:
             return "it is of a LoRA, and rank is 0"
         if self.layers == "none" and not self.file and field != "layers":
             return "layers is none"
+        if self.file and field != "file":
+            return "what is in a file acts as it is"
         return None
 
     def learner(self, model, seed):
@@ -229,10 +260,12 @@ class Words:
     """A learned word's vectors, in the text encoder. They act where a caption has the word."""
 
     def __init__(self, text, word, vectors, init, seed):
+        if not word.strip():
+            raise BadInput("a word that learns needs a text: word.text=sks.")
         table, ids = text.tower.token_embedding.weight, words_to_ids(word)
         # A word that is a single token begins as what it is; a made-up one as `init` or a thing,
         # with a little noise that tells its vectors apart.
-        known = ids if len(ids) == 1 and not init else words_to_ids(init or "thing")[:1]
+        known = ids if len(ids) == 1 and not init else words_to_ids(init.strip() or "thing")[:1]
         start = table[known].detach().float().expand(vectors, -1)
         noise = sampler.noise_like_shape(start.shape, [seed])[0].to(start) * table.std() * 0.1
         self.word, self.on = word, True
@@ -260,7 +293,7 @@ class Borrowed:
         self.swapped = {n: t.float() for n, t in adapter.tensors.items()}
         for site, (A, B) in adapter.pairs.items():
             name = f"{site}.weight"
-            W = self.swapped.get(name, self.own[name].data)
+            W = self.swapped.get(name, self.own[name].data.float())
             self.swapped[name] = W + product(A, B, W)
 
     @property
@@ -341,10 +374,12 @@ def read_rates(text):
     for item in filter(None, text.split(",")):
         pattern, _, factor = item.rpartition(":")
         try:
-            re.compile(pattern)
-            rates[pattern] = float(factor)
-        except (re.error, ValueError):
-            raise BadInput(f"rates: {item!r}; wanted pattern:factor,pattern:factor.") from None
+            rates[read_pattern(pattern).pattern] = float(factor)
+        except ValueError:
+            factor = ""
+        if not pattern or not factor or not 0 <= rates[pattern] <= 1e6:
+            raise BadInput(f"rates: {item[:60]!r}; wanted pattern:factor,pattern:factor, factors "
+                           "of 0 to 1e6.")
     return rates
 
 
@@ -379,10 +414,10 @@ def product(A, B, W):
 
 def fingerprint(unet):
     """Twelve letters that tell one base model from another, the same for its fp16 and fp32 files.
-    Taken from the configuration and from the first parameters that no method trains."""
+    Taken from the configuration and from the last layer, which is never stored in bf16."""
     digest = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
     own = dict(unet.named_parameters())
-    for name in [n for n in own if re.match(r"conv_in|conv_out|time_embedding", n)] or own:
+    for name in [n for n in own if n.startswith("conv_out")] or own:
         tensor = own[name].detach().to("cpu", torch.float16)
         digest.update(tensor.flatten()[:4096].contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
@@ -504,13 +539,14 @@ def check_fit(model, adapter):
     for site, (A, B) in adapter.pairs.items():
         shape = own.get(f"{site}.weight", ())
         fits = A.dim() == B.dim() == len(shape) >= 2 and B.shape[1] == A.shape[0] > 0
-        if not fits or (B.shape[0], A.shape[1]) != shape[:2] or A[0].numel() * shape[0] != (
-                torch.Size(shape).numel()):
+        if not fits or (B.shape[0], A.shape[1]) != shape[:2] or B[0, 0].numel() > 1 or (
+                A[0].numel() * shape[0] != torch.Size(shape).numel()):
             wrong.append(f"{site}: {tuple(B.shape)}·{tuple(A.shape)} on {shape}")
     width = model.text.config.hidden_size
     for word, vectors in adapter.words.items():
-        if vectors.dim() != 2 or vectors.shape[1] != width:
-            wrong.append(f"word {word}: {tuple(vectors.shape)}, wanted (n, {width})")
+        if vectors.dim() != 2 or vectors.shape[1] != width or not (
+                0 < len(vectors) <= 64 and word.strip()):
+            wrong.append(f"word {word[:40]!r}: {tuple(vectors.shape)}, wanted (1 to 64, {width})")
     channels = unet.config.in_channels
     if adapter.latents is not None and (
             adapter.latents.dim() != 4 or adapter.latents.shape[0] != channels):

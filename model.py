@@ -25,7 +25,7 @@ from support import fast, hub
 from support.fast import Dropout, TimeConv
 from support.files import BadInput, read_fields, read_json
 from support.hub import TextConfig, UNetConfig, VAEConfig
-from support.machine import autocast
+from support.machine import autocast, send
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 
@@ -661,7 +661,8 @@ class TextEncoder(nn.Module):
         for word, vectors in self.learned.items():  # their ids follow the table's
             ids[word] = list(range(first, first := first + len(vectors)))
         device = self.tower.positional_embedding.device
-        return self.embed(tokenize(prompts, self.config.max_position_embeddings, ids).to(device))
+        ids = tokenize(prompts, self.config.max_position_embeddings, ids)
+        return self.embed(send(ids, device))
 
     def embed(self, ids):
         """Token ids (B, N) -> (B, N, D); ids past the vocabulary are the learned vectors'."""
@@ -702,11 +703,11 @@ class Model:
     def encode(self, video, generator=None):
         """(B, 3, F, H, W) in [-1, 1] -> scaled latents (B, C, F, h, w): the posterior's mean or,
         with a CPU generator (or a list of them, one a clip), a sample of it."""
-        mean, std = self.vae.moments(video.to(self.device))
+        mean, std = self.vae.moments(send(video, self.device))
         if generator is not None:
             sources = generator if isinstance(generator, list) else [generator] * len(mean)
             noise = noise_like_shape(mean.shape[1:], sources)
-            mean = mean + std * noise.to(mean)
+            mean = mean + std * send(noise, mean.device)
         return mean.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -721,7 +722,8 @@ class Model:
 
     def _read(self, prompt):
         learned = [v for word, v in self.text.learned.items() if has_word(prompt, word)]
-        with torch.set_grad_enabled(any(v.requires_grad for v in learned)):
+        learning = torch.is_grad_enabled() and any(v.requires_grad for v in learned)
+        with torch.set_grad_enabled(learning):
             if learned:
                 return self.text([prompt]).float()
             if prompt not in self.states:
@@ -738,23 +740,26 @@ class Model:
         for part in (self.unet, self.vae, self.text):
             part.to(device)
         self.device = device
+        self.states.clear()
         return self
 
 
 def load(folder=None, device="cpu", precision="fp32", keep=None):
     """All parts of a hub-layout folder (ZeroScope, ModelScope; None: the tiny model).
 
-    In bf16, with the names `keep` (() for none), all others are stored in it before anything moves
-    to the device, so that a small card never holds fp32. Raises BadInput when a part is missing,
-    damaged, or does not fit its config.json.
+    In bf16, with the names `keep` (() for none), all others are stored in it as they are read, so
+    that neither a small machine nor a small card ever holds them in fp32. Raises BadInput when a
+    part is missing, damaged, or does not fit its config.json.
     """
     folder = TINY if folder is None else Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one in the hub's layout, with unet/, vae/, "
                        "text_encoder/ and scheduler/ in it.")
-    model = Model(load_unet(folder), load_vae(folder), load_text(folder), load_schedule(folder),
-                  precision=precision)
-    if keep is not None:
+    half = keep is not None and precision == "bf16"
+    dtype = lambda name: torch.bfloat16 if half and not fast.in_fp32(name, keep) else torch.float32
+    model = Model(load_unet(folder, dtype=dtype), load_vae(folder), load_text(folder),
+                  load_schedule(folder), precision=precision)
+    if half:
         model.store_frozen(keep)
     return model.to(device)
 
@@ -784,7 +789,9 @@ def load_schedule(folder):
 
 
 def _load(cls, config, folder, device, dtype, convert):
-    """Build a part without allocating it, then put the file's tensors in its place."""
+    """Build a part without allocating it, then put the file's tensors in its place. dtype: one for
+    all, or a function of the name."""
+    dtype_of = dtype if callable(dtype) else lambda name: dtype
     path = folder / "config.json"
     with torch.device("meta"):
         module = cls(read_fields(config, read_json(path), path))
@@ -792,6 +799,6 @@ def _load(cls, config, folder, device, dtype, convert):
     state = convert(state, module)
     for name in state:  # one by one: the file's own tensors make room as they are converted
         if state[name].is_floating_point():
-            state[name] = state[name].to(dtype)
+            state[name] = state[name].to(dtype_of(name))
     hub.load_strictly(module, state, source)
     return module.to(device).eval().requires_grad_(False)

@@ -16,10 +16,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import support.signals  # isort: skip  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
 import lora
@@ -45,8 +45,8 @@ def main(argv=None):
     flags, recipe = parse(sys.argv[1:] if argv is None else argv)
     machine.keep_memory()
     run = prepare(flags, recipe)
+    optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
     with runs.Folder(flags, run) as folder:
-        optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
         before = preview(run) if flags.preview_every else None
         first = folder.resume(optimizer) if flags.resume else folder.begin()
         end, signal = train(run, folder, optimizer, first, before)
@@ -107,8 +107,9 @@ def parse(argv):
     add("-h", "--help", action="store_true", help="this page; with --method, its settings")
     flags = parser.parse_args([a for a in argv if a not in settings])
     if flags.help:
-        page = METHODS[flags.method].help() if "--method" in argv else parser.format_help()
-        parser.exit(0, page + "\n")
+        named = any(a.startswith("--method") for a in argv)
+        print(METHODS[flags.method].help() if named else parser.format_help())
+        sys.exit()
     return flags, settle(flags, settings)
 
 
@@ -128,10 +129,16 @@ def settle(flags, settings):
     flags.own_lines = [line for line in lines if line]
     steps = [f"steps={flags.steps}"] if flags.steps is not None else []
     recipe = recipe.but(*lines).ask(settings + steps)
-    if flags.images and not any(n in recipe.parts for n in ("look", "subject")) or (
-            not clips and not recipe.parts.get("look")):
+    if flags.images and (flags.method, "a subject" if clips else "pictures") not in BY_DATA:
         raise BadInput(f"{flags.method} learns nothing from pictures{'' if clips else ' alone'}; "
                        "motiondirector learns their look, newmove a subject beside a motion.")
+    if flags.image_prompt and not flags.images:
+        raise BadInput("--image-prompt does nothing here: there are no --images.")
+    subject = recipe.parts.get("subject")
+    if subject and bool(flags.images) != (
+            subject.layers != "none" or recipe.parts["subject_word"].vectors > 0):
+        raise BadInput("a subject is learned from --images, by subject.layers or "
+                       "subject_word.vectors: give both, or neither.")
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
     flags.fps = flags.fps or (recipe.fps if flags.weights else 8.0)
@@ -157,7 +164,8 @@ class Run:
     clips: list
     images: list
     prior: list
-    sources: list = field(default_factory=list)  # where each clip's caption is from
+    sources: list  # where each clip's caption is from
+    fingerprint: str  # of the base model
     learners: dict = field(default_factory=dict)  # part -> its learners: one, or one a clip
     base: model.Model = None  # the untrained model, where a method asks for it
     inverted: torch.Tensor = None  # the first clip's noise, for samples
@@ -171,7 +179,8 @@ def prepare(flags, recipe):
     every step. Raises BadInput."""
     runs.check_out(flags)
     device = machine.find_device(flags.device)
-    whole = model.load(flags.weights, device, flags.precision or machine.default_precision(device))
+    precision = flags.precision or machine.default_precision(device)
+    whole = model.load(flags.weights, device, precision, keep=lora.Tuned(recipe.parts))
     flags.device, flags.precision = device, whole.precision
     sampler.check_steps(whole.schedule, flags.preview_steps, "preview-steps")
     sampler.check_steps(whole.schedule, recipe.sampling_steps, "sampling_steps")
@@ -184,24 +193,27 @@ def prepare(flags, recipe):
                                      flags.start, flags.reverse, of("word"), learned)
     caption = flags.image_prompt or (flags.prompt[0] if flags.prompt and not clips else None)
     images = data.load_images(flags.images, caption, flags.size, of("subject_word"), learned)
-    run = Run(flags, recipe, whole, clips, images, [], sources)
+    run = Run(flags, recipe, whole, clips, images, [], sources, lora.fingerprint(whole.unet))
     run.process, run.processes = machine.place(device)
     run.batch = flags.batch or run.processes
     if run.batch % run.processes:
         raise BadInput(f"--batch {flags.batch}: wanted a multiple of the {run.processes} "
                        "processes.")
+    stride, lengths = recipe.keywords.get("stride", 0), [c.video.shape[1] for c in clips]
+    if stride and stride >= min(lengths):
+        raise BadInput(f"stride={stride}: wanted less than the clip's {min(lengths)} frames.")
     run.prior = priors.load(run)
     for number, clip in enumerate((*clips, *images, *run.prior)):
         # Published codes sample the VAE's posterior, and do so once.
         g = sampler.generator(flags.seed, number, 7)
-        clip.latents = whole.encode(clip.video[None].to(device), g)
+        clip.latents = whole.encode(clip.video[None], g)
     run.learners = lora.make_learners(recipe.parts, whole, len(clips or images), flags.seed)
     flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
     ends = [p.text for n, p in words.items() if n.startswith("look") and p.vectors]
     for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
         data.check_prompt(" ".join([caption, *ends]), learned)
-    whole.store_frozen(lora.named(run.learners))
-    whole.unet.checkpointing = machine.checkpointing(flags)
+    learning = list(lora.named(run.learners).values())
+    whole.unet.checkpointing = machine.checkpointing(flags, learning, 2 if run.prior else 1)
     runs.report(run)
     return run
 
@@ -215,7 +227,7 @@ def train(run, folder, optimizer, first, before):
     ended, and the signal."""
     flags, recipe, stop = run.flags, run.recipe, machine.Stop()
     parameters = list(lora.named(run.learners).values())
-    bar = tqdm(initial=first, total=recipe.steps, desc=recipe.name, disable=run.process > 0)
+    bar = folder.bar(first)
     for step in range(first, recipe.steps + 1):
         end = step == recipe.steps or stop.agree(flags.device)
         if flags.preview_every and (step % flags.preview_every == 0 or end) and not stop.signal:
@@ -319,11 +331,11 @@ def newmove(m, alpha=0.5, loss="mse", augment="augmented", prior_weight=0.5, fir
     prior_weight: weight of the prior clips' loss
     first: steps in which the motion learns alone, before a subject joins
     """
-    if "subject" in m.parts and m.step >= first and m.chance() < 0.5:
+    if m.run.images and m.step >= first and m.chance() < 0.5:
         m.learn("subject", "subject_word")
         yield mse(*m.predict(m.frame(m.noised(m.image()))))
         return
-    z = m.noised(m.clip(), augment, alpha)
+    z = m.noised(m.clip(), data.VIEWS[augment], alpha)
     m.learn("motion", "word")
     if not m.run.prior:
         yield LOSSES[loss](*m.predict(z), anchor=m.pick(z), a=m.alpha_bar(z))
@@ -346,7 +358,7 @@ def customize_a_video(m, first=200):
     first: steps of the absorber
     """
     if m.step < first and (m.learns("look") or m.learns("look_word")):
-        z = m.noised(m.clip(), "crop", caption=m.settings["look_prompt"])
+        z = m.noised(m.clip(), data.crop, caption=m.settings["look_prompt"])
         m.learn("look", "look_word")
         yield mse(*m.predict(z))
     else:
@@ -504,13 +516,13 @@ class Example:
         """One of a clip's frames."""
         return int(torch.randint(z.x0.shape[2], (), generator=self.g))
 
-    def noised(self, clip, view="none", alpha=0.0, caption=""):
+    def noised(self, clip, view=None, alpha=0.0, caption=""):
         """The clip with noise, x_t = √ᾱ·x0 + √(1−ᾱ)·ε, at a timestep that is uniform or, with an
-        alpha, favours high noise (NewMove Eq. 3); seen as one of data.VIEWS."""
+        alpha, favours high noise (NewMove Eq. 3); view: a view of data.py, drawn anew."""
         S, device, x0 = self.model.schedule, self.model.device, clip.latents
-        if view != "none":
-            video = data.VIEWS[view](clip.video, self.g)
-            x0 = self.model.encode(video[None].to(device), self.g)
+        if view:
+            video = view(clip.video, self.g)
+            x0 = self.model.encode(video[None], self.g)
         weights = sampler.timestep_weights("coarse", S.num_train_timesteps, alpha)
         t = int(sampler.draw_timesteps(weights, 1, self.g))
         noise = torch.randn(x0.shape, generator=self.g)
@@ -537,6 +549,9 @@ class Example:
         """Let these parts learn and act, those `beside` them act, and all others rest, until the
         next call: a statement, since layers that are computed again in the backward pass must find
         things as they were. Of learners that each clip has, this clip's."""
+        if not any(self.learns(part) for part in parts):
+            raise BadInput(f"{' and '.join(parts)}: nothing to learn with these settings, and step "
+                           f"{self.step} would teach it; choose its layers.")
         self.words = lora.switch(self.run.learners, parts, beside, self.index)
 
     def predict(self, *noised, align="output"):
@@ -564,9 +579,12 @@ class Example:
         t = torch.cat([torch.full((1,), z.t, device=whole.device) for z in noised])
         self.seen, self.seeing = {}, True
         x = torch.cat([z.x for z in noised])
-        said = whole.predict(x, t, text, temporal=noised[0].temporal)
+        # Where memory is short, one by one; but what is watched is of all as one batch.
+        size = 1 if whole.unet.checkpointing and not self.pattern else len(noised)
+        parts = zip(x.split(size), t.split(size), text.split(size))
+        said = [whole.predict(*part, temporal=noised[0].temporal) for part in parts]
         self.seeing = False
-        return said.split(1)
+        return torch.cat(said).split(1)
 
     @torch.no_grad()
     def base(self, *noised):
@@ -574,8 +592,7 @@ class Example:
         loaded beside the one that learns when it is first asked for."""
         if self.run.base is None:
             flags = self.run.flags
-            self.run.base = model.load(flags.weights, flags.device, flags.precision)
-            self.run.base.store_frozen()
+            self.run.base = model.load(flags.weights, flags.device, flags.precision, keep=())
         said = self.say(self.run.base, noised)
         return said[0] if len(said) == 1 else said
 
@@ -583,7 +600,7 @@ class Example:
         """From now on `seen` holds, after each prediction, {name: what it gave} of the modules
         whose whole name matches: of an attention its maps (B, heads, N, M), of others their output.
         """
-        self.pattern = pattern
+        self.pattern, self.watched = pattern, []
 
     def attach(self, unet):
         """Hooks for `watch`. They stay until the last backward pass, since layers that are computed
@@ -596,9 +613,11 @@ class Example:
             return keep
 
         self.watched.append(unet)
-        for name, module in unet.named_modules():
-            if re.fullmatch(self.pattern, name):
-                self.hooks.append(module.register_forward_hook(keeper(name)))
+        found = {n: m for n, m in unet.named_modules() if re.fullmatch(self.pattern, n)}
+        if not found:
+            raise BadInput(f"watch: no module is called {self.pattern!r}.")
+        for name, module in found.items():
+            self.hooks.append(module.register_forward_hook(keeper(name)))
 
     def note(self, figures):
         """Figures for the log, beside the last prediction's."""

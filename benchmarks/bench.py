@@ -26,32 +26,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-try:
+try:  # needed to measure, and not for --help
     import diffusers
 except ImportError:
-    sys.exit("error: diffusers is missing; pip install -r requirements-test.txt")
+    diffusers = None
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from memory import TEXT, UNET, VAE, one_step  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import data  # noqa: E402
-import generate  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
+from support import hub, machine  # noqa: E402
+from support.files import publish, read_tensors  # noqa: E402
 
-HEAD = {"act_fn": "silu", "downsample_padding": 1, "mid_block_scale_factor": 1, "norm_eps": 1e-5}
-FOUR = {"down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
-        "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3, "attention_head_dim": 64,
-        "layers_per_block": 2, "norm_num_groups": 32}
+FOUR = UNET | {"attention_head_dim": 64, "layers_per_block": 2, "norm_num_groups": 32}
 UNETS = {  # all read the tiny model's latents and text but the full one, which has its own
     "tiny": {"block_out_channels": [64, 128], "attention_head_dim": 16, "layers_per_block": 1,
              "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
@@ -59,17 +59,15 @@ UNETS = {  # all read the tiny model's latents and text but the full one, which 
              "in_channels": 8, "out_channels": 8, "cross_attention_dim": 64, "sample_size": 8},
     "middle": FOUR | {"block_out_channels": [128, 256, 512, 512], "in_channels": 8,
                       "out_channels": 8, "cross_attention_dim": 64, "sample_size": 32},
-    "full": FOUR | {"block_out_channels": [320, 640, 1280, 1280], "in_channels": 4,
-                    "out_channels": 4, "cross_attention_dim": 1024, "sample_size": 32},
+    "full": FOUR | {"in_channels": 4, "out_channels": 4, "sample_size": 32},
 }
-FULL_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-             "num_attention_heads": 16}
-FULL_VAE = {"block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215}
 # Clips of (width, height, frames), and videos to sample; the first of each is the table's.
 SHAPES = {"tiny": [(64, 64, 16)], "middle": [(256, 256, 16)],
           "full": [(384, 384, 16), (256, 256, 16)]}
 VIDEOS = {"tiny": (64, 64, 16), "middle": (256, 256, 16), "full": (576, 320, 24)}
-METHODS = ("vmc", "motiondirector", "newmove")
+# Settings by which every step is a whole one, of clips as they are.
+OWN = {"vmc": (), "motiondirector": ("spatial=1",), "newmove": ("augment=none",)}
+METHODS = tuple(OWN)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -88,28 +86,27 @@ def random_state(module):
 
 def make_folder(size, folder):
     """A base model in the hub's layout: a UNet of this size; text and VAE the tiny ones or full."""
-    config = HEAD | UNETS[size]
-    own = {k: v for k, v in config.items() if k not in ("act_fn", "mid_block_scale_factor")}
     with torch.device("meta"):
-        parts = {"unet": (model.UNet(model.UNetConfig(**own)), config)}
+        parts = {"unet": (model.UNet(model.UNetConfig(**UNETS[size])), UNETS[size])}
         if size == "full":
-            parts["vae"] = model.VAE(model.VAEConfig(**FULL_VAE)), FULL_VAE
-            parts["text_encoder"] = model.TextEncoder(model.TextConfig(**FULL_TEXT)), FULL_TEXT
-    for name in ("vae", "text_encoder", "scheduler"):
-        (folder / name).symlink_to(generate.TINY / name) if name not in parts else None
+            parts["vae"] = model.VAE(model.VAEConfig(**VAE)), VAE
+            parts["text_encoder"] = model.TextEncoder(model.TextConfig(**TEXT)), TEXT
+    for name in ("vae", "text_encoder"):
+        (folder / name).symlink_to(model.TINY / name) if name not in parts else None
     if size == "full":
-        (folder / "scheduler").unlink()
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
             {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
              "clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading",
              "prediction_type": "epsilon", "steps_offset": 1}))
+    else:
+        (folder / "scheduler").symlink_to(model.TINY / "scheduler")
     for name, (module, config) in parts.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
         state = random_state(module)
         if name == "text_encoder":
-            state = model.text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
+            state = hub.text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
         save_file(state, folder / name / "diffusion_pytorch_model.safetensors")
 
 
@@ -121,9 +118,10 @@ def flags_of(folder, method, shape, args, *more):
         g = torch.Generator().manual_seed(0)
         data.write_video(clip, torch.rand(3, 32, 256, 256, generator=g) * 2 - 1, 8)
     flags = ["--method", method, "--video", clip, "--prompt", "a thing moving", "--weights", folder,
-             "--width", width, "--height", height, "--frames", frames, "--out",
-             args.scratch / "run", "--preview-every", 0, *more]
-    flags += ["--prior", clip.parent, "--augment", "none"] if method == "newmove" else []
+             "--size", f"{width}x{height}", "--frames", frames, "--fps", 8, "--out",
+             args.scratch / "run", "--overwrite", "--preview-every", 0, "--checkpointing", "off",
+             *OWN[method], *more]
+    flags += ["--prior", clip.parent] if method == "newmove" else []
     return [str(f) for f in flags]
 
 
@@ -131,21 +129,16 @@ class Ours:
     """train.py's own run, step by step."""
 
     def __init__(self, folder, method, shape, args, *more):
-        args_ = train.parse(flags_of(folder, method, shape, args, "--device", args.device, *more))
-        chosen, _ = train.resolve(args_)
-        with contextlib.redirect_stderr(None):
-            self.run, _ = train.prepare(args_, chosen)
-        self.trained = train.named(self.run.learners)
-        generate.store_frozen(args_, self.run.parts.unet, self.trained)
-        self.optimizer = train.make_optimizer(self.run.method, self.run.learners)
+        flags, recipe = train.parse(flags_of(folder, method, shape, args, "--device", args.device,
+                                             *more))
+        with contextlib.redirect_stdout(None):
+            self.run = train.prepare(flags, recipe)
+        self.trained = lora.named(self.run.learners)
+        self.optimizer = lora.make_optimizer(recipe.parts, self.run.learners)
         self.number = 0
 
     def step(self):
-        # With a chance of one in five MotionDirector leaves a pass out: time whole steps.
-        for stage in self.run.method.stages:
-            for p in stage.passes:
-                object.__setattr__(p, "chance", 1.0)
-        train.advance(self.run, self.number, self.optimizer, self.trained)
+        one_step(self.run, self.optimizer, self.number)
         self.number += 1
 
 
@@ -190,36 +183,36 @@ class Reference:
 
     def __init__(self, folder, method, ours, args):
         self.method, self.run, self.device = method, ours.run, args.device
-        self.autocast = lambda: generate.autocast(args.device, ours.run.args.precision)
-        self.parts = ours.run.parts
+        self.autocast = lambda: machine.autocast(args.device, ours.run.flags.precision)
+        self.model = ours.run.model
         config = json.loads((folder / "unet" / "config.json").read_text())
         unet = diffusers.UNet3DConditionModel(**config)
-        unet.load_state_dict(model.read_tensors(model.find_weights(folder / "unet")))
+        unet.load_state_dict(read_tensors(hub.find_weights(folder / "unet")))
         self.unet = unet.to(args.device).train()
         self.unet.requires_grad_(False)
         official_bypass(self.unet)
         self.spatial, self.temporal = [], []
         if method == "motiondirector":
-            part = ours.run.method.parts["motion"]
+            part = ours.run.recipe.parts["motion"]
             self.spatial, self.temporal = self.wrap("look", part), self.wrap("motion", part)
             self.groups = [[p for one in ones for p in (one.lora_down.weight, one.lora_up.weight)]
                            for ones in (self.spatial, self.temporal)]
             self.trained = [p for group in self.groups for p in group]
         else:
-            chosen = lora.select(self.unet, ours.run.method.parts["motion"].layers)
+            chosen = lora.select(self.unet, ours.run.recipe.parts["motion"].layers)
             self.trained = list(chosen.values())
             self.groups = [self.trained]
         for p in self.trained:
             p.requires_grad_(True)
-        rate = ours.run.method.parts["motion"]
+        rate = ours.run.recipe.parts["motion"]
         self.optimizers = [torch.optim.AdamW(g, lr=rate.lr, weight_decay=rate.weight_decay)
                            for g in self.groups]
         self.once = self.encode(ours.run.clips[0].prompt) if method == "vmc" else None
 
     def wrap(self, part, like):
-        layers = self.run.method.parts[part].layers
+        layers = self.run.recipe.parts[part].layers
         wrapped = []
-        for name in list(lora.sites(self.parts.unet, layers)):
+        for name in list(lora.sites(self.model.unet, layers)):
             owner, _, last = name.rpartition(".")
             owner = self.unet.get_submodule(owner)
             one = WrappedLinear(getattr(owner, last), like.rank, like.dropout).to(self.device)
@@ -229,14 +222,14 @@ class Reference:
 
     def encode(self, prompt):
         with torch.no_grad(), self.autocast():
-            return self.parts.text([prompt])
+            return self.model.text([prompt])
 
     def predict(self, x, t, text):
         return self.unet(x, t, encoder_hidden_states=text).sample
 
     def noised(self, clips):
         """Clips as one batch: noisy latents, target, timesteps, text encoded anew."""
-        S, latents = self.parts.schedule, torch.cat([c.latents for c in clips])
+        S, latents = self.model.schedule, torch.cat([c.latents for c in clips])
         noise = torch.randn_like(latents)
         t = torch.randint(S.num_train_timesteps, (len(clips),))
         x, goal = S.add_noise(latents, noise, t), S.target(latents, noise, t)
@@ -385,9 +378,9 @@ def check_same(ours, theirs, x, t, text):
             wrapped.lora_down.weight.copy_(A)
             wrapped.lora_up.weight.copy_(B.normal_(0, 0.01))
     with torch.no_grad(), theirs.autocast():
-        a, b = ours.run.parts.unet(x, t, text).float(), theirs.predict(x, t, text).float()
+        a, b = ours.run.model.unet(x, t, text).float(), theirs.predict(x, t, text).float()
     off = ((a - b).norm() / b.norm()).item()
-    if not off < (5e-2 if ours.run.args.precision == "bf16" else 1e-4):
+    if not off < (5e-2 if ours.run.flags.precision == "bf16" else 1e-4):
         sys.exit(f"error: the two sides differ by {off:.3f}, relative; nothing is measured.")
     return off
 
@@ -403,27 +396,27 @@ def bench_method(folder, method, shape, first, args):
     """The training step of one method on one shape; on the first also the UNet alone."""
     ours = Ours(folder, method, shape, args)
     theirs = Reference(folder, method, ours, args)
-    clip, S = ours.run.clips[0], ours.run.parts.schedule
-    train.switch(ours.run.learners, act=list(ours.run.learners))
-    ours.run.parts.unet.eval(), theirs.unet.eval()
+    clip, S = ours.run.clips[0], ours.run.model.schedule
+    lora.switch(ours.run.learners, act=list(ours.run.learners))
+    ours.run.model.unet.eval(), theirs.unet.eval()
     t, noise = torch.tensor([S.num_train_timesteps // 2]), torch.randn_like(clip.latents)
     with torch.no_grad():
-        x, text = S.add_noise(clip.latents, noise, t), ours.run.parts.text([clip.prompt])
+        x, text = S.add_noise(clip.latents, noise, t), ours.run.model.text([clip.prompt])
     t = t.to(args.device)
     off = check_same(ours, theirs, x, t, text)
     print(f"{method}, {shape}: both sides agree to {off:.1e}")
     theirs.unet.train()
     ours.step()  # makes the optimiser's state
     theirs.step()
-    parts, memory = ours.run.parts, {"ours": peak(ours.step, args.device),
+    whole, memory = ours.run.model, {"ours": peak(ours.step, args.device),
                                      "diffusers": peak(theirs.step, args.device)}
     if None not in memory.values():
         # Both hold the VAE and the text encoder, which the official codes but VMC's halve.
         halved = 1 if method == "vmc" else 0.5
-        memory["ours"] += state_bytes(parts.unet, parts.vae, parts.text,
+        memory["ours"] += state_bytes(whole.unet, whole.vae, whole.text,
                                       trained=ours.trained.values(), optimizers=[ours.optimizer])
         memory["diffusers"] += state_bytes(theirs.unet, optimizers=theirs.optimizers) + round(
-            halved * state_bytes(parts.vae, parts.text))
+            halved * state_bytes(whole.vae, whole.text))
     label = f"{method}, {shape[0]}×{shape[1]}×{shape[2]}"
     compare(f"training step, {label}", {"ours": ours.step, "diffusers": theirs.step}, args,
             args.repeats, memory, flops(ours.step) if first else None)
@@ -435,9 +428,7 @@ def bench_method(folder, method, shape, first, args):
 
 def unet_alone(ours, theirs, x, t, text, what):
     """Functions that run the two UNets alone, with the method's trainable set."""
-    passes = [p for p in ours.run.method.stages[-1].passes if p.sees == "whole"]
-    train.switch(ours.run.learners, [n for p in passes for n in p.learns],
-                 [n for p in passes for n in p.beside])
+    lora.switch(ours.run.learners, ["motion"], ["look"])
 
     def run(predict, trained):
         with torch.set_grad_enabled(what != "forward"), theirs.autocast():
@@ -447,20 +438,17 @@ def unet_alone(ours, theirs, x, t, text, what):
         for p in trained:
             p.grad = None
 
-    return {"ours": lambda: run(ours.run.parts.unet, ours.trained.values()),
+    return {"ours": lambda: run(ours.run.model.unet, ours.trained.values()),
             "diffusers": lambda: run(theirs.predict, theirs.trained)}
 
 
 def bench_sampling(folder, size, args):
     """Guided sampling to latents: ours, and the diffusers pipeline's loop on the same start."""
     width, height, frames = VIDEOS[size]
-    parts = model.load(folder, args.device)
-    parts.unet.eval()
-    args_ = argparse.Namespace(precision=args.precision)
-    generate.store_frozen(args_, parts.unet, ())
+    whole = model.load(folder, args.device, args.precision, keep=())
     config = json.loads((folder / "unet" / "config.json").read_text())
     unet = diffusers.UNet3DConditionModel(**config)
-    unet.load_state_dict(model.read_tensors(model.find_weights(folder / "unet")))
+    unet.load_state_dict(read_tensors(hub.find_weights(folder / "unet")))
     settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     scheduler = diffusers.DDIMScheduler(**{k: v for k, v in settings.items() if k[0] != "_"})
     pipe = diffusers.TextToVideoSDPipeline(
@@ -472,17 +460,16 @@ def bench_sampling(folder, size, args):
     shape = (config["in_channels"], frames, height // 8, width // 8)
     start = sampler.noise_like_shape(shape, [0]).to(args.device)
     with torch.no_grad():
-        text, empty = parts.text(["a thing moving"]), parts.text([""])
+        text, empty = whole.text(["a thing moving"]), whole.text([""])
 
     @torch.no_grad()
     def ours():
-        with generate.autocast(args.device, args.precision):
-            predict = sampler.guide(parts.unet, text, empty, 9.0)
-            return sampler.ddim(parts.schedule, predict, start, args.sampling_steps)
+        predict = sampler.guide(whole.predict, text, empty, 9.0)
+        return sampler.ddim(whole.schedule, predict, start, args.sampling_steps)
 
     @torch.no_grad()
     def theirs():
-        with generate.autocast(args.device, args.precision):
+        with machine.autocast(args.device, args.precision):
             return pipe(prompt_embeds=text, negative_prompt_embeds=empty, latents=start,
                         height=height, width=width, num_frames=frames, guidance_scale=9.0,
                         num_inference_steps=args.sampling_steps, output_type="latent").frames
@@ -501,8 +488,9 @@ def bench_growth(folder, size, args):
     width, height, _ = SHAPES[size][-1]
     frames = {f"{n} frames": lambda n=n: Ours(folder, "vmc", (width, height, n), args)
               for n in (8, 16, 24, 32)}
-    ranks = {f"rank {r}": lambda r=r: Ours(folder, "motiondirector", (width, height, 16), args,
-                                           "--rank", r) for r in (4, 32, 128)}
+    rank = lambda r: Ours(folder, "motiondirector", (width, height, 16), args,
+                          f"motion.rank={r}", f"look.rank={r}")
+    ranks = {f"rank {r}": partial(rank, r) for r in (4, 32, 128)}
     for group in (frames, ranks):
         made = {name: make() for name, make in group.items()}
         times = interleaved({k: o.step for k, o in made.items()}, args, args.repeats)
@@ -558,8 +546,10 @@ def main():
     add("--sampling-steps", type=int, help="default: 3 on a CPU, 50 on a GPU")
     add("--out", type=Path, help="default: out/benchmarks/SIZE-DEVICE-PARTS.json")
     args = parser.parse_args()
-    model.keep_memory()
-    args.precision = generate.default_precision(args.device)
+    if diffusers is None:
+        sys.exit("error: diffusers is missing; pip install -r requirements-test.txt")
+    machine.keep_memory()
+    args.precision = machine.default_precision(args.device)
     args.sampling_steps = args.sampling_steps or (50 if args.device.startswith("cuda") else 3)
     args.rows, args.growth = [], {}
     args.peak = matmul_peak(args)
@@ -578,17 +568,17 @@ def main():
 
 def write(args):
     """All that was measured so far, and on what."""
-    machine = {"device": args.device, "processor": platform.processor() or platform.machine(),
+    here = {"device": args.device, "processor": platform.processor() or platform.machine(),
                "cores": os.cpu_count(), "torch": torch.__version__,
                "python": sys.version.split()[0], "diffusers": diffusers.__version__,
                "threads": torch.get_num_threads()}
     if args.device.startswith("cuda"):
-        machine["gpu"] = torch.cuda.get_device_name()
+        here["gpu"] = torch.cuda.get_device_name()
     name = "-".join([args.size, args.device.split(":")[0], *args.parts])
     out = args.out or Path("out/benchmarks") / f"{name}.json"
-    with data.publish(out) as path:
+    with publish(out) as path:
         path.write_text(json.dumps(
-            {"machine": machine, "precision": args.precision, "matmul FLOP/s": args.peak,
+            {"machine": here, "precision": args.precision, "matmul FLOP/s": args.peak,
              "rows": args.rows, "growth": args.growth}, indent=1))
     print(f"written: {out}")
 

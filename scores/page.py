@@ -65,9 +65,9 @@ def read_log(path):
 
 
 def loss_curves(rows, bins=4, most=100):
-    """{"loss": {"all steps": [(step, mean)]}, "squared error of the prediction": {"t 0–174": …}}:
-    the second by bins of the timestep, of which the high ones are mostly noise and of small error,
-    whatever was learned; in the first their chance mixture hides what changes."""
+    """{title: {line: [(step, mean)]}}: the loss, and the squared error of the predictions by bins
+    of the timestep. At a high one nearly all is noise and the error small, whatever was learned, so
+    the loss alone jumps with the timesteps that were drawn."""
     losses, seen = [], []
     for row in rows:
         losses.append((row["step"], row.get("loss")))
@@ -77,9 +77,10 @@ def loss_curves(rows, bins=4, most=100):
     curves = {"loss": {"all steps": thinned(losses, most)}}
     if seen:
         width = math.ceil((int(max(t for _, t, _ in seen)) + 1) / bins)
-        error = {f"t {i * width}–{(i + 1) * width - 1}": thinned(
-            [(step, mse) for step, t, mse in seen if t // width == i], most) for i in range(bins)}
-        curves["squared error of the prediction, by timestep"] = error
+        error = curves["squared error of the prediction, by timestep"] = {}
+        for low in range(0, bins * width, width):
+            mine = [(step, mse) for step, t, mse in seen if low <= t < low + width]
+            error[f"t {low}–{low + width - 1}"] = thinned(mine, most)
     return curves
 
 
@@ -104,33 +105,36 @@ def thinned(points, most):
 
 def against_steps(runs, table):
     """{training folder: {metric: [(step, value)]}} where intermediate adapters were scored."""
-    curves = {}
-    for run in runs:
+    folders = {}
+    for run in sorted(runs, key=lambda run: run.settings.get("steps_trained") or 0):
         step = run.settings.get("steps_trained")
         if step is None:
             continue
-        metrics = curves.setdefault(str(run.training.get("folder", "")), {})
+        metrics = folders.setdefault(str(run.training.get("folder", "")), {})
         for metric, value in table[run.name].items():
-            if value is not None:
-                metrics.setdefault(metric, {})[step] = value
-    return {folder: {m: sorted(points.items()) for m, points in metrics.items()}
-            for folder, metrics in curves.items() if max(map(len, metrics.values())) > 2}
+            if value is not None and (metric not in metrics or metrics[metric][-1][0] < step):
+                metrics.setdefault(metric, []).append((step, value))
+    curves = {}
+    for folder, metrics in folders.items():
+        if max(map(len, metrics.values())) > 2:
+            curves[folder] = metrics
+    return curves
 
 
-def report(path, runs, table, each, notes):
+def report(path, runs, table, notes):
     """Write the page: reference, runs side by side, prompts down; figures, curves, settings."""
-    clips = {str(r.path): r for run in runs for r in run.references if r.shown}
-    shown = []
-    for run, rows in zip(runs, each):
+    clips, shown, metrics = {}, [], {}
+    for run in runs:
+        clips |= {r.path: r for r in run.references if r.shown}
+        metrics |= {metric: better(metric) for metric in table[run.name]}
         folder, samples = run.training.get("folder"), []
-        for s, row in zip(run.samples, rows):
-            samples.append({"prompt": s.prompt, "seed": s.seed, "figures": row,
+        for s in run.samples:
+            samples.append({"prompt": s.prompt, "seed": s.seed, "figures": s.figures,
                             "video": embed(s.video, s.fps)})
         losses = loss_curves(read_log(Path(folder) / "log.jsonl")) if folder else {}
         shown.append({"name": run.name, "settings": run.settings, "training": run.training,
                       "losses": losses, "samples": samples})
-    metrics = dict.fromkeys(metric for rows in table.values() for metric in rows)
     write_page(path, "page.html", {
-        "table": table, "better": {metric: better(metric) for metric in metrics}, "notes": notes,
+        "table": table, "better": metrics, "notes": notes, "runs": shown,
         "references": [embed(r.video, r.fps) for r in clips.values()],
-        "curves": against_steps(runs, table), "runs": shown})
+        "curves": against_steps(runs, table)})

@@ -25,9 +25,9 @@ def at(picture, points, radius):
     higher than 64 a window grows with them, and its places lie further apart."""
     H, W = picture.shape
     offsets = torch.arange(-radius, radius + 1.0) * max(1.0, H / 64)
-    dy, dx = torch.meshgrid(offsets, offsets, indexing="ij")
-    where = points[:, None] + torch.stack([dx.flatten(), dy.flatten()], 1)  # (P, w, 2)
-    grid = (where + 0.5) / torch.tensor([W, H]) * 2 - 1
+    window = torch.cartesian_prod(offsets, offsets).flip(1)  # (w, 2), as x and y
+    unit = 2 / torch.tensor([W, H])  # grid_sample's picture is from -1 to 1
+    grid = ((points + 0.5) * unit - 1)[:, None] + window * unit
     out = F.grid_sample(picture[None, None], grid[None], padding_mode="border",
                         align_corners=False)
     return out[0, 0]

@@ -1,13 +1,12 @@
 """What the tiny world's instruments read off videos: the looks that a prompt names, and the motion.
 
-    world_scores(videos, prompts, reference)     # a dict a video
+    world_scores(video, "a red star", reference)     # {"colour": 1.0, …}
 
 Axes: F frames, H W picture.
 """
 import math
 import re
 
-import torch
 import torch.nn.functional as F
 
 from model import has_word, word_pattern
@@ -15,31 +14,28 @@ from model import has_word, word_pattern
 SIDE = 64  # pixels: the size of the tiny world
 
 
-def world_scores(videos, prompts, reference=None):
-    """Videos (3, F, H, W) with their prompts -> a dict each. Of the looks: 1 where what is read is
-    what the prompt names, 0 where not, None where it names none. With a reference video: whether
-    the kind of motion is the same, and the correlation with its path."""
+def world_scores(video, prompt, reference=None):
+    """What is read off a video (3, F, H, W). Of the looks: 1 where it is what the prompt names, 0
+    where not, None where the prompt names none. With a reference video: whether the kind of motion
+    is the same, and the correlation with its path."""
     from tiny import instruments, world  # only where it is asked for
 
-    last = min(video.shape[1] for video in [*videos, *([] if reference is None else [reference])])
-    reading = instruments.read(torch.stack([small(video[:, :last]) for video in videos]))
-    each = []
-    for i, prompt in enumerate(prompts):
-        # "an orange star moving in a circle on a blue striped background" is of neither a circle
-        # nor anything blue.
-        thing, _, ground = prompt.partition(" on a ")
-        thing = re.sub(word_pattern(world.MOTIONS), " ", thing)
-        each.append({"colour": names(thing, world.COLOURS, reading.colour[i]),
-                     "shape": names(thing, world.SHAPES, reading.shape[i]),
-                     "background": names(ground, world.BACKGROUNDS, reading.background[i])})
-    if reference is None:
-        return each
-    goal = instruments.read(small(reference[:, :last])[None])
-    correlations = instruments.agreement(reading, goal).tolist()
-    for row, kind, r in zip(each, reading.motion, correlations):
-        row["same kind of motion"] = float(kind == goal.motion) if goal.motion >= 0 else None
+    last = min(v.shape[1] for v in (video, reference) if v is not None)
+    reading = instruments.read(small(video[:, :last])[None])
+    # "an orange star moving in a circle on a blue striped background" is of neither a circle nor
+    # anything blue.
+    thing, _, ground = prompt.partition(" on a ")
+    thing = re.sub(word_pattern(world.MOTIONS), " ", thing)
+    row = {"colour": names(thing, world.COLOURS, reading.colour),
+           "shape": names(thing, world.SHAPES, reading.shape),
+           "background": names(ground, world.BACKGROUNDS, reading.background)}
+    if reference is not None:
+        goal = instruments.read(small(reference[:, :last])[None])
+        r = instruments.agreement(reading, goal).item()
+        same = float(reading.motion == goal.motion)
+        row["same kind of motion"] = same if goal.motion >= 0 else None
         row["trajectory correlation"] = None if math.isnan(r) else r
-    return each
+    return row
 
 
 def names(text, table, read):

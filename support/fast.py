@@ -121,13 +121,19 @@ class TimeConv(nn.Conv3d):
         return F.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
 
 
+def in_fp32(name, keep=()):
+    """Whether a parameter of the UNet stays in fp32 when frozen weights are halved: one to keep, or
+    used in fp32 anyhow, as norms (which the temporal convolutions number 0) and the last layer are.
+    """
+    return name in keep or re.search(r"norm|\.conv\d\.0\.|^conv_out", name) is not None
+
+
 def halve(unet, keep=(), dtype=torch.bfloat16):
-    """Store all parameters in `dtype` but those named in `keep` and those that are used in fp32
-    anyhow: norms (which the temporal convolutions number 0) and the last layer. Half the memory,
-    and no weight is converted again at every step."""
+    """Store all parameters in `dtype` but those that stay in fp32 (`in_fp32`). Half the memory, and
+    no weight is converted again at every step."""
     # Channels last, as the activations lie: or the kernels reorder them at every call.
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for name, p in unet.named_parameters():
-        if name not in keep and not re.search(r"norm|\.conv\d\.0\.|^conv_out", name):
+        if not in_fp32(name, keep):
             layout = layouts.get(p.dim(), torch.preserve_format)
             p.data = p.data.to(dtype, memory_format=layout)

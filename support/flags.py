@@ -125,14 +125,3 @@ def some_text(value):
     if not value.strip():
         raise BadInput("is empty; write what to show in it.")
     return value
-
-
-def choice(*known):
-    """One of some known words."""
-    return functools.partial(_choice, known)
-
-
-def _choice(known, text):
-    if text not in known:
-        raise BadInput(f"{text[:40]!r}: wanted {' or '.join(known)}.")
-    return text

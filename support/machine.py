@@ -3,11 +3,13 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 from datetime import timedelta
 
 import torch
+from safetensors import SafetensorError
 
 try:  # the one is of Unix, the other of Windows
     import fcntl
@@ -21,9 +23,9 @@ from support.files import BadInput, say
 # ------------------------------------------------------------------------------------------------
 # The device
 
-# Bytes that a training step at full size keeps for each latent pixel of a clip (emulated: see
-# docs/speed.md), from which `checkpointing` tells whether a card will do.
-ACTIVATIONS = 340_000
+# Bytes that a training step at full size keeps for the backward pass, for each pixel of the latents
+# of all clips in a batch (emulated by benchmarks/memory.py: see docs/speed.md).
+ACTIVATIONS = 530_000
 
 
 def find_device(device=None):
@@ -71,22 +73,31 @@ def keep_memory():
 
 
 def send(tensor, device):
-    """A CPU tensor on the device, without waiting for it: a GPU reads it from pinned memory."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    """A tensor on the device, without waiting for it: a GPU reads it from pinned memory."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
-def checkpointing(flags):
+def checkpointing(flags, learning, clips=1):
     """Whether activations are computed again in the backward pass: as the flag says, or on `auto`
-    where the device's free memory would not hold them."""
+    where the card has no room for them. learning: the parameters that learn; clips: how many go
+    through the network as one batch."""
     if flags.checkpointing != "auto":
         return flags.checkpointing == "on"
     if torch.device(flags.device).type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(flags.device)
-    latents = flags.frames * flags.size[0] * flags.size[1] // 64
-    return ACTIVATIONS * latents > 0.8 * free
+    # What PyTorch has from the card and does not use is free, too.
+    free += torch.cuda.memory_reserved(flags.device) - torch.cuda.memory_allocated(flags.device)
+    pixels = clips * flags.frames * flags.size[0] * flags.size[1] // 64
+    return step_memory(pixels, learning) > 0.9 * free
+
+
+def step_memory(pixels, learning):
+    """Bytes that a training step needs beside the weights: its activations, and for each parameter
+    that learns its gradient, Adam's two moments and a copy in bf16."""
+    return ACTIVATIONS * pixels + sum(3.5 * p.nbytes for p in learning)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,8 +164,11 @@ def lock(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif msvcrt:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
+    except (BlockingIOError, PermissionError):
+        file.close()
         raise BadInput(f"{path.parent} is in use by another run; give another --out.") from None
+    except OSError:  # a file system without locks
+        pass
     return file
 
 
@@ -186,20 +200,75 @@ class Stop:
         return self.signal
 
 
+class Pipe:
+    """A stream whose reader may leave, as that of `| head -1` does: what is written after that is
+    lost, and nothing ends because of it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act, *args):
+        try:
+            act(*args)
+        except BrokenPipeError:  # the stream's own buffer goes there too, when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def leave(number, frame):
+    """What a signal does while there is nothing to save: one line, and the end."""
+    say("stopped")
+    raise SystemExit(128 + number)
+
+
 def run(command):
     """Run a script's main; a person's mistake becomes one line and exit code 2."""
+    caught = {s: signal.signal(s, leave) for s in (signal.SIGINT, signal.SIGTERM)}
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and Pipe(stream) for stream in streams)
     try:
         return command()
-    except BadInput as error:
-        line = str(error)
-    except torch.OutOfMemoryError:
-        line = ("out of memory at the size printed above. Try, in this order: --checkpointing on "
+    except Exception as error:
+        line = mistake(error)
+        if line is None:
+            raise
+        say(f"error: {' '.join(line.split())}")
+        sys.exit(2)
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
+        for s, handler in caught.items():
+            signal.signal(s, handler)
+
+
+MEMORY = r"not enough memory|can't allocate memory|[Oo]ut of memory|Unable to allocate"
+WRITING = r"PytorchStreamWriter|file write failed|inline_container|unexpected pos"
+
+
+def mistake(error):
+    """What to tell a person of an error that is theirs, or their machine's; None for our own."""
+    text = str(error)
+    if isinstance(error, BadInput):
+        return text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+            isinstance(error, RuntimeError) and re.search(MEMORY, text)):
+        return ("out of memory at the size printed above. Try, in this order: --checkpointing on "
                 "(when training), a smaller --size, fewer --frames, --batch 1.")
-    except OSError as error:  # a disk that is full, a folder that is a file, no permission
-        line = (f"{error.filename or 'a file'}: {error.strerror or error}; "
-                "give another --out, or free some space.")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    if isinstance(error, OSError):  # a disk that is full, a folder that is a file, no permission
+        where = f"{error.filename or 'a file'}: {error.strerror or error}"
+    elif isinstance(error, SafetensorError) or (
+            isinstance(error, RuntimeError) and re.search(WRITING, text)):
+        where = f"a file could not be written ({text[:120]})"
+    else:
+        return None
+    return f"{where}; give another --out, or free some space."

@@ -1,12 +1,15 @@
 """Prior clips: what a model shall not forget. They are always a folder of clips with captions;
 those that are made are written to one first, out/…/prior/, where they can be looked at and a
 resumed run finds them."""
+import json
+from pathlib import Path
+
 import torch
 from tqdm import tqdm
 
 import data
 import sampler
-from support import machine
+from support import machine, runs
 from support.files import BadInput, say
 
 
@@ -15,22 +18,38 @@ def load(run):
     flags, recipe = run.flags, run.recipe
     if flags.prior in (None, "none"):
         return []
-    if flags.prior == "folder":
+    if flags.prior == "folder" and not Path(flags.prior).is_dir():
         say(f"warning: no prior clips: {recipe.name} forgets more without; give --prior "
                  "FOLDER, or --prior generated")
         return []
     folder = flags.prior
     if flags.prior in ("world", "generated"):
         folder = flags.out / "prior"
-        if run.process == 0 and not (folder / "whole").is_file():
-            makers = {"world": of_the_world, "generated": by_the_base}
-            for number, (video, caption) in enumerate(makers[flags.prior](run)):
-                path = folder / f"{number:03d}.mp4"
-                data.write_video(path, video, flags.fps)
-                path.with_suffix(".txt").write_text(caption + "\n")
-            (folder / "whole").write_text("every clip is there\n")
+        if run.process == 0:
+            flags.out.mkdir(parents=True, exist_ok=True)
+            with machine.lock(flags.out / "lock"):
+                make(run, folder)
         machine.agreed(None)  # the other processes wait for the first
     return data.load_prior(folder, flags.frames, flags.size, flags.fps)
+
+
+def make(run, folder):
+    """Write the clips, unless a run with the same settings has, or the one that is resumed."""
+    flags, recipe, whole = run.flags, run.recipe, folder / "whole.json"
+    story = json.dumps({
+        "prior": flags.prior, "clips": recipe.prior_clips, "prompt": recipe.prior_prompt,
+        "base": run.fingerprint, "clip": runs.identity(run), "seed": flags.seed,
+        "frames": flags.frames, "size": flags.size, "fps": flags.fps,
+        "steps": flags.preview_steps, "guidance": recipe.guidance})
+    if whole.is_file() and (flags.resume or whole.read_text(errors="replace") == story):
+        return
+    runs.remove_listed(flags.out, lambda name: name.startswith("prior/"))
+    makers = {"world": of_the_world, "generated": by_the_base}
+    for number, (video, caption) in enumerate(makers[flags.prior](run)):
+        path = folder / f"{number:03d}.mp4"
+        data.write_video(runs.note(flags.out, path), video, flags.fps)
+        runs.note(flags.out, path.with_suffix(".txt")).write_text(caption + "\n")
+    runs.note(flags.out, whole).write_text(story)
 
 
 def of_the_world(run):
@@ -41,7 +60,16 @@ def of_the_world(run):
         raise BadInput(f"--prior world is of {world.SIZE}x{world.SIZE} pixels; leave --size out.")
     g = sampler.generator(run.flags.seed, 1, 1)
     scenes = world.sample_scenes(run.recipe.prior_clips, g)
-    yield from zip(world.render(scenes, run.flags.frames), world.captions(scenes))
+    # As the clip's caption speaks, so do theirs: or what tells the two apart were its length.
+    said = run.clips[0].prompt
+    colour = any(word in said.split() for word in world.COLOURS)
+    ground = " background" in said
+    for i, video in enumerate(world.render(scenes, run.flags.frames)):
+        name = lambda table, field, i=i: list(table)[getattr(scenes, field)[i]]
+        yield video, world.caption(
+            name(world.COLOURS, "colour") if colour else None, name(world.SHAPES, "shape"),
+            name(world.MOTIONS, "motion"), name(world.SPEEDS, "speed"),
+            name(world.BACKGROUNDS, "background") if ground else None)
 
 
 @torch.no_grad()

@@ -17,10 +17,11 @@ def read_prompts(prompt, path, style):
 
 def read_lines(path):
     """The lines of a text file that are not empty, of which it has some. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist, or is no file; give a text file with one prompt a "
+                       "line.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist; give a text file with one prompt a line.") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path} is not UTF-8 text; save it as that.") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]

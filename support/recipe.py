@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from losses import LOSSES
 from support.files import BadInput
 
 # What settings mean, where the method's own docstring does not say it: by their last name.
@@ -23,6 +24,7 @@ MEANING = {
     "sampler": "ddim, ddpm or dpm",
     "sampling_steps": "steps of a sample",
     "guidance": "classifier-free guidance of a sample",
+    "network_dropout": "dropout of the temporal convolutions while training",
     "prior": "clips that keep the model from forgetting, unless --prior names a folder: generated "
              "by the base model, of the tiny world, or none",
     "prior_clips": "how many of them are made",
@@ -56,7 +58,10 @@ RANGE = {
 }
 CHOICES = {"inverts": ("tuned", "base"), "sampler": ("ddim", "ddpm", "dpm"),
            "timesteps": ("uniform", "coarse"), "align": ("output", "epsilon", "x0"),
-           "augment": ("none", "augmented", "recoloured")}
+           "augment": ("none", "augmented", "recoloured"), "loss": LOSSES}
+# Settings that do something only where another is not 0.
+NEEDS = {"clip": "appearance_stop", "clip_weights": "appearance_stop", "inverts": "noise_prior",
+         "inversion_steps": "noise_prior"}
 
 
 @dataclass(frozen=True)
@@ -102,16 +107,21 @@ class Recipe:
         return recipe
 
     def ask(self, settings):
-        """The recipe with settings that a person gave, name=value each. Raises BadInput for one that
-        would do nothing, too."""
-        recipe, names = self, []
+        """The recipe with settings that a person gave, name=value each. Raises BadInput for one
+        that would do nothing, too."""
+        recipe, changed = self, []
         for item in settings:
             name, _, text = item.partition("=")
-            recipe = recipe.set(name, text)
-            names.append(name)
-        for part, _, field in (name.rpartition(".") for name in names):
-            if part and (why := recipe.parts[part].lacks(field)):
-                raise BadInput(f"{part}.{field} does nothing here: {why}.")
+            before, recipe = recipe, recipe.set(name, text)
+            if recipe != before:  # what is given as it was does no harm
+                changed.append(name)
+        for name in changed:
+            part, _, field = name.rpartition(".")
+            why = recipe.parts[part].lacks(field) if part else None
+            if NEEDS.get(name) in recipe.own and not recipe.own[NEEDS[name]]:
+                why = f"{NEEDS[name]} is 0"
+            if why:
+                raise BadInput(f"{name} does nothing here: {why}.")
         return recipe
 
     def set(self, name, text):

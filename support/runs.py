@@ -5,13 +5,16 @@
                         log.jsonl, state.pt, <method>.safetensors, samples/, steps/
 """
 import hashlib
+import itertools
 import json
+import os
 import re
 import time
 import zipfile
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import data
 import lora
@@ -20,6 +23,7 @@ from support.files import (
     PART,
     BadInput,
     check_folder_out,
+    finite,
     publish,
     room_for,
     say,
@@ -27,7 +31,7 @@ from support.files import (
 )
 from support.recipe import write_value
 
-SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)?=")  # how name=value begins
+SETTING = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")  # how name=value begins
 BIG = 2**30  # bytes of state, from where it is saved ten times less often
 
 
@@ -38,24 +42,70 @@ BIG = 2**30  # bytes of state, from where it is saved ten times less often
 def check_out(flags):
     """Settle the folder before anything is loaded: a run in it is never replaced unasked, and what
     is not ours is never touched. Raises BadInput."""
-    out = flags.out
-    check_folder_out(out)
+    check_folder_out(flags.out)
+    out = flags.out if flags.out.name not in ("", "..") else flags.out.resolve()
     if flags.resume:
-        if not (out / "state.pt").is_file():
-            raise BadInput(f"{out / 'state.pt'} does not exist, so there is nothing to resume; "
-                           "leave --resume out.")
-        return
-    number = 1
-    while not flags.overwrite and (flags.out / "run.json").is_file():
-        number += 1
-        flags.out = out.with_name(f"{out.name}-{number}")
-    if flags.out != out:
+        return check_resume(flags)
+    for number in itertools.count(1):
+        flags.out = out if number == 1 else out.with_name(f"{out.name}-{number}")
+        if flags.out.exists() and not flags.out.is_dir():
+            continue
+        inside = {p.name for p in flags.out.iterdir()} if flags.out.is_dir() else set()
+        strange = sorted(name for name in inside - {"lock"} if not name.startswith("."))
+        ours = listed(flags.out) is not None
+        if not strange or ours and (flags.overwrite or "run.json" not in inside):
+            break
+        if number == 1 and not ours:
+            raise BadInput(f"--out {out} holds other files ({', '.join(strange[:3])}); give a new "
+                           "or empty folder.")
+    if number > 1:
         say(f"{out} holds a run already, so this one goes to {flags.out}; --resume goes on with "
             "the one there, --overwrite replaces it")
-    others = [p.name for p in flags.out.iterdir()] if flags.out.is_dir() else []
-    if others and not (flags.out / "run.json").is_file() and set(others) - {"lock", "files.txt", "prior"}:
-        raise BadInput(f"--out {flags.out} holds other files ({', '.join(sorted(others)[:3])}); "
-                       "give a new or empty folder.")
+
+
+def check_resume(flags):
+    """Whether there is a state to go on from; what was stopped before its first save begins again.
+    Raises BadInput."""
+    state, known = flags.out / "state.pt", listed(flags.out)
+    if state.is_file():
+        return
+    if known is None or state.name in known:
+        raise BadInput(f"{state} does not exist, so there is nothing to resume; leave --resume "
+                       "out.")
+    say(f"{flags.out} was stopped before its first save, so it begins again")
+    flags.resume, flags.overwrite = False, True
+
+
+LIST, HEAD = "files.txt", "# what this run wrote, and all that --overwrite may delete"
+
+
+def listed(out):
+    """The names that a run of ours has noted in a folder's list; None where there is none."""
+    path = out / LIST
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return lines[1:] if lines[:1] == [HEAD] else None
+
+
+def note(out, path):
+    """Note in the folder's list that a file is the run's, before it is written; returns it."""
+    known, name = listed(out), path.relative_to(out).as_posix()
+    if known is None or name not in known:
+        with (out / LIST).open("a") as file:
+            file.write((f"{HEAD}\n" if known is None else "") + f"{name}\n")
+    return path
+
+
+def remove_listed(out, chosen):
+    """Delete the files that the run's list has and `chosen` wants, none of them outside the folder,
+    and take them off the list."""
+    known = listed(out) or []
+    gone = [name for name in known if chosen(name) and name not in (LIST, "lock")]
+    for name in gone:
+        path = out / name
+        if path.is_file() and path.resolve().is_relative_to(out.resolve()):
+            path.unlink()
+    with publish(out / LIST) as part:
+        part.write_text("\n".join([HEAD, *(name for name in known if name not in gone)]) + "\n")
 
 
 class Folder:
@@ -63,43 +113,49 @@ class Folder:
 
     def __init__(self, flags, run):
         self.flags, self.run, self.path = flags, run, flags.out
-        self.writes, self.step, self.paths = run.process == 0, None, []
-        self.started = None
+        self.writes, self.step, self.paths, self.steps = run.process == 0, None, [], None
 
     def __enter__(self):
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = machine.lock(self.path / "lock")
             for left in self.path.rglob(PART + "*"):  # of a run that was killed while it wrote
-                left.unlink()
+                if left.is_file():
+                    left.unlink()
         self.identity = identity(self.run)
         return self
 
     def __exit__(self, *_):
+        if self.steps:
+            self.steps.close()  # so that what is said next has a line of its own
         if self.writes:
             self.lock.close()
 
     def own(self, path):
-        """Note in files.txt that a file is the run's, before it is written."""
-        listed, name = self.path / "files.txt", path.relative_to(self.path).as_posix()
-        if name not in (listed.read_text().splitlines() if listed.is_file() else []):
-            with listed.open("a") as file:
-                file.write(name + "\n")
-        return path
+        """Note that a file is the run's, before it is written. Raises BadInput where the folder is
+        no longer the one that was opened."""
+        try:
+            same = os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path / "lock"))
+        except OSError:
+            same = False
+        if not same:
+            raise BadInput(f"{self.path} was deleted, moved or replaced while running; nothing "
+                           "more was saved there.")
+        return note(self.path, path)
 
     def begin(self):
         """Forget an earlier run in the folder, of which only what it wrote is deleted."""
-        if not self.writes:
-            return 0
-        listed = self.path / "files.txt"
-        for name in listed.read_text().splitlines() if listed.is_file() else []:
-            path = (self.path / name).resolve()
-            if path.is_relative_to(self.path.resolve()) and path.name != "files.txt":
-                if not name.startswith("prior/"):
-                    path.unlink(missing_ok=True)
-        self.write_settings()
-        self.own(self.path / "log.jsonl").write_text("")
+        if self.writes:
+            room_for(self.path / "state.pt", self.size())
+            remove_listed(self.path, lambda name: not name.startswith("prior/"))
+            (self.path / "state.pt").unlink(missing_ok=True)
+            self.write_settings()
+            self.own(self.path / "log.jsonl").write_text("")
         return 0
+
+    def size(self):
+        """Bytes of a state: what learns, and its two moments."""
+        return 3 * sum(p.nbytes for p in lora.named(self.run.learners).values())
 
     def write_settings(self):
         """run.json: all that is needed to repeat the run."""
@@ -112,8 +168,15 @@ class Folder:
     def log(self, line):
         """One step's line in log.jsonl."""
         if self.writes:
-            with (self.path / "log.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.own(self.path / "log.jsonl").open("a") as file:
+                file.write(json.dumps(finite(line)) + "\n")
+
+    def bar(self, first):
+        """The steps as a bar, closed with the folder."""
+        recipe = self.run.recipe
+        self.steps = tqdm(initial=first, total=recipe.steps, desc=recipe.name,
+                          disable=not self.writes)
+        return self.steps
 
     def stop_at(self, line):
         """Stops the program at a NaN, before it reaches the weights."""
@@ -127,8 +190,7 @@ class Folder:
 
     def is_time_to_save(self, step):
         """Every hundredth step; where the state is large, every thousandth."""
-        size = 3 * sum(p.nbytes for p in lora.named(self.run.learners).values())
-        every = 1000 if size > BIG else 100
+        every = 1000 if self.size() > BIG else 100
         keep = self.flags.keep_every
         return step > 0 and step != self.step and (step % every == 0 or keep and step % keep == 0)
 
@@ -136,8 +198,6 @@ class Folder:
         """The adapters for use and the state for --resume. Either is there whole or not at all."""
         if not self.writes:
             return
-        if not (self.path / "run.json").is_file():
-            raise BadInput(f"{self.path} was deleted or moved while running; nothing was saved.")
         trained = lora.named(self.run.learners)
         for name, p in trained.items():
             if not torch.isfinite(p).all():
@@ -147,13 +207,15 @@ class Folder:
         keep = self.flags.keep_every
         if keep and step % keep == 0:
             self.save_adapters(self.path / "steps" / f"{step:06d}", step)
-        path = self.own(self.path / "state.pt")
-        room_for(path, 3 * sum(p.nbytes for p in trained.values()))
+        path = self.path / "state.pt"
+        room_for(path, self.size())
+        moments = moments_of(optimizer, trained)
         with publish(path) as part:
             torch.save({"step": step, "identity": self.identity, "flags": plain(self.flags),
                         "settings": self.run.recipe.settings(),
                         "trained": {n: p.detach().cpu() for n, p in trained.items()},
-                        "optimizer": optimizer.state_dict()}, part)
+                        "moments": moments, "learned": len(moments)}, part)
+        self.own(path)  # only now: where the list lacks it, no state was ever whole
         self.step = step
 
     def save_adapters(self, folder, step):
@@ -172,8 +234,9 @@ class Folder:
                 meta = metadata(run) | {"step": step}
                 if suffix:  # a look has no motion, and so no start
                     meta |= {"noise_prior": 0.0}
-                for file in (path, lora.clip_file(path)):
-                    self.own(file)
+                self.own(path)
+                if latents is not None:
+                    self.own(lora.clip_file(path))
                 written.append(lora.save_adapter(path, learners, latents, **meta)[0])
         return written
 
@@ -183,9 +246,9 @@ class Folder:
         before = state["flags"] | state["settings"] | state["identity"]
         now = plain(self.flags) | self.run.recipe.settings() | self.identity
         free = {"steps", "resume", "preview_every", "preview_steps", "preview_prompt", "device",
-                "out", "checkpointing", "keep_every", "overwrite", "help", "own_lines"}
-        changed = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items()
-                   if k not in free and before.get(k) != v]
+                "out", "checkpointing", "keep_every", "overwrite", "help", "own_lines", "batch"}
+        changed = [f"{k} was {str(before.get(k))[:60]}, is {str(v)[:60]}" for k, v in now.items()
+                   if k not in free and repr(before.get(k)) != repr(v)]
         if changed:
             raise BadInput(f"{self.path} was begun with other settings: {'; '.join(changed[:3])}. "
                            "Give the same ones, or another --out.")
@@ -200,15 +263,19 @@ class Folder:
 
     def cut_log(self, step):
         """Drop the lines that the resumed run will write again; the last may be cut short."""
-        path = self.path / "log.jsonl"
-        try:
-            lines = path.read_text().splitlines()[:step] if path.is_file() else []
-        except UnicodeDecodeError:
-            raise BadInput(f"{path} is not text; delete it to go on without it.") from None
-        if len(lines) < step:
-            say(f"warning: {path} holds {len(lines)} of {step} steps; its curve has a gap")
+        path, kept = self.path / "log.jsonl", {}
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        for line in lines:
+            try:
+                number = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+            if type(number) is int and 0 <= number < step:
+                kept[number] = line
+        if len(kept) < step:
+            say(f"warning: {path} holds {len(kept)} of {step} steps; its curve has a gap")
         with publish(self.own(path)) as part:
-            part.write_text("".join(line + "\n" for line in lines))
+            part.write_text("".join(kept[number] + "\n" for number in sorted(kept)))
 
     # -- looking
 
@@ -252,7 +319,7 @@ class Folder:
 def metadata(run):
     """What an adapter says of itself, for generate.py above all."""
     recipe, flags = run.recipe, run.flags
-    return {"method": recipe.name, "base": lora.fingerprint(run.model.unet),
+    return {"method": recipe.name, "base": run.fingerprint,
             "base_name": (flags.weights or Path("tiny")).name, "seed": flags.seed,
             "prompt": (run.clips or run.images)[0].prompt, "fps": flags.fps,
             "sampler": recipe.sampler, "sampling_steps": recipe.sampling_steps,
@@ -267,61 +334,80 @@ def plain(flags):
 
 
 def identity(run):
-    """What must not change under a resumed run's feet: base model, clips and captions."""
+    """What must not change under a resumed run's feet: base model, clips, captions, batch."""
     digest = hashlib.sha256()
     for clip in (*run.clips, *run.images, *run.prior):
         digest.update(clip.video.numpy().tobytes() + clip.prompt.encode())
-    return {"base model": lora.fingerprint(run.model.unet), "clip": digest.hexdigest()[:12]}
+    return {"base model": run.fingerprint, "clip": digest.hexdigest()[:12],
+            "examples a step": run.batch}
 
 
 # ------------------------------------------------------------------------------------------------
 # The state
 
 
+FORM = {"step": int, "identity": dict, "flags": dict, "settings": dict, "trained": dict,
+        "moments": dict, "learned": int}  # of a state
+
+
+def moments_of(optimizer, trained):
+    """{name: AdamW's state} of the parameters that have learned so far."""
+    moments = {}
+    for name, p in trained.items():
+        if own := optimizer.state.get(p):
+            moments[name] = {kind: tensor.detach().cpu() for kind, tensor in own.items()}
+    return moments
+
+
 def read_state(path):
     """What state.pt holds, whole and of the kinds that `save` wrote. Raises BadInput."""
-    wanted = {"step": int, "identity": dict, "flags": dict, "settings": dict, "trained": dict,
-              "optimizer": dict}
     try:
-        broken = zipfile.ZipFile(path).testzip()  # checks every part's sum
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if broken or not all(type(state[k]) is kind for k, kind in wanted.items()):
-            raise ValueError(broken)
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+            broken = claimed > path.stat().st_size or archive.testzip()  # every part's sum
+        state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
+        if not all(type(state[k]) is kind for k, kind in FORM.items()) or state["step"] < 1:
+            raise ValueError("other contents")
     except Exception as error:  # zip and pickle raise whatever a damaged file leads them to
         raise BadInput(f"{path} cannot be read ({type(error).__name__}); leave --resume out to "
                        "begin again.") from None
     return state
 
 
+def fits(tensor, like):
+    """Whether a tensor of a file is plain, finite, and shaped as another: a fused AdamW would write
+    past the end of a moment that is too small, or that is one number expanded."""
+    return (torch.is_tensor(tensor) and tensor.layout == torch.strided
+            and tensor.dtype == torch.float32 and tensor.shape == like.shape
+            and tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes()
+            and bool(torch.isfinite(tensor).all()))
+
+
 def put_back(path, state, trained, optimizer):
-    """Parameters and the optimiser's moments, after a look at every shape and number: a fused AdamW
-    would write past the end of a moment that is too small. Raises BadInput."""
-    wrong = [n for n in trained if n not in state["trained"]]
-    wrong += [n for n in state["trained"] if n not in trained]
-    tensors = [(n, t, trained[n]) for n, t in state["trained"].items() if n in trained]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    try:
-        groups, moments = state["optimizer"]["param_groups"], state["optimizer"]["state"]
-        mine = optimizer.state_dict()["param_groups"]
-        if [(g["params"], g["lr"], g["weight_decay"]) for g in groups] != [
-                (g["params"], g["lr"], g["weight_decay"]) for g in mine]:
-            wrong.append("the optimiser's groups")
-        for number, values in moments.items():
-            for kind in ("exp_avg", "exp_avg_sq"):
-                tensors.append((f"{kind} {number}", values[kind], parameters[number]))
-            tensors.append((f"step {number}", values["step"], torch.zeros(())))
-    except (KeyError, TypeError, IndexError, AttributeError):
-        wrong.append("the optimiser's state")
-    for name, tensor, p in tensors:
-        if not torch.is_tensor(tensor) or tensor.shape != p.shape or (
-                tensor.dtype != torch.float32 or not torch.isfinite(tensor).all()):
+    """Parameters and the optimiser's moments, after a look at every shape and number. Raises
+    BadInput."""
+    moments, one = state["moments"], torch.zeros(())
+    wrong = [str(n) for n in state["trained"].keys() | moments.keys() if n not in trained]
+    if len(moments) != state["learned"]:
+        wrong.append(f"{len(moments)} of {state['learned']} moments")
+    for name, p in trained.items():
+        own = moments[name] if isinstance(moments.get(name), dict) else {}
+        found = [(state["trained"].get(name), p)]
+        if name in moments:
+            found += [(own.get("exp_avg"), p), (own.get("exp_avg_sq"), p), (own.get("step"), one)]
+        if not all(fits(tensor, like) for tensor, like in found) or own and (
+                own["exp_avg_sq"].min() < 0 or not 0 < own["step"] <= state["step"]):
             wrong.append(name)
     if wrong:
         raise BadInput(f"{path} does not fit this run: {', '.join(wrong[:3])}; leave --resume out "
                        "to begin again.")
-    for name, tensor in state["trained"].items():
-        trained[name].data.copy_(tensor)
-    optimizer.load_state_dict(state["optimizer"])
+    for name, p in trained.items():
+        p.data.copy_(state["trained"][name])
+        if name in moments:
+            own = moments[name]
+            optimizer.state[p] = {"step": own["step"].to(p.device),
+                                  "exp_avg": torch.empty_like(p).copy_(own["exp_avg"]),
+                                  "exp_avg_sq": torch.empty_like(p).copy_(own["exp_avg_sq"])}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Videos of a model, a batch at a time, and how an adapter's method samples.
 
     jobs = [("a red star", seed) for seed in range(4)]
-    for (prompt, seed), video in make_videos(model, jobs, starts((4, 16, 8, 8)), batch=4): …
+    for (prompt, seed), video in make_videos(model, jobs, starts((8, 16, 8, 8)), batch=4): …
 
 Axes: B videos at a time, C channels, F frames, h w latent, H W picture.
 """

@@ -1,15 +1,20 @@
 """data.py: every kind of clip a person may give, and what they are told when it will not do."""
 import os
+import struct
+import subprocess
+import sys
+import zlib
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
-from model import BadInput
+from support.files import BadInput, publish, slug
 
 
 def counting_clip(path, frames=32, fps=16, size=(64, 64), codec="libx264", pix_fmt="yuv420p",
@@ -41,6 +46,36 @@ def test_frames_are_chosen_by_time(tmp_path):
     clip = counting_clip(tmp_path / "c.mp4")
     assert numbers(data.read_video(clip, 16, (64, 64), 8)) == list(range(0, 32, 2))
     assert numbers(data.read_video(clip, 8, (64, 64), 8, start=0.5)) == list(range(8, 24, 2))
+
+
+@pytest.mark.parametrize("name,codec", [("c.mp4", "libx264"), ("c.mkv", "libx264"),
+                                        ("c.avi", "mpeg4"), ("c.webm", "libvpx-vp9")])
+def test_a_late_start_seeks_to_the_same_frames(name, codec, tmp_path, monkeypatch):
+    """Forty seconds of a second's loop: the seconds from 30 on, whether sought or read up to."""
+    times = [i / 8 for i in range(320)]
+    clip = counting_clip(tmp_path / name, 320, 8, codec=codec)
+    read = []
+    upright = data.upright
+    monkeypatch.setattr(data, "upright", lambda *a: read.append(1) or upright(*a))
+    sought = data.read_video(clip, 8, (64, 64), 4, start=30)
+    assert len(read) == 8 and data.key_frame(clip, 30)[1] is not None
+    monkeypatch.setattr(data, "key_frame", lambda path, start: (None, None))
+    assert torch.equal(sought, data.read_video(clip, 8, (64, 64), 4, start=30))
+    want = [7 * times.index(30 + i / 4) % 256 for i in range(8)]
+    assert np.abs((sought.mean((0, 2, 3)) + 1).numpy() * 127.5 - want).max() < 8
+    with pytest.raises(BadInput, match="has 0 frames at 8 fps from 50 s"):
+        data.read_video(clip, 8, (64, 64), 8, start=50)
+
+
+def test_memory_holds_the_chosen_frames_and_no_more(tmp_path):
+    """10 s of 960×540, 190 MB as pictures, from the beginning and from the eighth second on."""
+    clip = counting_clip(tmp_path / "c.mp4", 120, 12, (540, 960))
+    script = ("import data, re; from pathlib import Path; peak = lambda: int(re.search("
+              "r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
+              f"read = lambda start: data.read_video({str(clip)!r}, 8, (64, 64), 4, start)\n"
+              "before = peak(); read(0); read(8); print(peak() - before)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 100, done.stderr
 
 
 def test_variable_frame_rate_keeps_time(tmp_path):
@@ -101,6 +136,10 @@ def test_pictures_are_cropped_and_never_stretched():
     assert data.fit(tall, (30, 30)).min() > 0.99  # only the white middle is left
 
 
+def first_picture(path):
+    return next(make for _, make in data.decode(path))()
+
+
 def test_rotation_is_applied(tmp_path):
     """A phone's portrait clip is stored lying down, with a note of how to turn it."""
     flat = tmp_path / "flat.mp4"
@@ -121,16 +160,15 @@ def test_rotation_is_applied(tmp_path):
     turned.write_bytes(raw)
     with av.open(str(turned)) as container:
         assert abs(next(container.decode(video=0)).rotation) == 90
-    _, pictures = data.decode(turned)
-    assert pictures[0].shape == (128, 64, 3)
+    picture = first_picture(turned)
+    assert picture.shape == (128, 64, 3)
     # A quarter turn clockwise puts the white right half below.
-    assert pictures[0][:60].mean() < 20 and pictures[0][-60:].mean() > 235
+    assert picture[:60].mean() < 20 and picture[-60:].mean() > 235
 
 
 def test_pixels_that_are_not_square_are_made_so(tmp_path):
     clip = counting_clip(tmp_path / "c.mp4", 8, 8, (48, 64), aspect=(4, 3))
-    _, pictures = data.decode(clip)
-    assert pictures[0].shape == (48, 85, 3)
+    assert first_picture(clip).shape == (48, 85, 3)
 
 
 @pytest.mark.parametrize("name,more", [
@@ -194,16 +232,93 @@ def test_caption_sources(tmp_path):
         data.find_caption(clip)
 
 
-@pytest.mark.parametrize("prompt", ["x" * 300, "鯊 " * 90, "word " * 100, "go! " * 60])
+def huge_png(path):
+    """A picture of a few bytes that claims 20,000 × 20,000 pixels."""
+    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
+                                + struct.pack(">I", zlib.crc32(kind + body)))
+    head = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"")
+                     + chunk(b"IEND", b""))
+    return path
+
+
+def test_pictures_that_claim_too_much_or_are_none_are_refused_in_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    big, edge = huge_png(tmp_path / "huge.png"), tmp_path / "edge.png"
+    for path, says in ((big, "claims"), (tmp_path / "text.png", "not a picture")):
+        with pytest.raises(BadInput, match=says) as error:
+            data.load_images([path], "a ball", (64, 64))
+        assert path.name in str(error.value) and "\n" not in str(error.value)
+    Image.new("1", (9_000, 9_000)).save(edge)  # PIL would only warn of it
+    with pytest.raises(BadInput, match="9000×9000"):
+        data.read_picture(edge)
+
+
+@pytest.mark.parametrize("prompt", ["鯊 " * 90, "word " * 100, "go! " * 60])
 def test_prompts_that_would_be_cut_are_refused(prompt):
     with pytest.raises(BadInput, match="Shorten it"):
         data.check_prompt(prompt)
 
 
+def test_tokens_and_not_characters_decide():
+    assert data.check_prompt(long := "extraordinarily " * 20) == long and len(long) > 256
+    data.check_prompt("word " * 75)
+    with pytest.raises(BadInput, match="78 tokens"):
+        data.check_prompt("word " * 76)
+
+
+@pytest.mark.parametrize("written", ["sks", "SKS", "Sks"])
+def test_a_learned_word_counts_as_many_tokens_as_it_has_vectors(written, tiny):
+    assert data.has_word(f"a {written} dance", "sks") and not data.has_word("desks", "sks")
+    data.check_prompt("word " * 70 + written, {"sks": 5})
+    with pytest.raises(BadInput, match="78 tokens"):
+        data.check_prompt("word " * 71 + written, {"sks": 5})
+    tiny.text.learned["sks"] = torch.ones(2, 64)  # and in whatever case, it is read
+    try:
+        assert torch.equal(tiny.read([f"a {written} dance"]), tiny.read(["a sks dance"]))
+        learned = tiny.read([f"a {written} dance"])
+    finally:
+        tiny.text.learned.clear()
+    assert not torch.equal(learned, tiny.read([f"a {written} dance"]))
+
+
+def test_clips_with_their_captions(tmp_path, capsys):
+    first, second = (counting_clip(tmp_path / f"{n}.mp4", 16, 8) for n in ("9_00", "a ball"))
+    (tmp_path / "a ball.txt").write_text("a red ball, SKS")
+    load = lambda *a, **k: data.load_clips(*a, 8, (64, 64), 8, **k)
+    clips, sources = load([tmp_path], None, word="sks")
+    assert [c.prompt for c in clips] == ["9 00 sks", "a red ball, SKS"]
+    assert sources == ["the file's name, and --word", str(tmp_path / "a ball.txt")]
+    said = capsys.readouterr().err
+    assert "9_00.mp4 is its name, '9 00', which says nothing" in said and "twice" not in said
+    back, _ = load([first, first], ["one", "two"], reverse=True)
+    assert "given twice" in capsys.readouterr().err and back[1].prompt == "two"
+    assert torch.equal(back[0].video, clips[0].video.flip(1))
+    with pytest.raises(BadInput, match="3 captions for 2 clips"):
+        load([first, second], ["one", "two", "three"])
+    with pytest.raises(BadInput, match="9_00.mp4.*Shorten it"):
+        load([first], ["word " * 74], word="sks", learned={"sks": 2})
+    prior = data.load_prior(tmp_path, 8, (64, 64), 8)
+    assert [c.prompt for c in prior] == ["9 00", "a red ball, SKS"]
+    Image.new("RGB", (64, 64)).save(tmp_path / "cup.png")
+    image, = data.load_images([tmp_path], None, (64, 64), word="X*")
+    assert image.prompt == "X* cup" and image.video.shape == (3, 1, 64, 64)
+
+
+def test_views_are_functions_of_a_video_and_a_generator():
+    video = torch.rand(3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    draw = lambda view, seed: view(video, torch.Generator().manual_seed(seed))
+    assert list(data.VIEWS) == ["none", "augmented", "recoloured"] and data.VIEWS["none"] is None
+    for view, frames in ((data.augmented, 5), (data.recoloured, 5), (data.crop, 1)):
+        seen = draw(view, 1)
+        assert seen.shape == (3, frames, 32, 32) and seen.abs().max() <= 1
+        assert torch.equal(seen, draw(view, 1)) and not torch.equal(seen, draw(view, 2))
+
+
 @pytest.mark.parametrize("prompt", ["../../etc/passwd", "/etc/passwd", "🦈 sharks", "a\0b", "-rf x",
                                     "", "…", "<script>alert(1)</script>"])
 def test_file_names_from_prompts_stay_in_their_folder(prompt):
-    name = data.slug(prompt)
+    name = slug(prompt)
     assert name and name.replace("-", "").isalnum() and not name.startswith("-")
 
 
@@ -223,10 +338,10 @@ def test_a_written_video_opens_again(height, width, fps, tmp_path):
 def test_files_honour_the_umask_and_are_whole_or_not_at_all(tmp_path):
     path, old = tmp_path / "f.txt", os.umask(0o027)
     try:
-        with data.publish(path) as part:
+        with publish(path) as part:
             part.write_text("first")
         assert path.stat().st_mode & 0o777 == 0o640
-        with pytest.raises(RuntimeError), data.publish(path) as part:
+        with pytest.raises(RuntimeError), publish(path) as part:
             part.write_text("half")
             raise RuntimeError
     finally:

@@ -11,6 +11,7 @@ from test_train import run
 
 import data
 import model
+from support import hub
 
 pytestmark = pytest.mark.slow
 
@@ -39,17 +40,18 @@ def full_size_folder(tmp_path_factory):
         (folder / name / "config.json").write_text(json.dumps(config))
         state = random_state(module)
         if name == "text_encoder":
-            state = model.text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
+            state = hub.text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
         save_file(state, folder / name / "diffusion_pytorch_model.safetensors")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
-        {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1}))
+        {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1,
+         "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}))
     return folder
 
 
 def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
     """8 frames of 128×128, from the repository's own clip."""
-    size = ("--weights", full_size_folder, "--frames", 8, "--width", 128, "--height", 128)
+    size = ("--weights", full_size_folder, "--frames", 8, "--size", "128x128")
     clip = ROOT / "assets" / "eight.mp4"
     done = run("train.py", "--video", clip, "--steps", 2, "--preview-every", 0,
                "--out", tmp_path / "run", *size)
@@ -60,7 +62,7 @@ def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
     print(log)
     run("generate.py", "--adapter", tmp_path / "run" / "vmc.safetensors", "--prompt", "a bird",
         "--steps", 1, "--out", tmp_path / "g", *size, "--refine", full_size_folder,
-        "--refine-steps", 2, "--strength", 0.5, "--refine-width", 192, "--refine-height", 160)
+        "--refine-steps", 2, "--strength", 0.5, "--refine-size", "192x160")
     made, = (tmp_path / "g").glob("*.mp4")
-    _, pictures = data.decode(made)
-    assert [p.shape for p in pictures] == [(320, 384, 3)] * 8  # small ones are written enlarged
+    shapes = [make().shape for _, make in data.decode(made)]
+    assert shapes == [(320, 384, 3)] * 8  # small ones are written enlarged

@@ -1,18 +1,19 @@
-"""lora.py: sets of layers and their counts, LoRA, merging, and files of this and other programs."""
+"""lora.py: sets of layers and their counts, LoRA, adapters and what they do to a model."""
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, relative
+from conftest import ROOT, TINY, learn, prepared, relative
 from safetensors.torch import load_file, save_file
 from test_model import FULL_UNET
 
 import lora
 import model
-from model import BadInput
-
-REFERENCE = ROOT / "tests" / "reference"
+import train
+from support import fast
+from support.files import BadInput
 
 
 @pytest.fixture(scope="session")
@@ -23,17 +24,18 @@ def full():
 
 
 @pytest.fixture
-def unet():
-    return model.load_unet(TINY)
+def whole():
+    """The tiny model, to be changed."""
+    return model.load(TINY)
+
+
+@pytest.fixture
+def unet(whole):
+    return whole.unet
 
 
 def count(parameters):
-    return sum(p.numel() for p in parameters.values())
-
-
-def parts_of(unet):
-    """What apply_adapters needs of a model."""
-    return SimpleNamespace(unet=unet, text=SimpleNamespace(learned={}))
+    return len(parameters), sum(p.numel() for p in parameters.values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def parts_of(unet):
     ("coupled", 32, 8_785_920 + 12_472_320),
 ])
 def test_loras_have_the_papers_parameters(full, layers, rank, numbers):
-    assert count(lora.LoRA(full, layers, rank).parameters()) == numbers
+    assert count(lora.LoRA(full, layers, rank).parameters())[1] == numbers
 
 
 @pytest.mark.parametrize("layers,tensors,numbers", [
@@ -64,11 +66,13 @@ def test_loras_have_the_papers_parameters(full, layers, rank, numbers):
 ])
 def test_sets_of_layers_have_the_papers_parameters(full, layers, tensors, numbers):
     chosen = lora.select(full, layers)
-    assert (len(chosen), count(chosen)) == (tensors, numbers)
+    assert count(chosen) == (tensors, numbers)
+    kinds = lora.kinds_of_layer(chosen).values()
+    assert tuple(map(sum, zip(*kinds))) == (tensors, numbers)
 
 
 def test_sites_are_the_layers_of_motiondirectors_files_in_their_order(full):
-    order = json.loads((REFERENCE / "motiondirector_order.json").read_text())
+    order = json.loads((ROOT / "tests" / "reference" / "motiondirector_order.json").read_text())
     for kind, layers in (("spatial", "spatial-self-attention-ff"),
                          ("temporal", "temporal-attention-ff")):
         mine = sorted(lora.sites(full, layers), key=lambda n: n.startswith("mid_block"))
@@ -77,7 +81,7 @@ def test_sites_are_the_layers_of_motiondirectors_files_in_their_order(full):
 
 def test_temporal_linears_and_convolutions_are_all_of_them(full):
     """All that a LoRA can stand beside, but the linear layers around the attention blocks."""
-    kinds = (torch.nn.Linear, model.TimeConv)
+    kinds = (torch.nn.Linear, fast.TimeConv)
     want = {n for n, m in full.named_modules() if isinstance(m, kinds) and "proj_" not in n
             and ("temp_" in n or n.startswith("transformer_in"))}
     assert set(lora.sites(full, "temporal-linears-convs")) == want
@@ -95,18 +99,27 @@ def forward(unet):
         return unet(x, 300, text)
 
 
-def filled(unet, layers, rank=4, **more):
-    """A LoRA that does something."""
-    one = lora.LoRA(unet, layers, rank, **more)
-    for _, B in one.pairs.values():
-        B.data.normal_(0, 0.1)
-    return one
+def save(path, *learners, base, **meta):
+    """What learners hold, in a file, and read back."""
+    lora.save_adapter(path, learners, base=lora.fingerprint(base.unet), **meta)
+    return lora.read_adapter(path)
+
+
+class Held:
+    """A learner that holds some tensors, in the names of an adapter."""
+
+    def __init__(self, **tensors):
+        self.held = tensors
+
+    def tensors(self):
+        return self.held
 
 
 @pytest.mark.parametrize("layers", ("coupled", "temporal-linears-convs", "all"))
-def test_a_fresh_lora_changes_nothing_and_a_merged_one_equals_it(unet, layers, tmp_path):
-    """Merged into the weights, on a fresh copy: the same within 1e-5, convolutions included."""
-    plain = forward(unet)
+def test_a_fresh_lora_changes_nothing_and_a_merged_one_equals_it(whole, layers, tmp_path):
+    """Merged into the weights, on a fresh copy: the same within 1e-5, convolutions included. In the
+    file are peft's names, and the scale is in B."""
+    plain, unet = forward(whole.unet), whole.unet
     one = lora.LoRA(unet, layers, 4, scale=0.7)
     assert torch.equal(forward(unet), plain)
     for _, B in one.pairs.values():
@@ -115,10 +128,19 @@ def test_a_fresh_lora_changes_nothing_and_a_merged_one_equals_it(unet, layers, t
     assert relative(beside, plain) > 0.01
     one.on = False
     assert torch.equal(forward(unet), plain)
-    lora.save_adapter(tmp_path / "a.safetensors", loras=[one], base=lora.fingerprint(unet))
-    merged = model.load_unet(TINY)
-    lora.apply_adapters(parts_of(merged), [lora.read_adapter(tmp_path / "a.safetensors")])
-    assert relative(forward(merged), beside) < 1e-5
+    adapter = save(tmp_path / "a.safetensors", one, base=whole, rank=4)
+    assert adapter.meta["rank"] == "4"
+    for site, (A, B) in one.pairs.items():
+        assert torch.equal(adapter.pairs[site][0], A)
+        assert torch.equal(adapter.pairs[site][1], 0.7 * B)
+    assert all(n.startswith("unet.") and n.endswith((".lora_A.weight", ".lora_B.weight"))
+               for n in load_file(tmp_path / "a.safetensors"))
+    for scale in (0.0, 1.0):
+        merged = model.load(TINY)
+        lora.apply_adapters(merged, [adapter], [scale])
+        want = beside if scale else plain
+        assert relative(forward(merged.unet), want) < 1e-5
+    assert torch.equal(forward(merged.unet), plain) or scale
 
 
 def test_lora_by_hand():
@@ -132,207 +154,192 @@ def test_lora_by_hand():
 
 def test_the_start_is_as_published(unet):
     """A of rank r starts at N(0, 1/r²); the rank is cut to the layer's width; a seed repeats."""
-    one = lora.LoRA(unet, "spatial-self-attention-ff", 32, seed=1)
+    one, two = (lora.LoRA(unet, "spatial-self-attention-ff", 32, seed=1) for _ in range(2))
     A = torch.cat([A.flatten() for A, _ in one.pairs.values()])
     assert abs(A.std().item() * 32 - 1) < 0.02 and abs(A.mean().item()) < 1e-3
-    two = lora.LoRA(unet, "spatial-self-attention-ff", 32, seed=1)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(one.pairs.values(), two.pairs.values()))
     wide = lora.LoRA(unet, "cross-attention-kv", 1000)
     assert {A.shape[0] for A, _ in wide.pairs.values()} == {64}
 
 
-def test_frozen_weights_are_halved_and_norms_stay_whole():
-    """All but norms, the last layer and what learns are stored as autocast would cast them."""
-    unet = model.load(TINY).unet
-    text = torch.randn(1, 5, 64)
-
-    def run():
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return unet(torch.ones(1, 8, 3, 8, 8), 500, text)
-
-    before, norms = run(), (torch.nn.GroupNorm, torch.nn.LayerNorm)
-    keep = set(lora.select(unet, "temporal-attention"))
-    lora.halve(unet, keep)
-    whole = {n for n, p in unet.named_parameters() if p.dtype == torch.float32}
-    wanted = {f"{n}.{kind}" for n, m in unet.named_modules() if isinstance(m, norms)
-              for kind in ("weight", "bias")} | {"conv_out.weight", "conv_out.bias"} | keep
-    assert whole == wanted
-    assert relative(run(), before) < 2e-2
-
-
 def test_dropout_is_on_the_output_and_only_in_training(unet):
-    one = filled(unet, "temporal-attention", dropout=0.5)
+    one = lora.LoRA(unet, "temporal-attention", 4, dropout=0.5)
+    for _, B in one.pairs.values():
+        B.data.normal_(0, 0.1)
     assert torch.equal(forward(unet.eval()), forward(unet))
-    layer = unet.get_submodule(next(iter(one.pairs)))
-    layer.train()
+    layer = unet.get_submodule(next(iter(one.pairs))).train()
     torch.manual_seed(0)
     x = torch.randn(50, layer.in_features)
     with torch.no_grad():
         with_lora = layer(x)
         one.on = False
         added = with_lora - layer(x)
-    zeros = (added == 0).float().mean().item()
-    assert 0.4 < zeros < 0.6
+    assert 0.4 < (added == 0).float().mean().item() < 0.6
 
 
 # ------------------------------------------------------------------------------------------------
-# Adapters: strength, several, words
+# Adapters: strength, several, words, learners of a new kind
 
 
-def test_strength_zero_is_the_base_to_the_bit_and_one_is_exact(unet, tmp_path):
-    chosen = lora.select(unet, "temporal-attention-qkv")
-    base = {n: p.detach().clone() for n, p in chosen.items()}
-    tuned = {n: p * 1.5 for n, p in base.items()}
-    lora.save_adapter(tmp_path / "a.safetensors", tuned, base=lora.fingerprint(unet))
-    adapter = lora.read_adapter(tmp_path / "a.safetensors")
-    for scale, factor in ((0.0, 1.0), (1.0, 1.5), (0.5, 1.25)):
-        fresh = model.load_unet(TINY)
-        lora.apply_adapters(parts_of(fresh), [adapter], [scale])
-        own = dict(fresh.named_parameters())
-        for n, p in base.items():
-            assert torch.allclose(own[n], p * factor, rtol=1e-6, atol=0)
-            assert scale == 0.5 or torch.equal(own[n], p if scale == 0 else tuned[n])
+def test_strength_zero_is_the_base_to_the_bit_and_one_is_exact(whole, tmp_path):
+    """A fresh adapter changes nothing, a tuned one loads as it was in memory."""
+    learner = lora.Whole(whole.unet, "temporal-attention-qkv")
+    plain, base = forward(whole.unet), {n: p.clone() for n, p in learner.chosen.items()}
+    fresh = save(tmp_path / "fresh.safetensors", learner, base=whole)
+    for p in learner.chosen.values():
+        p.data = p.data * 1.5
+    tuned, adapter = forward(whole.unet), save(tmp_path / "a.safetensors", learner, base=whole)
+    for one, scale, want in ((fresh, 1.0, plain), (adapter, 0.0, plain), (adapter, 1.0, tuned)):
+        other = model.load(TINY)
+        lora.apply_adapters(other, [one], [scale])
+        assert torch.equal(forward(other.unet), want)
+    (path, layers, change), = lora.apply_adapters(other := model.load(TINY), [adapter], [0.5])
+    own = dict(other.unet.named_parameters())
+    assert all(torch.allclose(own[n], p * 1.25, rtol=1e-6, atol=0) for n, p in base.items())
+    assert (path.name, layers) == ("a.safetensors", len(base)) and change == pytest.approx(0.25)
 
 
-def test_several_adapters_add_up_whatever_their_order(unet, tmp_path):
+def test_several_adapters_add_up_whatever_their_order(whole, tmp_path):
     """Two whole-tensor adapters and a LoRA on the same weights: W + ½ΔW₁ + ΔW₂ + ΔW₃."""
-    name = next(iter(lora.select(unet, "temporal-attention-qkv")))
-    W, base = dict(unet.named_parameters())[name].detach().clone(), lora.fingerprint(unet)
-    lora.save_adapter(tmp_path / "1.safetensors", {name: W + 1}, base=base)
-    lora.save_adapter(tmp_path / "2.safetensors", {name: W + 4}, base=base)
-    site = name.removesuffix(".weight")
+    name = next(iter(lora.select(whole.unet, "temporal-attention-qkv")))
+    site, W = name.removesuffix(".weight"), whole.unet.get_parameter(name).detach().clone()
     A, B = torch.randn(2, W.shape[1]), torch.randn(W.shape[0], 2)
-    save_file(lora.to_peft({site: (A, B)}), tmp_path / "3.safetensors")
-    files = [(lora.read_adapter(tmp_path / f"{i}.safetensors", unet), s)
-             for i, s in ((1, 0.5), (2, 1.0), (3, 1.0))]
-    for order in (files, files[::-1]):
-        fresh = model.load_unet(TINY)
-        lora.apply_adapters(parts_of(fresh), [f for f, _ in order], [s for _, s in order])
-        got = dict(fresh.named_parameters())[name]
+    pair = {f"unet.{site}.lora_A.weight": A, f"unet.{site}.lora_B.weight": B}
+    held = [{f"unet.{name}": W + 1}, {f"unet.{name}": W + 4}, pair]
+    files = [save(tmp_path / f"{i}.safetensors", Held(**h), base=whole) for i, h in enumerate(held)]
+    for step in (1, -1):
+        other = model.load(TINY)
+        lora.apply_adapters(other, files[::step], [0.5, 1.0, 1.0][::step])
+        got = other.unet.get_parameter(name)
         assert torch.allclose(got, W + 0.5 + 4 + B @ A, atol=1e-5)
 
 
-def test_learned_words_travel_in_the_adapter(unet, tmp_path):
-    text = model.load_text(TINY)
-    vectors = torch.randn(2, 64)
-    lora.save_adapter(tmp_path / "w.safetensors", words={"V*": vectors},
-                      base=lora.fingerprint(unet))
-    plain = text(["a red V* star", "a red star"])
-    adapter = lora.read_adapter(tmp_path / "w.safetensors")
-    lora.apply_adapters(SimpleNamespace(unet=unet, text=text), [adapter])
-    learned = text(["a red V* star", "a red star"])
+def test_learned_words_travel_in_the_adapter_and_stand_where_they_stand(whole, tmp_path):
+    star = whole.text.tower.token_embedding.weight[model.words_to_ids("star")].detach()
+    held = {"word.V*": torch.randn(2, 64), "word.<x>": star}
+    adapter = save(tmp_path / "w.safetensors", Held(**held), base=whole)
+    prompts = ["a red V* star", "a red star", "a red <x>"]
+    plain = whole.read(prompts)
+    lora.apply_adapters(whole, [adapter], [0.0])
+    assert torch.equal(whole.read(prompts), plain)
+    lora.apply_adapters(whole, [adapter])
+    learned = whole.read(prompts)
     assert not torch.equal(learned[0], plain[0]) and torch.equal(learned[1], plain[1])
+    assert torch.equal(learned[2], learned[1])  # vectors that equal a known word's read as it
     ids = model.tokenize(["a V* star"], learned={"V*": [49408, 49409]})[0, :6].tolist()
     assert ids[2:4] == [49408, 49409] and ids[0] == model.START
+    with pytest.raises(BadInput, match="two adapters bring the word"):
+        lora.apply_adapters(model.load(TINY), [adapter, adapter])
 
 
-def test_a_words_vectors_stand_where_it_stands():
-    """Learned vectors that equal a known word's make a prompt that reads like that word."""
-    text = model.load_text(TINY)
-    star = model.words_to_ids("star")
-    text.learned["<x>"] = text.tower.token_embedding.weight[star].detach()
-    one, two = text(["a red <x> moving"]), text(["a red star moving"])
-    assert torch.equal(one, two)
+class Bias:
+    """A learner of another kind: a number that is added to all that the UNet says."""
+
+    def __init__(self, model, value=0.0):
+        self.number, self.on = torch.nn.Parameter(torch.tensor([value])), True
+        model.unet.register_forward_hook(lambda unet, inputs, out: out + self.on * self.number)
+
+    def parameters(self):
+        return {"number": self.number}
+
+    def tensors(self):
+        return {"bias.number": self.number}
+
+
+@dataclass(frozen=True)
+class BiasPart(lora.Part):
+    def learner(self, model, seed):
+        return Bias(model)
+
+
+def test_a_learner_of_a_new_kind_is_saved_loaded_scaled_and_resumed(hop, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "METHODS", dict(train.METHODS))
+    monkeypatch.setitem(train.METHODS, "vmc", train.Recipe(
+        "vmc", "a test", train.METHODS["coupled"].function, train.METHODS["vmc"].own,
+        {"motion": BiasPart("all", lr=0.01)}, {"loss": "mse"}, (16, 64, 64), 8.0))
+    monkeypatch.setitem(train.TINY, "vmc", "")
+    monkeypatch.setitem(lora.KINDS, "bias",
+                        lambda model, tensors, scale: Bias(model, scale * tensors["number"].item()))
+    learn("vmc", hop, tmp_path / "three", "--steps", 3)
+    learn("vmc", hop, tmp_path / "two", "--steps", 2)
+    learn("vmc", hop, tmp_path / "two", "--steps", 3, "--resume")
+    adapters = [lora.read_adapter(tmp_path / n / "vmc.safetensors") for n in ("three", "two")]
+    number, again = (adapter.more["bias"]["number"] for adapter in adapters)
+    assert torch.equal(number, again) and abs(number.item()) > 0.01
+    plain = forward(model.load(TINY).unet)
+    for scale in (0.0, 1.0, 2.0):
+        other = model.load(TINY)
+        lora.apply_adapters(other, adapters[:1], [scale])
+        torch.testing.assert_close(forward(other.unet), plain + scale * number)
+    monkeypatch.delitem(lora.KINDS, "bias")
+    with pytest.raises(BadInput, match="no learner known here"):
+        lora.read_adapter(tmp_path / "two" / "vmc.safetensors")
+
+
+def test_what_learns_stays_in_full_precision(hop, tmp_path):
+    """Also where a learner of another kind has it: the UNet's own are found by identity."""
+    run = prepared("vmc", hop, tmp_path, "--precision", "bf16")
+    learned = set(map(id, lora.named(run.learners).values()))
+    kinds = {p.dtype for p in run.model.unet.parameters() if id(p) in learned}
+    assert kinds == {torch.float32}
+    owner = SimpleNamespace(parameters=lambda: {"mine": run.model.unet.conv_in.weight})
+    assert lora.trained_here(run.model.unet, {"motion": [owner]}) == ["conv_in.weight"]
 
 
 # ------------------------------------------------------------------------------------------------
-# Other programs' formats, at ZeroScope's names and shapes, merged weights worked out by hand
+# Files that are none, or do not fit
 
-SITE = "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"  # 320 × 320
-DEEP = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"  # 1280 × 1024
-
-
-def pair(site, full, rank=2):
-    g = torch.Generator().manual_seed(len(site))
-    wide, narrow = full.get_submodule(site).weight.shape
-    return torch.randn(rank, narrow, generator=g), torch.randn(wide, rank, generator=g)
+SITE = "mid_block.temp_attentions.0.transformer_blocks.0.attn1.to_q"  # 64 × 64 in the tiny model
+CONV = "mid_block.temp_convs.0.conv1.2"
 
 
-def merged(adapter, site):
-    A, B = adapter.pairs[site]
-    return B @ A
-
-
-def written(fmt, full):
-    """A file of the format, and how much B·A it adds at SITE and DEEP."""
-    pairs = {site: pair(site, full) for site in (SITE, DEEP)}
-    if fmt == "peft":
-        return {f"unet.{s}.lora_{ab}.weight": t
-                for s, p in pairs.items() for ab, t in zip("AB", p)}, 1
-    if fmt == "peft, named":
-        return {f"unet.{s}.lora_{ab}.default.weight": t
-                for s, p in pairs.items() for ab, t in zip("AB", p)}, 1
-    if fmt == "stable_lora":
-        return {f"{s}.lora_{ab}": t for s, p in pairs.items() for ab, t in zip("AB", p)}, 1
-    state = {}
-    for site, (A, B) in pairs.items():
-        stem = "lora_unet_" + site.replace(".", "_")
-        state |= {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B,
-                  f"{stem}.alpha": torch.tensor(8.0)}
-    state["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.zeros(2, 4)
-    return state, 4  # alpha / rank
-
-
-@pytest.mark.parametrize("fmt", ("peft", "peft, named", "stable_lora", "kohya"))
-def test_foreign_loras_merge_as_worked_by_hand(fmt, full, tmp_path, capsys):
-    state, scale = written(fmt, full)
-    save_file({n: t.contiguous() for n, t in state.items()}, tmp_path / "a.safetensors")
-    adapter = lora.read_adapter(tmp_path / "a.safetensors", full)
-    lora.check_fit(full, adapter)
-    assert set(adapter.pairs) == {SITE, DEEP} and not adapter.tensors
-    for site in (SITE, DEEP):
-        A, B = pair(site, full)
-        # One entry of the product, by hand: the sum over the rank.
-        by_hand = scale * sum(B[3, r] * A[r, 5] for r in range(2))
-        assert merged(adapter, site)[3, 5].item() == pytest.approx(by_hand.item(), rel=1e-5)
-    assert ("skipping 1 tensors of a text encoder" in capsys.readouterr().err) == (fmt == "kohya")
-
-
-@pytest.mark.parametrize("kind,clips", [("temporal", 1), ("spatial", 1), ("spatial", 3)])
-def test_motiondirectors_lists_without_names(kind, clips, full, tmp_path):
-    """Each tensor is filled with its own number, so the layer and the clip can be told."""
-    order = json.loads((REFERENCE / "motiondirector_order.json").read_text())[kind]
-    tensors = []
-    for _, (wide, narrow) in order:
-        for _ in range(clips):
-            number = len(tensors) // 2
-            tensors += [torch.nn.Parameter(torch.full((wide, 1), float(number))),
-                        torch.nn.Parameter(torch.ones(1, narrow))]
-    torch.save(tensors, tmp_path / "9_unet.pt")
-    for clip in range(clips):
-        name = "9_unet.pt" + (f"#{clip}" if clip else "")
-        adapter = lora.read_adapter(tmp_path / name, full)
-        lora.check_fit(full, adapter)
-        for k in (0, 7, len(order) - 1):
-            assert merged(adapter, order[k][0])[0, 0].item() == k * clips + clip
-    with pytest.raises(BadInput, match="no clip|does not fit"):
-        lora.read_adapter(tmp_path / f"9_unet.pt#{clips}", full)
-
-
-def test_ours_is_read_back_and_is_peft(unet, tmp_path):
-    one = filled(unet, "temporal-attention-ff", scale=0.5)
-    lora.save_adapter(tmp_path / "a.safetensors", loras=[one], base=lora.fingerprint(unet),
-                      method="lora", rank=4)
-    state = load_file(tmp_path / "a.safetensors")
-    assert all(n.startswith("unet.") and n.endswith((".lora_A.weight", ".lora_B.weight"))
-               for n in state)
-    adapter = lora.read_adapter(tmp_path / "a.safetensors")
-    assert adapter.meta["rank"] == "4"
-    for site, (A, B) in one.pairs.items():
-        assert torch.equal(adapter.pairs[site][0], A)
-        assert torch.equal(adapter.pairs[site][1], 0.5 * B)
+def two(A, B, site=SITE):
+    return {f"unet.{site}.lora_A.weight": torch.ones(A), f"unet.{site}.lora_B.weight":
+            torch.ones(B)}
 
 
 @pytest.mark.parametrize("state,says", [
-    ({"x.lora_A": torch.ones(1, 2), "y": torch.ones(1)}, "half of a pair"),
+    ({"x": torch.ones(1)}, "no learner known here"),
+    ({}, "holds nothing"),
     ({"unet.conv_in.weight": torch.ones(3)}, "does not fit"),
-    ({f"{SITE}.lora_A": torch.ones(2, 7), f"{SITE}.lora_B": torch.ones(320, 2)}, "does not fit"),
-    ({"unet.nowhere.lora_A.weight": torch.ones(1, 2), "unet.nowhere.lora_B.weight":
-      torch.ones(2, 1)}, "does not fit"),
-    ({"lora_unet_input_blocks_1.lora_down.weight": torch.ones(1, 2)}, "no such layer"),
-    ({"lora_te_x.lora_down.weight": torch.ones(1, 2)}, "not an adapter"),
+    ({"unet.nowhere.weight": torch.ones(3)}, "does not fit"),
+    ({f"unet.{SITE}.lora_B.weight": torch.ones(64, 2)}, "half of a pair"),
+    (two((2, 7), (64, 2)), "does not fit"), (two((2, 64), (64, 3)), "does not fit"),
+    (two((0, 64), (64, 0)), "does not fit"), (two((64,), (64,)), "does not fit"),
+    (two((), ()), "does not fit"), (two((2, 64, 1, 1), (64, 2, 1, 1)), "does not fit"),
+    (two((1, 64, 3, 1, 1), (64, 1, 3, 1, 1), CONV), "does not fit"),
+    (two((2, 64), (64, 2), "nowhere"), "does not fit"),
+    ({"word.V*": torch.ones(2, 32)}, "does not fit"), ({"word.V*": torch.ones(64)}, "does not fit"),
+    ({"word.V*": torch.ones(0, 64)}, "does not fit"),
+    ({"word.": torch.ones(1, 64)}, "does not fit"),
+    ({"word.V*": torch.full((1, 64), float("nan"))}, "holds NaN"),
+    ({"word.V*": torch.ones(1, 64, dtype=torch.int64)}, "torch.int64"),
 ])
-def test_files_that_do_not_fit_are_refused(state, says, full, tmp_path):
-    save_file(state, tmp_path / "a.safetensors")
+def test_adapters_that_do_not_fit_are_refused(state, says, tiny, tmp_path):
+    save_file(state, tmp_path / "a.safetensors", {"format": lora.FORMAT})
     with pytest.raises(BadInput, match=says):
-        lora.check_fit(full, lora.read_adapter(tmp_path / "a.safetensors", full))
+        lora.check_fit(tiny, lora.read_adapter(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("latents", [(7, 4, 8, 8), (8, 4, 8), (1, 8, 4, 8, 8)])
+def test_a_clip_of_other_channels_or_dimensions_is_refused(latents, tiny, tmp_path):
+    lora.save_adapter(tmp_path / "a.safetensors", [Held(**{"word.V*": torch.ones(1, 64)})],
+                      torch.ones(latents))
+    with pytest.raises(BadInput, match="the clip's latents"):
+        lora.check_fit(tiny, lora.read_adapter(tmp_path / "a.safetensors"))
+
+
+def test_what_is_of_another_base_or_no_adapter_is_refused(tiny, tmp_path):
+    held = Held(**{"word.V*": torch.ones(1, 64)})
+    lora.save_adapter(tmp_path / "a.safetensors", [held], base="0" * 12, base_name="other")
+    with pytest.raises(BadInput, match="was trained on other"):
+        lora.check_fit(tiny, lora.read_adapter(tmp_path / "a.safetensors"))
+    save_file(held.tensors(), tmp_path / "b.safetensors", {"format": "motion-adapter-1"})
+    (tmp_path / "c.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-50])
+    save_file(held.tensors(), tmp_path / "d.safetensors")
+    for name, says in (("b", "older format"), ("c", "cannot be read"), ("d", "not one of our own"),
+                       ("e", "does not exist")):
+        with pytest.raises(BadInput, match=says):
+            lora.read_adapter(tmp_path / f"{name}.safetensors")
+    with pytest.raises(BadInput, match="is a folder"):
+        lora.read_adapter(tmp_path)

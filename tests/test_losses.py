@@ -103,3 +103,19 @@ def test_what_the_cosine_does_not_see_is_logged():
     seen = losses.unseen_by_cosine(0.5 * eps + 3, eps)
     assert seen["scale"] == pytest.approx(0.5, abs=1e-6)
     assert seen["offset"] == pytest.approx(3, abs=0.05)
+
+
+@pytest.mark.parametrize("beta", (0.5, 1.0, 2.0))
+def test_debiasing_gives_back_what_frames_do_not_share(beta):
+    """Noise that shares its anchor's, debiased, is what is its own; independent frames' variance
+    grows to 2β² + 1."""
+    own, anchor = noise(6, seed=1), noise(1, seed=2)
+    shared = (beta * anchor + own) / (beta**2 + 1) ** 0.5
+    shared[:, :, 2:3] = anchor
+    debiased = losses.debias(shared, 2, beta)
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(debiased[:, :, others], own[:, :, others])
+    variance = losses.debias(own, 2, beta)[:, :, others].var().item()
+    assert variance == pytest.approx(2 * beta**2 + 1, rel=0.05)
+    want = (losses.debias(own, 2, beta) - debiased).square().mean().item()
+    assert losses.appearance_debiased(own, shared, 2, beta).item() == pytest.approx(want)

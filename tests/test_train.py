@@ -1,151 +1,36 @@
-"""train.py and generate.py as a person runs them: on the tiny model, a few steps, from outside."""
+"""train.py as a person runs it, on the tiny model, a few steps: what a run leaves, that it repeats
+to the bit, faults and signals, whose files it may touch, and the mistakes that it answers."""
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import av
 import pytest
 import torch
-from conftest import ROOT, TINY
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, TINY, complain, end_of, flags_of, fork, learn
+from safetensors.torch import load_file
 
 import data
-import generate
 import lora
+import losses
 import model
-import sampler
 import train
-from model import BadInput
+from support import flags as parsing
+from support import machine, runs
+from support.files import BadInput
+from support.recipe import METHODS, write_value
 from tiny import world
 
 
-def run(script, *flags, check=True, **more):
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL, **more)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory):
-    """A hopping square, with its caption beside it."""
-    folder = tmp_path_factory.mktemp("clips")
-    scenes = world.sample_scenes(1, torch.Generator().manual_seed(3), ("hopping",))
-    data.write_video(folder / "hop.mp4", world.render(scenes)[0], world.FPS)
-    (folder / "hop.txt").write_text("a thing hopping")
-    return folder / "hop.mp4"
-
-
-QUICK = ("--method", "vmc", "--preview-every", 0)
-
-
-def flags(clip, out, *more):
-    return [*QUICK, "--video", clip, "--out", out, *more]
-
-
-@pytest.fixture(scope="session")
-def trained(clip, tmp_path_factory):
-    """A run of six steps, with samples at 0, 3 and 6."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    done = run("train.py", "--method", "vmc", "--video", clip, "--out", out, "--steps", 6,
-               "--preview-every", 3, "--preview-steps", 4)
-    return out, done.stdout
-
-
-# ------------------------------------------------------------------------------------------------
-# What trains
-
-
-def test_vmc_trains_what_the_paper_says_at_full_size():
-    from test_model import FULL_UNET
-
-    with torch.device("meta"):
-        unet = model.UNet(model.UNetConfig(**FULL_UNET))
-    learners = {"motion": [train.Whole(unet, train.METHODS["vmc"].parts["motion"].layers)]}
-    chosen = train.named(learners)
-    assert len(chosen) == 96 and sum(p.numel() for p in chosen.values()) == 74_342_400
-    assert not any("transformer_in" in n or "to_out" in n for n in chosen)
-    for p in unet.parameters():
-        p.requires_grad_(False)
-    train.switch(learners, learn=("motion",))
-    assert {n for n, p in unet.named_parameters() if p.requires_grad} == set(chosen)
-
-
-def test_vmcs_recipe_is_the_papers():
-    m = train.METHODS["vmc"]
-    part, (stage,) = m.parts["motion"], m.stages
-    assert (part.lr, part.weight_decay, m.clip_grad, stage.steps) == (1e-4, 0.01, 1.0, 400)
-    (p,) = stage.passes
-    assert (p.loss, p.timesteps, m.noise_prior, p.stride) == ("residual-cosine", "uniform", 1, 1)
-
-
-def test_only_the_chosen_layers_change(trained):
-    out, _ = trained
-    base = load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors")
-    changed = lora.read_adapter(out / "vmc.safetensors").tensors
-    assert set(changed) == set(lora.select(model.load_unet(TINY), "temporal"))
-    assert all(not torch.equal(t, base[n].float()) for n, t in changed.items())
-
-
-# ------------------------------------------------------------------------------------------------
-# What a run leaves
-
-
-def test_a_run_leaves_what_it_promises(trained, clip):
-    out, printed = trained
-    args = json.loads((out / "args.json").read_text())
-    assert args["prompt"] == ["a thing hopping"] and args["steps"] == 6 and args["seed"] == 0
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == list(range(6))
-    assert all({"loss", "grad", "passes", "seconds"} <= line.keys() for line in log)
-    assert all({"loss", "t", "scale", "offset"} <= line["passes"][0].keys() for line in log)
-    names = sorted(p.name for p in (out / "samples").iterdir())
-    assert names == [f"step-{s:06d}.mp4" for s in (0, 3, 6)]
-    with av.open(str(out / "samples" / "step-000006.mp4")) as container:
-        frames = list(container.decode(video=0))
-    assert len(frames) == 16 and frames[0].width == 3 * frames[0].height
-    with safe_open(out / "vmc.safetensors", "pt") as file:
-        meta = file.metadata()
-    assert (meta["method"], meta["prompt"], meta["step"], meta["seed"]) == (
-        "vmc", "a thing hopping", "6", "0")
-    assert meta["base"] == lora.fingerprint(model.load_unet(TINY))
-    for words in (str(clip.with_suffix(".txt")), "parameters in", "temp_attentions attn1:",
-                  "VMC, Eq. 17 and App. D", "tiny model's own", "generate.py --adapter"):
-        assert words in printed
-
-
-def test_the_first_sample_shows_the_untrained_model(trained):
-    """Step 0: before and now are the same video; at the end they are not."""
-    out, _ = trained
-    for step, same in ((0, True), (6, False)):
-        _, pictures = data.decode(out / "samples" / f"step-{step:06d}.mp4")
-        side = pictures[0].shape[0]
-        third = lambda i, p=pictures[8], s=side: torch.tensor(p[:, s * i : s * (i + 1)]).float()
-        before, now = third(1), third(2)
-        assert ((before - now).abs().mean() < 2) == same
-
-
-def test_the_saved_arguments_alone_repeat_the_run(clip, tmp_path):
-    run("train.py", *flags(clip, tmp_path / "a", "--steps", 3, "--seed", 5))
-    args = json.loads((tmp_path / "a" / "args.json").read_text())
-    again = []
-    for name, value in args.items():
-        if value in (None, False, []) or name == "out":
-            continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        again += [f"--{name.replace('_', '-')}", *values]
-    run("train.py", *again, "--out", tmp_path / "b")
-    assert same_weights(tmp_path / "a", tmp_path / "b")
-
-
-# ------------------------------------------------------------------------------------------------
-# Exactness
+def vmc(hop, out, *more):
+    return flags_of("vmc", hop, out, *more)
 
 
 def same_weights(a, b, name="vmc.safetensors"):
@@ -153,373 +38,576 @@ def same_weights(a, b, name="vmc.safetensors"):
     return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
 def losses_of(out):
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in log_of(out)]
 
 
-def test_resumed_is_the_same_run_to_the_bit(clip, tmp_path):
-    """With dropout on, and previews drawn in between, which must not matter."""
-    run("train.py", *flags(clip, tmp_path / "whole", "--steps", 5))
-    run("train.py", *flags(clip, tmp_path / "parts", "--steps", 2))
-    run("train.py", *flags(clip, tmp_path / "parts", "--steps", 5, "--resume"),
-        "--preview-every", 2, "--preview-steps", 2)
-    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
-    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_another_seed_is_another_run(clip, tmp_path):
-    run("train.py", *flags(clip, tmp_path / "a", "--steps", 2))
-    run("train.py", *flags(clip, tmp_path / "b", "--steps", 2, "--seed", 1))
-    assert losses_of(tmp_path / "a") != losses_of(tmp_path / "b")
+@pytest.fixture(scope="session")
+def trained(hop, tmp_path_factory):
+    """A run of six steps, as a command, with samples at 0, 3 and 6; and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    command = [sys.executable, ROOT / "train.py", "--video", hop, "--out", out, "--steps", 6,
+               "--preview-every", 3, "--preview-steps", 4]
+    # No network, no home, another folder: nothing but the files of the repository.
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=out.parent,
+                          env={"PATH": os.environ["PATH"], "HOME": "/nowhere"})
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
-def start_and_wait_for(step, clip, out, *more):
-    more = map(str, flags(clip, out, "--steps", 400, *more))
-    command = [sys.executable, ROOT / "train.py", *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        time.sleep(0.1)
+@pytest.fixture(scope="session")
+def five(hop, tmp_path_factory):
+    """An unbroken run of five steps without samples."""
+    out = tmp_path_factory.mktemp("run") / "five"
+    learn("vmc", hop, out, "--steps", 5)
+    return out
+
+
+@pytest.fixture
+def one(hop, tmp_path):
+    """A run of a single step."""
+    learn("vmc", hop, tmp_path / "one", "--steps", 1)
+    return tmp_path / "one"
+
+
+# ------------------------------------------------------------------------------------------------
+# What trains, and what a run leaves
+
+
+def test_vmc_trains_what_the_paper_says_at_full_size():
+    from test_model import FULL_UNET
+
+    with torch.device("meta"):
+        unet = model.UNet(model.UNetConfig(**FULL_UNET))
+    learners = {"motion": [lora.Whole(unet, METHODS["vmc"].parts["motion"].layers)]}
+    chosen = lora.named(learners)
+    assert len(chosen) == 96 and sum(p.numel() for p in chosen.values()) == 74_342_400
+    assert not any("transformer_in" in n or "to_out" in n for n in chosen)
+    unet.requires_grad_(False)
+    lora.switch(learners, ("motion",))
+    assert {n for n, p in unet.named_parameters() if p.requires_grad} == set(chosen)
+
+
+def test_only_the_chosen_layers_change(trained):
+    base = load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors")
+    changed = lora.read_adapter(trained[0] / "vmc.safetensors").tensors
+    assert set(changed) == set(lora.select(model.load_unet(TINY), "temporal-attention-qkv"))
+    assert all(not torch.equal(t, base[n].float()) for n, t in changed.items())
+
+
+def test_a_run_leaves_what_it_promises(trained, hop):
+    out, printed = trained
+    story = json.loads((out / "run.json").read_text())
+    assert story["method"] == "vmc" and story["settings"]["steps"] == 6
+    assert story["flags"]["seed"] == 0 and story["flags"]["size"] == [64, 64]
+    log = log_of(out)
+    assert [line["step"] for line in log] == list(range(6))
+    assert all({"loss", "grad", "losses", "seen", "seconds"} <= line.keys() for line in log)
+    assert all({"mse", "t", "clip", "scale", "offset"} <= line["seen"][0].keys() for line in log)
+    names = sorted(p.name for p in (out / "samples").iterdir())
+    assert names == [f"step-{s:06d}.mp4" for s in (0, 3, 6)]
+    adapter = lora.read_adapter(out / "vmc.safetensors")
+    assert {"method": "vmc", "prompt": "thing 0 hopping", "step": "6", "seed": "0",
+            "base": lora.fingerprint(model.load_unet(TINY))}.items() <= adapter.meta.items()
+    assert adapter.latents.shape == (8, 16, 8, 8)
+    for words in (str(hop.with_suffix(".txt")), "parameters in", "temp_attentions attn1:",
+                  "VMC, Eq. 17 and App. D", train.TINY["vmc"], "generate.py --adapter"):
+        assert words in printed
+    listed = set(runs.listed(out))
+    assert listed == {p.relative_to(out).as_posix() for p in contents(out)} - {"lock", runs.LIST}
+
+
+def test_the_first_sample_shows_the_untrained_model(trained):
+    """Step 0: before and now are the same video; at the end they are not."""
+    for step, same in ((0, True), (6, False)):
+        with av.open(str(trained[0] / "samples" / f"step-{step:06d}.mp4")) as container:
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        side = frames[0].shape[0]
+        assert len(frames) == 16 and frames[0].shape[1] == 3 * side
+        _, before, now = torch.tensor(frames[8]).float().split(side, dim=1)
+        assert ((before - now).abs().mean() < 2) == same
+
+
+# ------------------------------------------------------------------------------------------------
+# Exactness
+
+
+def test_run_json_alone_repeats_the_run(hop, tmp_path):
+    learn("vmc", hop, tmp_path / "a", "--steps", 2, "--seed", 5, "motion.lr=3e-4", "stride=2")
+    story, again = json.loads((tmp_path / "a" / "run.json").read_text()), []
+    for name, value in story["flags"].items():
+        if value in (None, False, []) or name in ("out", "own_lines"):
+            continue
+        value = "x".join(map(str, value[::-1])) if name == "size" else value
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        again += [f"--{name.replace('_', '-')}", *map(str, values)]
+    again += [f"{name}={write_value(value)}" for name, value in story["settings"].items()]
+    train.main([*again, "--out", str(tmp_path / "b")])
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    learn("vmc", hop, tmp_path / "c", "--steps", 2, "--seed", 6, "motion.lr=3e-4", "stride=2")
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b") != losses_of(tmp_path / "c")
+
+
+def test_samples_and_saves_on_the_way_change_nothing(five, hop, tmp_path):
+    learn("vmc", hop, tmp_path, "--steps", 5, "--preview-every", 2, "--keep-every", 2)
+    assert same_weights(five, tmp_path) and losses_of(five) == losses_of(tmp_path)
+    kept = sorted(p.parent.name for p in (tmp_path / "steps").rglob("vmc.safetensors"))
+    assert kept == ["000002", "000004"]
+
+
+@pytest.mark.parametrize("method", ("motiondirector", "newmove"))
+def test_two_processes_learn_what_one_does_from_as_many_examples(method, folder, tmp_path):
+    """Two clips, so that MotionDirector's processes now and then train different appearances."""
+    same = ("--prompt", "a thing hopping", "--steps", 3, "--seed", 1, "--precision", "fp32",
+            *(["--prior", folder / "videos"] if method == "newmove" else []))
+    args = lambda out, *more: flags_of(method, folder / "videos", tmp_path / out, *same, *more)
+    train.main(args("one", "--batch", 2))
+    train.main(args("alone"))  # one example a step is another thing
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(20000 + os.getpid() % 9999)}
+    both = [fork(lambda: train.main(args("two")), tmp_path / f"says-{i}", RANK=str(i), **meet)
+            for i in range(2)]
+    assert [end_of(pid) for pid in both] == [0, 0], (tmp_path / "says-0").read_text()
+    files = sorted(p.name for p in (tmp_path / "one").glob("*.safetensors"))
+    assert files == sorted(p.name for p in (tmp_path / "two").glob("*.safetensors"))
+
+    def apart(a, b):
+        """How far what two runs learned is apart, all files together."""
+        norms = []
+        for name in files:
+            x, y = load_file(tmp_path / a / name), load_file(tmp_path / b / name)
+            norms += [(x[k] - y[k]).norm() for k in x if k != "latents"]
+        return torch.stack(norms).norm().item()
+
+    # Sums may be rounded in another order, and Adam makes that seen where a gradient is nearly 0.
+    assert apart("one", "two") <= 1e-2 * apart("one", "alone")
+    with pytest.raises(BadInput, match="examples a step was 2, is 1"):
+        train.main(args("two", "--resume", "--steps", 4))
+
+
+def test_examples_must_divide_among_processes(hop, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "place", lambda device: (0, 2))
+    with pytest.raises(BadInput, match="wanted a multiple of the 2 processes"):
+        train.main(vmc(hop, tmp_path / "out", "--batch", 3))
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals, kills and faults
+
+
+def wait_for_steps(out, count, pid):
+    for _ in range(1200):
+        time.sleep(0.05)
         log = out / "log.jsonl"
-        if log.is_file() and len(log.read_text().splitlines()) > step:
-            return process
-        assert process.poll() is None, process.communicate()
+        if log.is_file() and len(log.read_text().splitlines()) >= count:
+            return
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     raise AssertionError("the run did not start")
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_says_how_to_go_on_and_resumes_exactly(number, code, clip, tmp_path):
-    process = start_and_wait_for(1, clip, tmp_path / "s")
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == code and "--resume" in printed
-    done = len(losses_of(tmp_path / "s"))
-    run("train.py", *flags(clip, tmp_path / "s", "--steps", done + 2, "--resume"))
-    run("train.py", *flags(clip, tmp_path / "whole", "--steps", done + 2))
-    assert losses_of(tmp_path / "s") == losses_of(tmp_path / "whole")
-    assert same_weights(tmp_path / "s", tmp_path / "whole")
+def test_a_signal_saves_says_how_to_go_on_and_resumes_exactly(number, code, hop, tmp_path):
+    out = tmp_path / "s"
+    pid = fork(lambda: train.main(vmc(hop, out, "--steps", 400)), tmp_path / "says")
+    wait_for_steps(out, 2, pid)
+    os.kill(pid, number)
+    assert end_of(pid) == code and "--resume" in (tmp_path / "says").read_text()
+    done = len(losses_of(out))
+    learn("vmc", hop, out, "--steps", done + 2, "--resume")
+    learn("vmc", hop, tmp_path / "whole", "--steps", done + 2)
+    assert losses_of(out) == losses_of(tmp_path / "whole")
+    assert same_weights(out, tmp_path / "whole")
 
 
-def test_a_killed_run_resumes_from_its_last_state(clip, tmp_path):
-    process = start_and_wait_for(4, clip, tmp_path / "k", "--save-every", 2)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert torch.load(tmp_path / "k" / "state.pt", weights_only=True)["step"] >= 2
-    done = len(losses_of(tmp_path / "k"))
-    more = ("--steps", done + 1, "--resume", "--save-every", 2)
-    run("train.py", *flags(clip, tmp_path / "k", *more))
-    run("train.py", *flags(clip, tmp_path / "whole", "--steps", done + 1))
-    assert losses_of(tmp_path / "k") == losses_of(tmp_path / "whole")
-    assert same_weights(tmp_path / "k", tmp_path / "whole")
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_ends_in_one_line(number, code, hop, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "report", lambda run: os.kill(os.getpid(), number))
+    pid = fork(lambda: train.main(vmc(hop, tmp_path / "s")), tmp_path / "says")
+    assert end_of(pid) == code and (tmp_path / "says").read_text() == "stopped\n"
+
+
+def test_a_signal_while_torch_is_imported_ends_in_one_line():
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--help"], text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate()[1], process.returncode) == ("stopped\n", 130)
+
+
+def kill_at(call, name, monkeypatch):
+    """From now on the process is killed at that call of os.<name>, before it acts."""
+    real, left = getattr(os, name), [call]
+
+    def counted(*args, **more):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **more)
+
+    monkeypatch.setattr(os, name, counted)
+
+
+@pytest.mark.parametrize("name,calls", [("replace", range(1, 12)), ("fsync", (1, 3, 5, 7))])
+def test_a_run_killed_anywhere_while_it_saves_goes_on_at_the_first_try(name, calls, five, hop,
+                                                                        tmp_path, monkeypatch):
+    """The list, run.json, adapter, clip and state, at steps 2, 4 and 5."""
+    kept = ("--keep-every", 2, "--steps", 5)
+    for call in calls:
+        out = tmp_path / str(call)
+        with monkeypatch.context() as m:
+            kill_at(call, name, m)
+            pid = fork(lambda out=out: train.main(vmc(hop, out, *kept)))
+        assert end_of(pid) == -signal.SIGKILL
+        started = runs.listed(out) is not None
+        learn("vmc", hop, out, *kept, *["--resume"] * started)
+        assert same_weights(five, out) and losses_of(five) == losses_of(out)
+        assert not list(out.rglob(".part-*"))
 
 
 def full_disk(*_):
     raise OSError(28, "No space left on device")
 
 
-def test_a_fault_while_saving_leaves_the_last_state(clip, tmp_path, monkeypatch):
-    out = tmp_path / "o"
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    train.main([str(f) for f in flags(clip, out, "--steps", 1)])
-    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    for target in ("os.fsync", "os.replace"):
-        with monkeypatch.context() as m:
-            m.setattr(target, full_disk)
-            with pytest.raises((OSError, BadInput)):
-                with data.publish(out / "state.pt") as part:
-                    part.write_text("half")
-        assert (out / "state.pt").read_bytes() == before["state.pt"]
-    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+@pytest.mark.parametrize("target", ("os.fsync", "os.replace", "shutil.disk_usage", "limit"))
+def test_a_fault_while_saving_keeps_the_last_state(target, one, hop, monkeypatch, capfd):
+    """A full disk, told at any point, and a limit on the size of files."""
+    before = (one / "state.pt").read_bytes()
+    says, save = "No space left|needs [0-9,]+ bytes|could not be written|File too large", \
+        runs.Folder.save
 
+    def fault(*args):
+        if target == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        elif target == "shutil.disk_usage":
+            monkeypatch.setattr(target, lambda path: type("Usage", (), {"free": 1000}))
+        else:
+            monkeypatch.setattr(target, full_disk)
+        save(*args)
 
-def test_a_fresh_adapter_changes_nothing_and_a_trained_one_loads_exactly(trained, tiny, tmp_path):
-    """What was in memory and what is read back make the same video, to the bit."""
-    noise = sampler.noise_like_shape((8, 16, 8, 8), [0])
-    video = lambda: generate.sample(tiny, ["a red star"], noise, [0], steps=2, guidance=2)
-    plain, fresh = video(), lora.select(tiny.unet, "temporal-attention-qkv")
-    originals = {n: p.detach().clone() for n, p in fresh.items()}
-    meta = {"method": "vmc", "fps": 8, "base": lora.fingerprint(tiny.unet)}
-    save = lambda name: lora.save_adapter(tmp_path / name, fresh, latents=noise[0], **meta)
-    load = lambda name: lora.apply_adapters(tiny, [lora.read_adapter(tmp_path / name)])
-    save("fresh.safetensors")
+    monkeypatch.setattr(runs.Folder, "save", fault)
     try:
-        load("fresh.safetensors")
-        assert torch.equal(video(), plain)
-        for p in fresh.values():
-            p.data = p.data * 1.1
-        in_memory = video()
-        save("t.safetensors")
-        for n, p in fresh.items():
-            p.data = originals[n].clone()
-        load("t.safetensors")
-        assert torch.equal(video(), in_memory) and not torch.equal(in_memory, plain)
+        complain(vmc(hop, one, "--steps", 2, "--resume"), says, capfd)
     finally:
-        for n, p in fresh.items():
-            p.data = originals[n]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert (one / "state.pt").read_bytes() == before and not list(one.rglob(".part-*"))
 
 
-# ------------------------------------------------------------------------------------------------
-# generate.py
+def test_a_state_that_cannot_be_written_is_told_in_one_line(one, hop, monkeypatch, capfd):
+    """torch's writer raises a RuntimeError of several lines."""
+    monkeypatch.setattr(lora, "save_adapter", lambda *args, **more: [args[0]])
+    before = (one / "state.pt").read_bytes()
+    save = torch.save
+
+    def limited(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", limited)
+    try:
+        complain(vmc(hop, one, "--steps", 2, "--resume"), "free some space", capfd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert (one / "state.pt").read_bytes() == before
 
 
-def test_generate_makes_a_set_with_a_sheet_and_settings(trained, tmp_path):
-    out, _ = trained
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a green ring hopping\n\n../../escape <b>\n")
-    run("generate.py", "--adapter", out / "vmc.safetensors", "--prompts", prompts, "--seeds", 2,
-        "--steps", 3, "--out", tmp_path / "set")
-    names = sorted(p.name for p in (tmp_path / "set").iterdir())
-    assert len([n for n in names if n.endswith(".mp4")]) == 4
-    assert {"sheet.png", "settings.json"} <= set(names)
-    settings = json.loads((tmp_path / "set" / "settings.json").read_text())
-    assert settings["init"] == "inverted" and len(settings["videos"]) == 4
-    assert {p.name for p in tmp_path.iterdir()} == {"prompts.txt", "set"}
-
-
-def test_a_sample_does_not_depend_on_its_batch(tiny):
-    """The same noise for seed 7 alone and among four; sums differ only in the last bits."""
-    prompts, seeds = ["a red star"] * 4, [6, 7, 8, 9]
-    noise = sampler.noise_like_shape((8, 4, 8, 8), seeds)
-    many = generate.sample(tiny, prompts, noise, seeds, steps=3, method="ddpm")
-    one = generate.sample(tiny, prompts[:1], noise[1:2], seeds[1:2], steps=3, method="ddpm")
-    assert (many[1] - one[0]).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("more", [
-    ("--init", "noise"), ("--noise-prior", "0.5"), ("--init", "noise", "--sampler", "dpm"),
-    ("--sampler", "ddpm"), ("--frames", "5", "--width", "48", "--height", "80", "--init", "noise"),
+@pytest.mark.parametrize("error,says", [
+    (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you"), "out of memory"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--checkpointing on"),
+    (MemoryError(), "out of memory"), (BadInput("two\nlines"), "two lines"),
 ])
-def test_generate_with_other_starts_and_samplers(more, trained, tmp_path):
-    out, _ = trained
-    run("generate.py", "--adapter", out / "vmc.safetensors", "--prompt", "a red star", "--steps", 3,
-        "--out", tmp_path / "g", *more)
-    assert len(list((tmp_path / "g").glob("*.mp4"))) == 1
+def test_what_is_not_our_fault_is_one_line(error, says, capsys):
+    def fail(argv):
+        raise error
+
+    complain([], says, capsys, main=fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        machine.run(lambda: fail_with(RuntimeError("a bug")))
 
 
-def test_generate_from_another_clip(trained, clip, tmp_path):
-    out, _ = trained
-    run("generate.py", "--adapter", out / "vmc.safetensors", "--prompt", "a red star", "--steps", 2,
-        "--init-video", clip, "--out", tmp_path / "g")
+def fail_with(error):
+    raise error
 
 
-# ------------------------------------------------------------------------------------------------
-# Mistakes
+def test_a_reader_that_leaves_does_not_end_the_training(hop, tmp_path):
+    """As in `train.py … 2>&1 | head -1`: both streams break at the first line."""
+    def broken():
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = os.fdopen(writer, "w", buffering=1)
+        sys.stderr = os.fdopen(os.dup(writer), "w", buffering=1)
+        machine.run(lambda: train.main(vmc(hop, tmp_path / "b", "--steps", 1)))
+
+    assert end_of(fork(broken)) == 0
+    assert (tmp_path / "b" / "vmc.safetensors").is_file()
 
 
-def complain(main, flags, says, capsys):
-    """The command ends with exit code 2 and one line of complaint that says `says`."""
-    with pytest.raises(SystemExit) as stop:
-        generate.run(lambda: main([str(f) for f in flags]))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and re.search(says, lines[-1]), lines
-    assert len([line for line in lines if "error:" in line]) == 1
+@pytest.mark.parametrize("replaced", (False, True))
+def test_a_folder_that_is_deleted_while_running_ends_in_one_line(replaced, hop, tmp_path, capsys,
+                                                                 monkeypatch):
+    out, step = tmp_path / "out", runs.log_line
+
+    def vanish(*args):
+        shutil.rmtree(out)
+        if replaced:  # by another run
+            out.mkdir()
+            (out / "lock").touch()
+        return step(*args)
+
+    monkeypatch.setattr(runs, "log_line", vanish)
+    complain(vmc(hop, out, "--steps", 2), "deleted, moved or replaced", capsys)
+    assert not contents(tmp_path) or [p.name for p in contents(tmp_path)] == ["lock"]
 
 
-def test_a_mistake_leaves_no_traceback(tmp_path):
-    done = run("train.py", "--video", tmp_path / "none.mp4", check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("make,says", [
-    (lambda p, c: ["--video", p / "none.mp4"], "does not exist"),
-    (lambda p, c: [], "--video"),
-    (lambda p, c: ["--video", c, "--method", "magic"], "choose from"),
-    (lambda p, c: ["--video", c, "--weights", p], "is missing"),
-    (lambda p, c: ["--video", c, "--weights", p / "no"], "is not a folder"),
-    (lambda p, c: ["--video", c, "--prompt", "x" * 300], "Shorten it"),
-    (lambda p, c: ["--video", p / "text.mp4"], "not a video"),
-    (lambda p, c: ["--video", c, "--resume"], "nothing to resume"),
-    (lambda p, c: ["--video", c, "--steps", "0"], "wanted 1 or more"),
-    (lambda p, c: ["--video", c, "--layers", "nothing"], "known sets"),
-    (lambda p, c: ["--video", c, "--width", "60"], "multiples of 8"),
-    (lambda p, c: ["--video", c, "--stride", "16"], "wanted less than"),
-    (lambda p, c: ["--video", c, "--wrong"], "unrecognized"),
-    (lambda p, c: ["--video", c, "--clip-grad", "-1"], "wanted"),
-    (lambda p, c: ["--video", c, "--lr", "nan"], "wanted"),
-    (lambda p, c: ["--video", c, "--width", "-8"], "wanted"),
-    (lambda p, c: ["--video", c, "--start", "-2"], "wanted"),
-    (lambda p, c: ["--video", c, "--device", "toaster"], "cannot be used"),
-    (lambda p, c: ["--video", c, "--layers", "("], "no pattern"),
-    (lambda p, c: ["--video", c, "--preview-steps", "2000"], "wanted 1 to"),
-])
-def test_mistakes_in_training_end_in_one_line_and_two(make, says, clip, tmp_path, capsys):
-    (tmp_path / "text.mp4").write_text("this is no video")
-    out = tmp_path / "out"
-    complain(train.main, [*make(tmp_path, clip), "--out", out], says, capsys)
-    assert not out.exists()
-
-
-VAE_FILE = TINY / "vae" / "diffusion_pytorch_model.safetensors"
-
-
-@pytest.mark.parametrize("make,says", [
-    (lambda p, a: [], "--prompt"),
-    (lambda p, a: ["--prompt", "x" * 300], "Shorten it"),
-    (lambda p, a: ["--prompts", p / "none.txt"], "does not exist"),
-    (lambda p, a: ["--prompt", "x", "--adapter", p / "none.safetensors"], "does not exist"),
-    (lambda p, a: ["--prompt", "x", "--adapter", p / "broken.safetensors"], "cannot be read"),
-    (lambda p, a: ["--prompt", "x", "--adapter", VAE_FILE], "does not fit"),
-    (lambda p, a: ["--prompt", "x", "--adapter", p / "other.safetensors"], "was trained on"),
-    (lambda p, a: ["--prompt", "x", "--adapter", a, "--width", "128"], "leave --frames, --width"),
-    (lambda p, a: ["--prompt", "x", "--init", "inverted"], "no clip to invert"),
-    (lambda p, a: ["--prompt", "x", "--noise-prior", "0.5"], "noise-prior has no clip to invert"),
-    (lambda p, a: ["--prompt", "x", "--noise-prior", "2"], "wanted 0"),
-    (lambda p, a: ["--prompt", "x", "--steps", "2000"], "wanted 1 to"),
-    (lambda p, a: ["--prompt", "x", "--frames", "0"], "wanted 1"),
-    (lambda p, a: ["--prompt", "x", "--adapter", a, "--frames", "9"], "leave --frames"),
-    (lambda p, a: ["--prompt", "x", "--negative", "x" * 300], "Shorten it"),
-    (lambda p, a: ["--prompt", "x", "--weights", p], "is missing"),
-])
-def test_mistakes_in_generating_end_in_one_line_and_two(make, says, trained, tmp_path, capsys):
-    adapter = trained[0] / "vmc.safetensors"
-    (tmp_path / "broken.safetensors").write_bytes(adapter.read_bytes()[:-50])
-    with safe_open(adapter, "pt") as file:
-        meta = file.metadata() | {"base": "0" * 12}
-    save_file(load_file(adapter), tmp_path / "other.safetensors", meta)
-    out = tmp_path / "out"
-    complain(generate.main, [*make(tmp_path, adapter), "--out", out], says, capsys)
-    assert not out.exists()
-
-
-def test_resuming_with_other_settings_is_refused(trained, clip):
-    out, _ = trained
-    done = run("train.py", *flags(clip, out, "--steps", 8, "--resume", "--lr", "0.5"), check=False)
-    assert done.returncode == 2 and "lr was 0.001, is 0.5" in done.stderr
-
-
-def test_resuming_with_another_clip_at_the_same_path_is_refused(clip, tmp_path, capsys):
-    mine = tmp_path / "c.mp4"
-    mine.write_bytes(clip.read_bytes())
-    train.main([str(f) for f in flags(mine, tmp_path / "o", "--steps", 1)])
-    scenes = world.sample_scenes(1, torch.Generator().manual_seed(4), ("zigzagging",))
-    data.write_video(mine, world.render(scenes)[0], world.FPS)
-    complain(train.main, flags(mine, tmp_path / "o", "--steps", 2, "--resume"), "clip was", capsys)
-
-
-@pytest.mark.parametrize("ruin,says", [
-    (lambda out: (out / "state.pt").write_bytes(b"half"), "cannot be read"),
-    (lambda out: (out / "state.pt").unlink(), "nothing to resume"),
-    (lambda out: None, "already at step 1"),
-])
-def test_resuming_what_cannot_be_resumed_is_refused(ruin, says, clip, tmp_path, capsys):
-    train.main([str(f) for f in flags(clip, tmp_path, "--steps", 1)])
-    ruin(tmp_path)
-    complain(train.main, flags(clip, tmp_path, "--steps", 1, "--resume"), says, capsys)
-
-
-def test_a_new_run_in_an_old_folder_forgets_the_old_one(clip, tmp_path):
-    train.main([str(f) for f in flags(clip, tmp_path, "--steps", 3)])
-    (tmp_path / ".part-left.pt").touch()
-    train.main([str(f) for f in flags(clip, tmp_path, "--steps", 1)])
-    assert len(losses_of(tmp_path)) == 1 and not list(tmp_path.glob(".part-*"))
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 1
-
-
-def test_a_full_disk_keeps_the_old_state(clip, tmp_path, monkeypatch, capsys):
-    train.main([str(f) for f in flags(clip, tmp_path, "--steps", 1)])
-    before = (tmp_path / "state.pt").read_bytes()
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    more = ("--steps", 2, "--resume")
-    complain(train.main, flags(clip, tmp_path, *more), "needs [0-9,]+ bytes", capsys)
-    assert (tmp_path / "state.pt").read_bytes() == before
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run(clip, tmp_path, monkeypatch):
-    """Before the optimiser steps; the message names step, timestep and clip; the state is kept."""
-    monkeypatch.setitem(train.losses.LOSSES, "residual-cosine-mse",
-                        lambda pred, eps, **_: pred.mean() * float("nan"))
-    with pytest.raises(SystemExit) as stop:
-        train.main([str(f) for f in flags(clip, tmp_path / "n", "--steps", 3)])
-    message = str(stop.value.code)  # a message is exit code 1
-    assert re.search(r"nan.*step 0, timestep \d+, clip .*hop.mp4", message)
+def test_a_loss_that_is_not_a_number_stops_the_run(hop, tmp_path, monkeypatch, capsys):
+    """Before the optimiser steps; the message names step, timestep and clip."""
+    monkeypatch.setitem(losses.LOSSES, "mse", lambda pred, eps, **_: pred.mean() * float("nan"))
+    complain(vmc(hop, tmp_path / "n", "--steps", 3, "loss=mse"),
+             r"nan.*step 0, timestep \d+, clip .*0.mp4.*no saved state", capsys)
     assert not (tmp_path / "n" / "vmc.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ("train.py", "generate.py"))
-def test_help_names_every_flag(script):
-    started = time.time()
-    printed = run(script, "--help").stdout
-    assert "examples" in printed or "python generate.py" in printed
-    assert time.time() - started < 20  # about two on an idle machine, most of it torch's import
-    everywhere = (ROOT / "train.py").read_text() + (ROOT / "generate.py").read_text()
-    module = {"train.py": train, "generate.py": generate}[script]
-    for name in vars(module.parse([])):
-        assert f"--{name.replace('_', '-')}" in printed
-        read = f"args.{name}" in everywhere or f'"{name}"' in everywhere
-        assert read, f"nothing reads --{name}"
-
-
-def test_the_environment_is_not_needed(clip, tmp_path):
-    """No network, no home, another folder: nothing but the files of the repository."""
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    run("train.py", *flags(clip, "run", "--steps", 1), cwd=tmp_path, env=env)
-    assert (tmp_path / "run" / "vmc.safetensors").is_file()
+def test_infinity_that_comes_with_the_last_step_is_not_saved(hop, tmp_path, monkeypatch, capsys):
+    complain(vmc(hop, tmp_path / "a", "--steps", 1, "motion.lr=1e38"), "wanted 0 to", capsys)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.param_groups[0]["params"][
+        0].data.fill_(float("inf")))
+    complain(vmc(hop, tmp_path / "b", "--steps", 1), "is not finite at step 1", capsys)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 # ------------------------------------------------------------------------------------------------
-# Several processes
+# Whose folder it is
 
 
-def together(script, *flags):
-    """The script under torchrun, in two processes that meet on this machine."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         ROOT / script, *map(str, flags)],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def test_a_run_is_never_replaced_unasked_and_deletes_its_own_alone(one, hop, capsys):
+    before = contents(one)
+    (one / "mine.txt").write_text("of a person")
+    (one / "mine.safetensors").write_text("of a person, too")
+    learn("vmc", hop, one, "--steps", 1)
+    assert contents(one).items() >= before.items() and "goes to" in capsys.readouterr().err
+    assert (one.parent / "one-2" / "vmc.safetensors").is_file()
+    (one / "samples").mkdir()
+    (one / "samples" / "step-000000.mp4").write_text("of a person")
+    with (one / runs.LIST).open("a") as file:
+        file.write("../one-2/run.json\n/etc/hostname\n\nlock\ngone.mp4\nbad\0name\n")
+    learn("textual-inversion", hop, one, "--steps", 1, "--overwrite")
+    assert {p.name for p in contents(one)} == {
+        "mine.txt", "mine.safetensors", "step-000000.mp4", "lock", runs.LIST, "run.json",
+        "log.jsonl", "state.pt", "textual-inversion.safetensors",
+        "textual-inversion.clip.safetensors"}
+    assert (one.parent / "one-2" / "run.json").is_file()
 
 
-@pytest.mark.parametrize("method", ("motiondirector", "newmove"))
-def test_two_processes_learn_what_one_does_from_as_many_examples(method, clip, tmp_path):
-    """Two clips, so that MotionDirector's processes now and then train different appearances."""
-    clips = tmp_path / "clips"
-    clips.mkdir()
-    video = data.read_video(clip, 16, (64, 64), 8)
-    for i in range(2):
-        data.write_video(clips / f"{i}.mp4", video if i else video.flip(1), 8)
-    same = ("--method", method, "--video", clips, "--prompt", "a thing hopping", "--steps", 3,
-            "--preview-every", 0, "--seed", 1)
-    run("train.py", *same, "--batch", 2, "--out", tmp_path / "one")
-    together("train.py", *same, "--out", tmp_path / "two")
-    files = sorted(p.name for p in (tmp_path / "one").glob("*.safetensors"))
-    assert files == sorted(p.name for p in (tmp_path / "two").glob("*.safetensors"))
-    run("train.py", *same, "--out", tmp_path / "alone")  # one example a step is another thing
-
-    def apart(a, b):
-        """Largest difference of what two runs learned, all files together, by norm."""
-        norms = []
-        for name in files:
-            x, y = load_file(tmp_path / a / name), load_file(tmp_path / b / name)
-            norms += [(x[k] - y[k]).norm() for k in x if "clip" not in k]
-        return torch.stack(norms).norm().item()
-
-    # Sums of more than two gradients may be rounded in another order, and Adam makes that seen
-    # where a gradient is nearly zero.
-    assert apart("one", "two") <= 1e-2 * apart("one", "alone")
-    if method == "motiondirector":
-        assert apart("one", "two") == 0
+@pytest.mark.parametrize("out", ("w/unet", ".", "", "w", "lists"))
+@pytest.mark.parametrize("overwrite", ((), ("--overwrite",)))
+def test_other_peoples_folders_are_refused_and_untouched(out, overwrite, hop, tmp_path, capsys,
+                                                         monkeypatch):
+    shutil.copytree(TINY, tmp_path / "w")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "files.txt").write_text("video.mp4\nrun.json\n")  # of a data set
+    for name in ("video.mp4", "run.json"):
+        (tmp_path / "lists" / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    complain(vmc(hop, out, "--steps", 1, "--weights", "w", *overwrite), "holds other files", capsys)
+    assert contents(tmp_path) == before
 
 
-def test_two_processes_generate_and_score_what_one_does(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\na green cross\n")
-    same = ("--prompts", tmp_path / "prompts.txt", "--steps", 2, "--batch", 1)
-    run("generate.py", *same, "--out", tmp_path / "one")
-    together("generate.py", *same, "--out", tmp_path / "two")
-    names = sorted(p.name for p in (tmp_path / "one").iterdir())
-    assert len(names) == 5 and names == sorted(p.name for p in (tmp_path / "two").iterdir())
-    for name in set(names) - {"settings.json"}:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    scoring = (tmp_path / "two", "--reference", tmp_path / "one", "--size", 64)
-    run("eval.py", *scoring, "--out", tmp_path / "a")
-    together("eval.py", *scoring, "--out", tmp_path / "b")
-    read = lambda folder: json.loads((tmp_path / folder / "metrics.json").read_text())
-    assert read("a")["table"] == read("b")["table"]
+def test_two_runs_never_share_a_folder(one, hop, capsys):
+    with machine.lock(one / "lock"):
+        before = contents(one)
+        for more in ("--resume", "--overwrite"):
+            complain(vmc(hop, one, "--steps", 2, more), "in use by another run", capsys)
+        assert contents(one) == before
 
 
-def test_examples_must_divide_among_processes(clip, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(BadInput, match="wanted a multiple of the 2 processes"):
-        train.main([*map(str, flags(clip, tmp_path / "out", "--batch", 3))])
+# ------------------------------------------------------------------------------------------------
+# Resuming what is damaged
+
+
+def change(path, act):
+    state = torch.load(path, weights_only=True)
+    act(state, next(iter(state["moments"].values())))
+    torch.save(state, path)
+
+
+SMALL = torch.zeros(3)
+RUINED = {
+    "another shape": lambda s, m: m.update(exp_avg=SMALL),
+    "one number expanded": lambda s, m: m.update(exp_avg=SMALL[:1].expand(m["exp_avg"].shape)),
+    "whole numbers": lambda s, m: m.update(exp_avg=m["exp_avg"].long()),
+    "sparse": lambda s, m: m.update(exp_avg=m["exp_avg"].to_sparse()),
+    "NaN": lambda s, m: m["exp_avg"].fill_(float("nan")),
+    "below zero": lambda s, m: m["exp_avg_sq"].fill_(-1),
+    "steps to come": lambda s, m: m["step"].fill_(99),
+    "no moment of one kind": lambda s, m: m.pop("exp_avg_sq"),
+    "no moments of one": lambda s, m: s["moments"].popitem(),
+    "moments that are none": lambda s, m: s["moments"].update(dict.fromkeys(s["moments"], 3)),
+    "an empty one": lambda s, m: s["moments"].update(dict.fromkeys(s["moments"], {})),
+    "no tensor": lambda s, m: s["trained"].popitem(),
+    "one too many": lambda s, m: s["trained"].update(x=SMALL),
+    "a tensor of NaN": lambda s, m: next(iter(s["trained"].values())).fill_(float("nan")),
+    "a number for a tensor": lambda s, m: s["trained"].update(dict.fromkeys(s["trained"], 1.0)),
+    "no step": lambda s, m: s.pop("step"),
+    "a step below zero": lambda s, m: s.update(step=-5),
+    "a step that is none": lambda s, m: s.update(step="one"),
+    "tensors for flags": lambda s, m: s["flags"].update(seed=SMALL),
+}
+
+
+@pytest.mark.parametrize("ruin", [*RUINED, "half", "text", "a flipped bit", "removed", "done"])
+def test_a_state_that_cannot_be_trusted_is_refused(ruin, one, hop, capsys):
+    path = one / "state.pt"
+    raw = bytearray(path.read_bytes())
+    if ruin in RUINED:
+        change(path, RUINED[ruin])
+    elif ruin == "half":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif ruin == "text":
+        path.write_bytes(b"half")
+    elif ruin == "a flipped bit":  # in the middle of the numbers, where torch.load sees nothing
+        raw[len(raw) // 2] ^= 4
+        path.write_bytes(raw)
+    elif ruin == "removed":
+        path.unlink()
+    steps = 1 if ruin == "done" else 2
+    before = contents(one)
+    complain(vmc(hop, one, "--steps", steps, "--resume"), "cannot be read|does not fit|nothing to "
+             "resume|already at step 1|was begun with other", capsys)
+    assert contents(one) == before
+
+
+@pytest.mark.parametrize("ruin,lines", [
+    (lambda raw: b"", [2]), (lambda raw: None, [2]), (lambda raw: b"\xff\x00\n" * 9, [2]),
+    (lambda raw: raw.splitlines(True)[1], [1, 2]), (lambda raw: raw[:-20], [0, 2]),
+    (lambda raw: raw + b'{"step": 2, "loss": 9}\n{"step', [0, 1, 2]),
+    (lambda raw: raw + raw, [0, 1, 2]), (lambda raw: b"[[[[" * 9999 + b"\n" + raw, [0, 1, 2]),
+])
+def test_a_damaged_log_is_mended_and_told(ruin, lines, hop, tmp_path, capsys):
+    learn("vmc", hop, tmp_path, "--steps", 2)
+    log = tmp_path / "log.jsonl"
+    raw = ruin(log.read_bytes())
+    log.unlink() if raw is None else log.write_bytes(raw)
+    learn("vmc", hop, tmp_path, "--steps", 3, "--resume")
+    assert [line["step"] for line in log_of(tmp_path)] == lines
+    assert ("has a gap" in capsys.readouterr().err) == (len(lines) < 3)
+
+
+def test_resuming_with_other_settings_or_another_clip_is_refused(one, hop, tmp_path, capsys):
+    complain(vmc(hop, one, "--steps", 2, "--resume", "motion.lr=0.5"),
+             "motion.lr was 0.001, is 0.5", capsys)
+    mine = tmp_path / "c.mp4"
+    mine.write_bytes(hop.read_bytes())
+    again = vmc(mine, tmp_path / "o", "--prompt", "x")
+    train.main([*again, "--steps", "1"])
+    scenes = world.sample_scenes(1, torch.Generator().manual_seed(4), ("zigzagging",))
+    data.write_video(mine, world.render(scenes)[0], world.FPS)
+    complain([*again, "--steps", "2", "--resume"], "clip was", capsys)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mistakes, and help
+
+VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a text and a picture
+
+
+@pytest.mark.parametrize("argv,says", [
+    ("--video FOLDER/none.mp4", "does not exist"),
+    ("", "--video"),
+    ("--video VIDEO --method magic", "Choose from"),
+    ("--video VIDEO --weights FOLDER", "is missing"),
+    ("--video VIDEO --weights FOLDER/no", "is not a folder"),
+    ("--video VIDEO --prompt " + "x" * 300, "Shorten it"),
+    ("--video FOLDER/text.mp4", "not a video"),
+    ("--video VIDEO --resume", "nothing to resume"),
+    ("--video VIDEO --steps 0", "1 to"),
+    ("--video VIDEO --size 64x60", "multiples of 8"),
+    ("--video VIDEO --wrong", "there is no --wrong"),
+    ("--video VIDEO --start -2", "wanted"),
+    ("--video VIDEO --batch -2", "wanted"),
+    ("--video VIDEO --device toaster", "cannot be used"),
+    ("--video VIDEO --preview-steps 2000", "wanted 1 to"),
+    ("--video VIDEO --prior none --prior FOLDER", "takes no prior"),
+    ("--video VIDEO --image-prompt x", "no --images"),
+    ("--video VIDEO --images FOLDER/p.png", "vmc learns nothing from pictures"),
+    ("--images FOLDER/p.png", "from pictures alone"),
+    ("--video VIDEO --method motiondirector --images FOLDER/p.png", "nothing from pictures"),
+    ("--method customize-a-video --images FOLDER/p.png", "from pictures alone"),
+    ("--video VIDEO --method newmove --prompt a b", "captions for 1 clips"),
+    ("--video VIDEO --method newmove --prior /nowhere", "does not exist"),
+    # settings: what a recipe lacks, another kind, out of range
+    ("--video VIDEO look.rank=4", "look.rank: vmc has no such setting; it has steps, .*stride"),
+    ("--video VIDEO motion.lrr=4", "Did you mean motion.lr?"),
+    ("--video VIDEO --method newmove prior-weight=1", "Did you mean prior_weight?"),
+    ("--video VIDEO stride=1.5", "wanted a whole number"),
+    ("--video VIDEO motion.lr=fast", "wanted a number"),
+    ("--video VIDEO motion.lr=nan", "wanted 0 to"),
+    ("--video VIDEO clip_grad=-1", "wanted"),
+    ("--video VIDEO noise_prior=1.5", "wanted 0 to 1"),
+    ("--video VIDEO loss=magic", "wanted mse or residual-cosine"),
+    ("--video VIDEO sampler=magic", "wanted ddim or"),
+    ("--video VIDEO stride=4", "wanted less than the clip's 4 frames"),
+    ("--video VIDEO --method motiondirector look.per_clip=maybe", "wanted on or off"),
+    ("--video VIDEO --method newmove alpha=2", "wanted 0 to 1"),
+    ("--video VIDEO motion.layers=nothing", "known sets"),
+    ("--video VIDEO motion.layers=(", "no pattern"),
+    ("--video VIDEO motion.layers=(.*)*x", "repeats too much"),
+    ("--video VIDEO motion.layers=none", "nothing learns"),
+    ("--video VIDEO motion.rank=2 motion.layers=.*norm.*", "no linear layer"),
+    ("--video VIDEO motion.rates=nowhere:2", "no layer that learns has nowhere"),
+    ("--video VIDEO motion.file=FOLDER/text.mp4", "cannot be read|not a file"),
+    ("--video VIDEO --method textual-inversion word.text=", "needs a text"),
+    # what would do nothing
+    ("--video VIDEO motion.scale=0.5", "does nothing here: it is of a LoRA"),
+    ("--video VIDEO motion.dropout=0.5", "does nothing here"),
+    ("--video VIDEO noise_prior=0 inverts=base", "does nothing here: noise_prior is 0"),
+    ("--video VIDEO --method newmove clip=ViT-L-14", "does nothing here: appearance_stop"),
+    ("--video VIDEO --method newmove word.lr=1", "does nothing here: none of its vectors"),
+    ("--video VIDEO --method newmove subject.layers=spatial", "learned from --images"),
+    ("--video VIDEO --method customize-a-video look_word.init=x", "does nothing here"),
+])
+def test_mistakes_end_in_one_line_and_two_and_leave_nothing(argv, says, folder, hop, tmp_path,
+                                                            capsys):
+    (tmp_path / "text.mp4").write_text("this is no video")
+    shutil.copy(folder / "thing.png", tmp_path / "p.png")
+    argv = argv.replace("FOLDER", str(tmp_path)).replace("VIDEO", str(hop)).split()
+    complain([*argv, "--frames", 4, "--out", tmp_path / "out"], says, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_help_lists_its_settings_with_defaults_and_meanings(method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", method, "--help"])
+    printed = capsys.readouterr().out
+    assert not stop.value.code and METHODS[method].source in printed
+    rows = dict(re.findall(r"^  (\S+?)=(.*)$", printed.partition("settings,")[2], re.MULTILINE))
+    assert rows.keys() == METHODS[method].settings().keys()
+    for name, row in rows.items():
+        default, _, meaning = row.partition(" ")
+        assert default == write_value(METHODS[method].settings()[name])
+        assert len(meaning.strip()) > 3 and "docstring" not in meaning
+
+
+def test_every_flag_has_help_and_is_read(capsys, monkeypatch):
+    parsers, init = [], parsing.Parser.__init__
+    monkeypatch.setattr(parsing.Parser, "__init__", lambda self, **more: (
+        parsers.append(self), init(self, **more))[1])
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    printed = capsys.readouterr().out
+    code = "".join(p.read_text() for p in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py")))
+    for action in parsers[0]._actions:
+        assert action.option_strings[-1] in printed and len(action.help) > 3
+        assert f"flags.{action.dest}" in code, action.dest
+    assert "examples" in printed and "name=value" in printed

@@ -1,0 +1,19 @@
+"""Imported by the commands before torch, which takes seconds: Ctrl-C and SIGTERM in that time end
+in one line too. From then on `machine.run` has them. Of a test or a program that imports a command,
+nothing is changed.
+"""
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def leave(number, frame):
+    os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
+started = getattr(sys.modules["__main__"], "__file__", None)
+if started and Path(started).resolve().parent == Path(__file__).resolve().parents[1]:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)

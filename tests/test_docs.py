@@ -1,0 +1,47 @@
+"""What the documentation says: written from the code as it is, and its commands can be given."""
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path[:0] = [str(ROOT / "docs")]
+
+import write  # noqa: E402
+
+import eval  # noqa: E402
+import generate  # noqa: E402
+import train  # noqa: E402
+from support.recipe import METHODS  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^python (train|generate|eval)\.py (.*)$", README, re.MULTILINE)
+
+
+def test_pages_are_written_from_the_methods():
+    """`python docs/write.py` has been run since the recipes changed."""
+    assert (ROOT / "docs" / "methods.md").read_text() == write.methods_page()
+    assert (ROOT / "assets" / "unet.svg").read_text() == write.drawing()
+
+
+@pytest.mark.parametrize("script,flags", COMMANDS)
+def test_a_command_of_the_readme_is_understood(script, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("out/eight-vmc", "out/eight-motiondirector"):  # which earlier commands leave
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    parse = {"train": train.parse, "generate": generate.parse, "eval": eval.parse}[script]
+    parse([arg.replace("zeroscope_v2_576w", str(ROOT)) for arg in shlex.split(flags)])
+
+
+def test_the_readme_is_short_and_its_files_are_there():
+    assert len(README.splitlines()) <= 240 and len(COMMANDS) >= 12
+    for path in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_setting_says_what_it_means():
+    for recipe in METHODS.values():
+        for name in recipe.settings():
+            assert recipe.meaning(name) != "see the docstring", f"{recipe.name}: {name}"
