@@ -12,6 +12,7 @@ a table and writes metrics.json and page.html to --out.
 
 Axes: F frames, H W picture.
 """
+import support.signals  # isort: skip  # noqa: F401
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path

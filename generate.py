@@ -11,6 +11,7 @@ taken from the adapter's file, and what that leaves open from the model.
 
 Axes: B videos, C channels, F frames, h w latent, H W picture.
 """
+import support.signals  # isort: skip  # noqa: F401
 import itertools
 import json
 from dataclasses import asdict, dataclass
@@ -20,11 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import data
-import dmt
 import lora
 import sampler
 from model import TINY, load
-from support import machine, prompts, sets, videos
+from support import dmt, machine, prompts, sets, videos
 from support.files import BadInput, check_folder_out, check_weights, read_size, say
 from support.flags import Parser, real, some_text, whole
 

@@ -9,6 +9,7 @@ what a method may ask for. Writes out/<clip>-<method>/: run.json, log.jsonl, sam
 
 Axes: B clips, C channels, F frames, h w latent, N text tokens, D text width.
 """
+import support.signals  # isort: skip  # noqa: F401
 import math
 import re
 import sys
@@ -16,7 +17,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import support.signals  # isort: skip  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,7 +32,10 @@ from support.files import BadInput, check_weights, read_size, slug
 from support.flags import Parser, real, some_text, whole
 from support.recipe import METHODS, Recipe, method
 
-EXAMPLES = """examples:
+EXAMPLES = """A method's own settings are written name=value after the flags; --method NAME --help
+lists them.
+
+examples:
   python train.py --method vmc --video assets/eight.mp4
   python train.py --method motiondirector --video clips/ --prompt "a person is riding a bicycle" \\
       --weights zeroscope_v2_576w
@@ -229,14 +232,15 @@ def train(run, folder, optimizer, first, before):
     parameters = list(lora.named(run.learners).values())
     bar = folder.bar(first)
     for step in range(first, recipe.steps + 1):
-        end = step == recipe.steps or stop.agree(flags.device)
-        if flags.preview_every and (step % flags.preview_every == 0 or end) and not stop.signal:
+        end = step == recipe.steps
+        stopped = not end and stop.agree(flags.device)  # what is done can no longer be stopped
+        if flags.preview_every and (step % flags.preview_every == 0 or end) and not stopped:
             now = preview(run) if step else before
             folder.show(step, before, now)
             end = end or folder.looks_gone(step, now)
-        if end or folder.is_time_to_save(step):
+        if end or stopped or folder.is_time_to_save(step):
             folder.save(step, optimizer)
-        if end:
+        if end or stopped:
             return step, stop.signal
         started, losses, seen = time.time(), [], []
         run.model.unet.train(recipe.own.get("network_dropout", True))
@@ -549,7 +553,7 @@ class Example:
         """Let these parts learn and act, those `beside` them act, and all others rest, until the
         next call: a statement, since layers that are computed again in the backward pass must find
         things as they were. Of learners that each clip has, this clip's."""
-        if not any(self.learns(part) for part in parts):
+        if not any(one.parameters() for part in parts for one in self.parts.get(part, ())):
             raise BadInput(f"{' and '.join(parts)}: nothing to learn with these settings, and step "
                            f"{self.step} would teach it; choose its layers.")
         self.words = lora.switch(self.run.learners, parts, beside, self.index)

@@ -36,13 +36,12 @@ from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
-import dmt  # noqa: E402
 import generate  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
-from support import machine  # noqa: E402
+from support import dmt, machine  # noqa: E402
 from support.files import publish, say, write_json  # noqa: E402
 
 # ZeroScope's own configuration.
@@ -324,7 +323,7 @@ def measure_generating(folder, only):
         yield {"command": f"generate.py {name}".strip(), "shape": WIDE_SHAPE, "step": peak}
 
 
-def choice(row, rows, card):
+def choice(row, card):
     """Of a training command: "off" or "on", as `--checkpointing auto` settles it on a card of so
     many GiB; None for other commands."""
     if "checkpointing" not in row:
@@ -333,13 +332,12 @@ def choice(row, rows, card):
     pixels = row["clips"] * frames * height * width // 64
     weights = row["between"] - 2 * row["learning"]  # there are no moments yet when it is settled
     free = card * 2**30 - SPARE * GB - weights
-    needs = machine.ACTIVATIONS * pixels + 3.5 * row["learning"]
-    return "on" if needs > 0.9 * free else "off"
+    return "on" if machine.step_memory(pixels, row["learning"]) > 0.9 * free else "off"
 
 
 def peak_on(row, rows, card):
     """Bytes that a command takes on a card of so many GiB, as it settles things there."""
-    way = choice(row, rows, card)
+    way = choice(row, card)
     same = [r for r in rows if (r["command"], r["shape"]) == (row["command"], row["shape"])]
     chosen = [r for r in same if r.get("checkpointing") == way]
     return max(chosen[0]["step"], chosen[0].get("before", 0))
@@ -378,8 +376,8 @@ def render(results):
         shape = "×".join(map(str, row["shape"]))
         lines.append(" | ".join([f"| `{row['command']}`", shape, *cells, f"{published} |"]))
     waits = max(r.get("waits", 0) for r in rows)
-    lines += ["", f"A training step waits for the card {waits} time{'s' if waits > 1 else ''}, "
-              "for the figures of its log.", ""]
+    times = "once" if waits == 1 else f"{waits} times"
+    lines += ["", f"A training step waits for the card {times}, for the figures of its log.", ""]
     return "\n".join(lines)
 
 
@@ -387,7 +385,7 @@ def verdict(row, rows, card):
     """What happens on a card, in a word or two."""
     if not fits(row, rows, card):
         return "no"
-    way = {"on": ", computed again", "off": ", kept", None: ""}[choice(row, rows, card)]
+    way = {"on": ", computed again", "off": ", kept", None: ""}[choice(row, card)]
     return f"{peak_on(row, rows, card) / GB:.1f}{way}"
 
 

@@ -54,8 +54,10 @@ def read_log(path):
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"] + 0
+            fits = type(row["step"]) is int and isinstance(row["seen"], list)
         except (ValueError, TypeError, KeyError, RecursionError):
+            fits = False
+        if not fits:
             if number == len(lines):
                 break
             raise BadInput(f"{path}: line {number} is not a step of a run; take the line out, or "
@@ -71,7 +73,7 @@ def loss_curves(rows, bins=4, most=100):
     losses, seen = [], []
     for row in rows:
         losses.append((row["step"], row.get("loss")))
-        for one in row.get("seen") or []:
+        for one in row["seen"]:
             if isinstance(one, dict) and is_number(one.get("t")):
                 seen.append((row["step"], one["t"], one.get("mse")))
     curves = {"loss": {"all steps": thinned(losses, most)}}

@@ -130,6 +130,8 @@ def read_tensors(path, lists=False):
     floating-point numbers (whole ones under a few names alone), or claims more than it holds.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a folder, or a pipe, for which one would wait
+        raise BadInput(f"{path} is no file; give the file itself.")
     try:
         state = _load(path)
     except FileNotFoundError:

@@ -214,9 +214,12 @@ def text_from_hub(state):
     for name in [n for n in out if n.endswith("self_attn.q_proj.weight")]:
         for kind in ("weight", "bias"):
             stem = name.removesuffix("q_proj.weight")
-            parts = [out.pop(f"{stem}{p}_proj.{kind}", None) for p in "qkv"]
-            if all(p is not None for p in parts):
+            names = [f"{stem}{p}_proj.{kind}" for p in "qkv"]
+            parts = [out[n] for n in names if n in out]
+            # Parts that do not belong together stay as they are, and are told of by their names.
+            if len(parts) == 3 and parts[0].dim() and len({p.shape for p in parts}) == 1:
                 out[f"{stem.replace('self_attn', 'attn')}in_proj_{kind}"] = torch.cat(parts)
+                out = {n: t for n, t in out.items() if n not in names}
     return out
 
 

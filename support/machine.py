@@ -91,13 +91,13 @@ def checkpointing(flags, learning, clips=1):
     # What PyTorch has from the card and does not use is free, too.
     free += torch.cuda.memory_reserved(flags.device) - torch.cuda.memory_allocated(flags.device)
     pixels = clips * flags.frames * flags.size[0] * flags.size[1] // 64
-    return step_memory(pixels, learning) > 0.9 * free
+    return step_memory(pixels, sum(p.nbytes for p in learning)) > 0.9 * free
 
 
 def step_memory(pixels, learning):
-    """Bytes that a training step needs beside the weights: its activations, and for each parameter
-    that learns its gradient, Adam's two moments and a copy in bf16."""
-    return ACTIVATIONS * pixels + sum(3.5 * p.nbytes for p in learning)
+    """Bytes that a training step needs beside the weights: its activations, and for the parameters
+    that learn, so many bytes of fp32, their gradients, Adam's two moments and copies in bf16."""
+    return ACTIVATIONS * pixels + 3.5 * learning
 
 
 # ------------------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ def check_out(flags):
         flags.out = out if number == 1 else out.with_name(f"{out.name}-{number}")
         if flags.out.exists() and not flags.out.is_dir():
             continue
-        inside = {p.name for p in flags.out.iterdir()} if flags.out.is_dir() else set()
-        strange = sorted(name for name in inside - {"lock"} if not name.startswith("."))
+        inside = visible(flags.out)
+        strange = sorted(inside - {"lock"})
         ours = listed(flags.out) is not None
         if not strange or ours and (flags.overwrite or "run.json" not in inside):
             break
@@ -69,11 +69,18 @@ def check_resume(flags):
     state, known = flags.out / "state.pt", listed(flags.out)
     if state.is_file():
         return
+    if known is None and visible(flags.out) == {"lock"}:
+        known = []  # it was killed before it wrote anything
     if known is None or state.name in known:
         raise BadInput(f"{state} does not exist, so there is nothing to resume; leave --resume "
                        "out.")
     say(f"{flags.out} was stopped before its first save, so it begins again")
     flags.resume, flags.overwrite = False, True
+
+
+def visible(out):
+    """The names in a folder that do not begin with a dot; none where it does not exist."""
+    return {p.name for p in out.iterdir() if p.name[0] != "."} if out.is_dir() else set()
 
 
 LIST, HEAD = "files.txt", "# what this run wrote, and all that --overwrite may delete"
@@ -82,6 +89,8 @@ LIST, HEAD = "files.txt", "# what this run wrote, and all that --overwrite may d
 def listed(out):
     """The names that a run of ours has noted in a folder's list; None where there is none."""
     path = out / LIST
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is no file, so none knows what is the run's; give another --out.")
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return lines[1:] if lines[:1] == [HEAD] else None
 
@@ -252,7 +261,7 @@ class Folder:
         if changed:
             raise BadInput(f"{self.path} was begun with other settings: {'; '.join(changed[:3])}. "
                            "Give the same ones, or another --out.")
-        if state["step"] >= self.run.recipe.steps:
+        if state["step"] > self.run.recipe.steps:
             raise BadInput(f"{self.path} is already at step {state['step']}; give more --steps.")
         put_back(self.path / "state.pt", state, lora.named(self.run.learners), optimizer)
         self.step = state["step"]
@@ -305,9 +314,12 @@ class Folder:
 
     def close(self, step, signal):
         """Say what there is now, and how to go on."""
-        if signal:
+        if signal and step < self.run.recipe.steps:
             say(f"stopped and saved at step {step}; add --resume to the same command to go on")
-        elif self.writes:
+            return
+        if signal:
+            say(f"stopped at step {step}, the last: all is done and saved")
+        if self.writes:
             for path in self.paths:
                 print(f"adapter: {path}")
             if self.flags.preview_every:
@@ -366,7 +378,7 @@ def read_state(path):
             claimed = sum(entry.file_size for entry in archive.infolist())
             broken = claimed > path.stat().st_size or archive.testzip()  # every part's sum
         state = None if broken else torch.load(path, map_location="cpu", weights_only=True)
-        if not all(type(state[k]) is kind for k, kind in FORM.items()) or state["step"] < 1:
+        if not all(type(state[k]) is kind for k, kind in FORM.items()) or state["step"] < 0:
             raise ValueError("other contents")
     except Exception as error:  # zip and pickle raise whatever a damaged file leads them to
         raise BadInput(f"{path} cannot be read ({type(error).__name__}); leave --resume out to "

@@ -5,7 +5,6 @@ nothing is changed.
 import os
 import signal
 import sys
-from pathlib import Path
 
 
 def leave(number, frame):
@@ -13,7 +12,8 @@ def leave(number, frame):
     os._exit(128 + number)
 
 
-started = getattr(sys.modules["__main__"], "__file__", None)
-if started and Path(started).resolve().parent == Path(__file__).resolve().parents[1]:
+started = getattr(sys.modules["__main__"], "__file__", None) or ""
+root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.dirname(os.path.realpath(started)) == root:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)

@@ -14,12 +14,11 @@ from conftest import ROOT, TINY, relative
 from safetensors.torch import load_file, save_file
 
 import data
-import dmt
 import generate
 import lora
 import model
 import sampler
-from support import flags, machine, prompts, sets
+from support import dmt, flags, machine, prompts, sets
 from support.files import BadInput, check_folder_out, check_weights, read_size
 from tiny import world
 

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -80,20 +82,6 @@ def one(hop, tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # What trains, and what a run leaves
-
-
-def test_vmc_trains_what_the_paper_says_at_full_size():
-    from test_model import FULL_UNET
-
-    with torch.device("meta"):
-        unet = model.UNet(model.UNetConfig(**FULL_UNET))
-    learners = {"motion": [lora.Whole(unet, METHODS["vmc"].parts["motion"].layers)]}
-    chosen = lora.named(learners)
-    assert len(chosen) == 96 and sum(p.numel() for p in chosen.values()) == 74_342_400
-    assert not any("transformer_in" in n or "to_out" in n for n in chosen)
-    unet.requires_grad_(False)
-    lora.switch(learners, ("motion",))
-    assert {n for n, p in unet.named_parameters() if p.requires_grad} == set(chosen)
 
 
 def test_only_the_chosen_layers_change(trained):
@@ -274,50 +262,36 @@ def test_a_run_killed_anywhere_while_it_saves_goes_on_at_the_first_try(name, cal
         assert not list(out.rglob(".part-*"))
 
 
-def full_disk(*_):
-    raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("target", ("os.fsync", "os.replace", "shutil.disk_usage", "limit"))
+@pytest.mark.parametrize("target", ("os.fsync", "os.replace", "shutil.disk_usage", "limit",
+                                    "state"))
 def test_a_fault_while_saving_keeps_the_last_state(target, one, hop, monkeypatch, capfd):
-    """A full disk, told at any point, and a limit on the size of files."""
-    before = (one / "state.pt").read_bytes()
-    says, save = "No space left|needs [0-9,]+ bytes|could not be written|File too large", \
-        runs.Folder.save
+    """A full disk, told at any point; a limit on the size of files, at the adapter and at the
+    state, of which torch's writer tells in several lines."""
+    before, fails = (one / "state.pt").read_bytes(), (runs.Folder, "save")
+    if target == "state":
+        monkeypatch.setattr(lora, "save_adapter", lambda *args, **more: [args[0]])
+        fails = (torch, "save")
+    real = getattr(*fails)
 
     def fault(*args):
-        if target == "limit":
+        if target in ("limit", "state"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         elif target == "shutil.disk_usage":
-            monkeypatch.setattr(target, lambda path: type("Usage", (), {"free": 1000}))
+            monkeypatch.setattr(target, lambda path: SimpleNamespace(free=1000))
         else:
-            monkeypatch.setattr(target, full_disk)
-        save(*args)
+            monkeypatch.setattr(target, lambda *_: fail(OSError(28, "No space left on device")))
+        real(*args)
 
-    monkeypatch.setattr(runs.Folder, "save", fault)
+    monkeypatch.setattr(*fails, fault)
     try:
-        complain(vmc(hop, one, "--steps", 2, "--resume"), says, capfd)
+        complain(vmc(hop, one, "--steps", 2, "--resume"), "[Ff]ree some", capfd)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     assert (one / "state.pt").read_bytes() == before and not list(one.rglob(".part-*"))
 
 
-def test_a_state_that_cannot_be_written_is_told_in_one_line(one, hop, monkeypatch, capfd):
-    """torch's writer raises a RuntimeError of several lines."""
-    monkeypatch.setattr(lora, "save_adapter", lambda *args, **more: [args[0]])
-    before = (one / "state.pt").read_bytes()
-    save = torch.save
-
-    def limited(*args):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        save(*args)
-
-    monkeypatch.setattr(torch, "save", limited)
-    try:
-        complain(vmc(hop, one, "--steps", 2, "--resume"), "free some space", capfd)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert (one / "state.pt").read_bytes() == before
+def fail(error, *_):
+    raise error
 
 
 @pytest.mark.parametrize("error,says", [
@@ -327,16 +301,9 @@ def test_a_state_that_cannot_be_written_is_told_in_one_line(one, hop, monkeypatc
     (MemoryError(), "out of memory"), (BadInput("two\nlines"), "two lines"),
 ])
 def test_what_is_not_our_fault_is_one_line(error, says, capsys):
-    def fail(argv):
-        raise error
-
-    complain([], says, capsys, main=fail)
+    complain([], says, capsys, main=partial(fail, error))
     with pytest.raises(RuntimeError, match="a bug"):
-        machine.run(lambda: fail_with(RuntimeError("a bug")))
-
-
-def fail_with(error):
-    raise error
+        machine.run(partial(fail, RuntimeError("a bug")))
 
 
 def test_a_reader_that_leaves_does_not_end_the_training(hop, tmp_path):
@@ -460,12 +427,13 @@ RUINED = {
     "a number for a tensor": lambda s, m: s["trained"].update(dict.fromkeys(s["trained"], 1.0)),
     "no step": lambda s, m: s.pop("step"),
     "a step below zero": lambda s, m: s.update(step=-5),
+    "more steps than asked for": lambda s, m: s.update(step=5),
     "a step that is none": lambda s, m: s.update(step="one"),
     "tensors for flags": lambda s, m: s["flags"].update(seed=SMALL),
 }
 
 
-@pytest.mark.parametrize("ruin", [*RUINED, "half", "text", "a flipped bit", "removed", "done"])
+@pytest.mark.parametrize("ruin", [*RUINED, "half", "text", "a flipped bit", "removed"])
 def test_a_state_that_cannot_be_trusted_is_refused(ruin, one, hop, capsys):
     path = one / "state.pt"
     raw = bytearray(path.read_bytes())
@@ -480,10 +448,9 @@ def test_a_state_that_cannot_be_trusted_is_refused(ruin, one, hop, capsys):
         path.write_bytes(raw)
     elif ruin == "removed":
         path.unlink()
-    steps = 1 if ruin == "done" else 2
     before = contents(one)
-    complain(vmc(hop, one, "--steps", steps, "--resume"), "cannot be read|does not fit|nothing to "
-             "resume|already at step 1|was begun with other", capsys)
+    complain(vmc(hop, one, "--steps", 2, "--resume"), "cannot be read|does not fit|nothing to "
+             "resume|already at step 5|was begun with other", capsys)
     assert contents(one) == before
 
 
@@ -527,7 +494,7 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--video VIDEO --method magic", "Choose from"),
     ("--video VIDEO --weights FOLDER", "is missing"),
     ("--video VIDEO --weights FOLDER/no", "is not a folder"),
-    ("--video VIDEO --prompt " + "x" * 300, "Shorten it"),
+    ("--video VIDEO --prompt " + "x1" * 150, "Shorten it"),
     ("--video FOLDER/text.mp4", "not a video"),
     ("--video VIDEO --resume", "nothing to resume"),
     ("--video VIDEO --steps 0", "1 to"),
@@ -536,7 +503,7 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--video VIDEO --start -2", "wanted"),
     ("--video VIDEO --batch -2", "wanted"),
     ("--video VIDEO --device toaster", "cannot be used"),
-    ("--video VIDEO --preview-steps 2000", "wanted 1 to"),
+    ("--video VIDEO --preview-steps 2000", "1 to 1000"),
     ("--video VIDEO --prior none --prior FOLDER", "takes no prior"),
     ("--video VIDEO --image-prompt x", "no --images"),
     ("--video VIDEO --images FOLDER/p.png", "vmc learns nothing from pictures"),

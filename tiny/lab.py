@@ -12,13 +12,17 @@ what is done is kept under out/lab and skipped the next time. Figures are means 
 Axes: N videos, F frames.
 """
 import argparse
+import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import imageio.v3 as imageio
 import torch
 from tqdm import tqdm
 
@@ -39,24 +43,64 @@ LOOK = ("colour", "shape", "background")
 PROMPTS, STEPS, GUIDANCE = 8, 20, 4.0  # of every sample
 RANDOM = 12  # motions drawn at random, beside the six that have names
 SEVERAL = 10  # clips, for methods that take several
+RESTING = ("growing", "shrinking", "spinning", "standing still")  # prior clips of other scenes
+RESTING_CLIPS = 16
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run: of a method, on a motion (a name, or "novel:7"), from so many clips, with
-    settings beside the method's own."""
+    """One training run: of a method, on a motion (a name, "novel:7" or "posture:7"), from so many
+    clips (0: from one picture), with settings beside the method's own. "base" learns nothing."""
 
     method: str
     motion: str
     seed: int = 0
     clips: int = 1
     settings: tuple = ()
+    prior: str = ""  # another kind of prior clips than the recipe's: none, generated, or resting
+    backward: bool = False  # the clips run backward
+    looks: bool = False  # captions tell colour and background, for methods whose captions do not
+    words: str = ""  # how captions name the motion, where the method has no word for it
+    patch: tuple = data.PATCH  # least and most of a frame's sides that an absorber sees
+    borrows: "Trial" = None  # whose look is the absorber
+    keep: int = 0  # adapters are kept every so many steps
 
     def folder(self, out):
         """Where it is kept: a name that no other trial has."""
-        more = slug(" ".join(self.settings)) if self.settings else ""
-        name = "-".join(filter(None, (self.method, slug(self.motion), f"{self.clips}", more)))
+        name = f"{self.method}-{slug(self.motion)}-{self.clips}"
+        if self != Trial(self.method, self.motion, self.seed, self.clips):
+            name += "-" + hashlib.sha256(repr(self).encode()).hexdigest()[:8]
         return out / f"{name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How a trial is sampled: by the tuned model or the base, from noise or from the method's own
+    share of the inverted clip, with the adapter of a step (0: the last) at a scale. `open` prompts
+    name neither colour nor background. The look of another trial may join, and is what is then
+    asked for and read; or its motion; at a strength."""
+
+    tuned: bool = True
+    start: str = "noise"
+    step: int = 0
+    scale: float = 1.0
+    open: bool = False
+    look: Trial = None
+    motion: Trial = None
+    strength: float = 1.0
+
+    @property
+    def name(self):
+        """What it is called in files."""
+        parts = ["tuned" if self.tuned else "base",
+                 "own start" if self.start == "own" else "noise"]
+        parts += [f"step {self.step}"] * (self.step > 0)
+        parts += [f"scale {self.scale:g}"] * (self.scale != 1)
+        parts += ["open prompts"] * self.open
+        for kind, other in (("look", self.look), ("motion", self.motion)):
+            if other:
+                parts.append(f"{kind} of {other.folder(Path()).name} at {self.strength:g}")
+        return ", ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -73,7 +117,7 @@ def scenes_of(trial):
     differs = (looks(candidates) != looks(scenes[:1])).all(1)
     alike = (looks(candidates)[:, None] == looks(candidates)[None]).all(2)
     others = candidates[differs & ~alike.tril(-1).any(1)]
-    return scenes[torch.arange(trial.clips)], others[torch.arange(PROMPTS)]
+    return scenes[torch.arange(max(1, trial.clips))], others[torch.arange(PROMPTS)]
 
 
 def describe(scenes, i, words, looks=True):
@@ -85,92 +129,215 @@ def describe(scenes, i, words, looks=True):
                          name(world.BACKGROUNDS, "background"))
 
 
-def words_of(trial):
+def words_of(trial, tuned=True):
     """What names the motion in captions: a learned word, its own name, or plain "moving"."""
+    known = trial.motion if trial.motion in world.MOTIONS else world.UNNAMED_WORDS[0]
+    if not tuned or trial.method == "base":
+        return known
     word = METHODS[trial.method].parts.get("word")
-    if word:
-        return f"doing the {word.text}"
-    return trial.motion if trial.motion in world.MOTIONS else world.UNNAMED_WORDS[0]
+    return f"doing the {word.text}" if word else trial.words or known
 
 
-def learn(trial, folder):
-    """Train it, unless that is done. Methods with prior clips are told the looks, as those are."""
-    if (folder / "seconds.json").is_file():
-        return
-    scenes, _ = scenes_of(trial)
-    looks = METHODS[trial.method].prior is not None
-    for i, video in enumerate(world.render(scenes)):
-        path = folder / "clips" / f"{i}.mp4"
+def write_clips(folder, videos, captions):
+    """A folder of clips with captions beside them."""
+    for i, (video, caption) in enumerate(zip(videos, captions)):
+        path = folder / f"{i:03d}.mp4"
         data.write_video(path, video, world.FPS)
-        path.with_suffix(".txt").write_text(describe(scenes, i, words_of(trial), looks) + "\n")
+        path.with_suffix(".txt").write_text(caption + "\n")
+    return str(folder)
+
+
+def flags_of(trial, folder, out):
+    """What train.py is told; writes the clips. Methods with prior clips are told the looks, as
+    those are."""
+    scenes, _ = scenes_of(trial)
+    looks = trial.looks or METHODS[trial.method].prior is not None
+    said = [describe(scenes, i, words_of(trial), looks) for i in range(len(scenes))]
+    videos = world.render(scenes)
+    if trial.clips:
+        flags = ["--video", write_clips(folder / "clips", videos, said)]
+    else:
+        picture = folder / "picture.png"
+        imageio.imwrite(picture, data.to_pixels(videos[0])[0])
+        flags = ["--images", str(picture), "--image-prompt", describe(scenes, 0, "", True)]
+    flags += ["--reverse"] * trial.backward + ["--keep-every", str(trial.keep)] * (trial.keep > 0)
+    if trial.prior == "resting":
+        others = world.sample_scenes(RESTING_CLIPS, torch.Generator().manual_seed(trial.seed),
+                                     RESTING)
+        videos = world.render(others)
+        flags += ["--prior", write_clips(folder / "resting", videos, world.captions(others))]
+    elif trial.prior:
+        flags += ["--prior", trial.prior]
+    if trial.borrows:
+        flags.append(f"look.file={adapter_file(trial.borrows, out, '-look')}")
+    return flags
+
+
+def learn(trial, out):
+    """Train it, unless that is done or there is nothing to train."""
+    folder = trial.folder(out)
+    if trial.method == "base" or (folder / "seconds.json").is_file():
+        return
+    if trial.borrows:
+        learn(trial.borrows, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    flags, patch = flags_of(trial, folder, out), data.PATCH
     started = time.time()
-    train.main(["--method", trial.method, "--video", str(folder / "clips"), "--preview-every", "0",
-                "--seed", str(trial.seed), "--out", str(folder / "run"), "--overwrite",
-                *trial.settings])
+    try:
+        data.PATCH = trial.patch
+        with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+            train.main(["--method", trial.method, "--preview-every", "0",
+                        "--preview-steps", str(STEPS), "--seed", str(trial.seed), "--overwrite",
+                        "--out", str(folder / "run"), *flags, *trial.settings])
+    finally:  # the handlers that train.py sets would stop no sampling
+        data.PATCH = patch
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    (folder / "run" / "state.pt").unlink()  # large, and the run is at its end
     write_json(folder / "seconds.json", {"seconds": round(time.time() - started)})
 
 
-def starts_of(meta):
-    """{name: (whether the adapter acts, share of the inverted clip)}: the cells of a trial."""
-    own = float(meta["noise_prior"])
-    cells = {"base, noise": (False, 0.0), "tuned, noise": (True, 0.0)}
-    if own:
-        cells |= {"base, own start": (False, own), "tuned, own start": (True, own)}
-    return cells
+def adapter_file(trial, out, part="", step=0):
+    """Where a trial's adapter is, or its look's, of a step that was kept (0: the last)."""
+    where = Path("steps") / f"{step:06d}" if step else ""
+    return trial.folder(out) / "run" / where / f"{trial.method}{part}.safetensors"
 
 
 @torch.no_grad()
-def sample(trial, folder, tuned, share):
+def sample(trial, out, cell):
     """Videos (N, 3, F, H, W) of the trial's prompts, and what the instruments read of them."""
     whole = model.load(precision=default_precision("cpu"))
-    adapter = lora.read_adapter(folder / "run" / f"{trial.method}.safetensors")
-    scenes, looks = scenes_of(trial)
-    words = words_of(trial) if tuned or trial.motion in world.MOTIONS else world.UNNAMED_WORDS[0]
-    if not tuned and trial.motion in world.MOTIONS:
-        words = trial.motion
-    prompts = [describe(looks, i, words) for i in range(PROMPTS)]
-    by_base = adapter.meta["inverts"] == "base" or not tuned
-    if tuned and not by_base:
-        lora.apply_adapters(whole, [adapter])
-    start = sampler.noise_like_shape((whole.unet.config.in_channels, world.FRAMES, 8, 8),
-                                     range(PROMPTS))
+    looks = scenes_of(trial)[1]
+    if cell.look:
+        looks = scenes_of(cell.look)[0][torch.zeros(PROMPTS, dtype=torch.long)]
+    told, words = not (cell.open or cell.look), words_of(trial, cell.tuned)
+    prompts = [describe(looks, i, words, told) for i in range(PROMPTS)]
+    acting, own = [], {"noise_prior": 0, "inverts": "base", "sampler": "ddim"}
+    if trial.method != "base":
+        adapter = lora.read_adapter(adapter_file(trial, out, "", cell.step))
+        own = adapter.meta
+        acting += [(adapter, cell.scale)] * cell.tuned
+    for other, part in ((cell.look, "-look"), (cell.motion, "")):
+        if other:
+            acting.append((lora.read_adapter(adapter_file(other, out, part)), cell.strength))
+    act = lambda: lora.apply_adapters(whole, *map(list, zip(*acting))) if acting else None
+    share = float(own["noise_prior"]) if cell.start == "own" else 0.0
+    if own["inverts"] != "base":
+        act()
+    seeds = [PROMPTS * trial.seed + i for i in range(PROMPTS)]
+    start = sampler.noise_like_shape((whole.unet.config.in_channels, world.FRAMES, 8, 8), seeds)
     if share:
         inverted = sampler.invert(whole, adapter.latents[None], STEPS)
         start = sampler.blend_noise(inverted, start, share)
-    if tuned and by_base:
-        lora.apply_adapters(whole, [adapter])
-    method = adapter.meta["sampler"] if share else "ddim"
-    videos = sampler.sample(whole, prompts, start, list(range(PROMPTS)), STEPS, GUIDANCE, method)
-    return videos, score(videos, scenes[:1], looks)
+    if own["inverts"] == "base":
+        act()
+    method = own["sampler"] if share else "ddim"
+    videos = sampler.sample(whole, prompts, start, seeds, STEPS, GUIDANCE, method)
+    return videos, score(videos, trial, looks)
 
 
-def score(videos, clip, looks):
-    """{figure: a list, one number a video} against a clip's motion and the looks asked for."""
-    reading = instruments.read(videos)
+# ------------------------------------------------------------------------------------------------
+# What is read off the videos
+
+FIGURES = {
+    "agreement": "correlation with the exact path of the clip, 0 where the amplitude is wrong or "
+                 "the thing is lost",
+    "recognised": "share of videos whose kind of motion is read as the clip's",
+    "all three": "looks: share of videos whose colour, shape and background are all as asked",
+    "steady": "share of frames with the right colour and shape",
+    "leak": "share of videos with the background of the clip, which no prompt asks for",
+    "copy": "looks, of three, that are not as asked but as in one of the training clips",
+    "jitter": "root mean square of the path's second difference, pixels",
+    "posture": "correlation of the thing's size with the clip's",
+    "diversity": "share of the other videos with another colour or background",
+    "pan": "share of videos whose background moves left",
+    "backward": "agreement with the path backward, less that with the path forward",
+}
+
+
+def score(videos, trial, looks):
+    """{figure: a list, one number a video} against a trial's motion and the looks asked for."""
+    scenes, reading = scenes_of(trial)[0], instruments.read(videos)
+    clip, path = scenes[:1], world.trajectory(scenes[:1])
+    back = world.Path_(*(v.flip(1) for v in vars(path).values()))
+    forth = instruments.agreement(reading, path)
+    other = instruments.agreement(reading, back)
     right = {name: getattr(reading, name) == getattr(looks, name) for name in LOOK}
-    agrees = instruments.agreement(reading, world.trajectory(clip))
-    figures = {"agreement": agrees, **right,
+    got, asked, seen = (torch.stack([getattr(s, name) for name in LOOK], -1)
+                        for s in (reading, looks, scenes))
+    copied = (got[:, None] == seen) & (got != asked)[:, None]  # (N, clips, 3)
+    seen_as = got[:, [LOOK.index("colour"), LOOK.index("background")]]
+    differ = (seen_as[:, None] != seen_as).any(2)
+    figures = {"agreement": other if trial.backward else forth, **right,
                "all three": right["colour"] & right["shape"] & right["background"],
                "steady": instruments.steadiness(looks, reading),
-               "leak": reading.background == clip.background}
+               "leak": reading.background == clip.background,
+               "copy": copied.float().mean(2).amax(1), "recognised": reading.motion == clip.motion,
+               "jitter": jitter(reading), "posture": posture(reading, back if trial.backward else
+                                                             path),
+               "diversity": differ.float().sum(1) / max(1, len(videos) - 1),
+               "pan": pans(videos, reading), "backward": other - forth}
     return {name: values.float().nan_to_num(0.0).tolist() for name, values in figures.items()}
 
 
-def measure(trial, out):
-    """{cell: {figure: list}} of a trial, trained and sampled where that is not done yet."""
-    folder = trial.folder(out)
-    if (folder / "figures.json").is_file():
-        return read_json(folder / "figures.json")
-    learn(trial, folder)
-    adapter = lora.read_adapter(folder / "run" / f"{trial.method}.safetensors")
-    cells, rows = {}, []
-    for name, (tuned, share) in starts_of(adapter.meta).items():
-        videos, cells[name] = sample(trial, folder, tuned, share)
-        rows += list(videos[:4])
-    data.contact_sheet(folder / "sheet.png", [world.render(scenes_of(trial)[0])[0], *rows])
-    cells["trial"] = asdict(trial) | read_json(folder / "seconds.json")
-    write_json(folder / "figures.json", cells)
+def jitter(reading):
+    """Root mean square of the second difference of the thing's path, pixels, (N,)."""
+    bend = torch.stack([reading.x, reading.y]).diff(n=2, dim=2)
+    return bend.square().sum(0).mean(1).sqrt()
+
+
+def posture(reading, path):
+    """Correlation (N,) of the thing's size with a path's, over frames, both as logarithms; NaN
+    where the path's does not change."""
+    want = (path.size * path.width.clamp(min=0.05).sqrt()).log()
+    got = reading.size.clamp(min=1).log()
+    a, b = got - got.mean(1, keepdim=True), want - want.mean(1, keepdim=True)
+    if b.norm() < 0.1:
+        return torch.full((len(got),), float("nan"))
+    found = reading.found.float().mean(1) >= 7 / 8
+    return found * (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-6)
+
+
+def pans(videos, reading):
+    """Whether the background moves left by a pixel a frame or more, (N,)."""
+    axis = torch.arange(world.SIZE) + 0.5
+    each = lambda t: t[..., None, None]
+    away = (axis[:, None] - each(reading.y)) ** 2 + (axis - each(reading.x)) ** 2
+    background = away > (1.2 * each(reading.size)) ** 2  # (N, F, H, W)
+    pixels = ((videos.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
+    return instruments.camera_shift(pixels, background) <= -1
+
+
+def starts_of(trial, out):
+    """The cells of the methods' table: base and tuned, from noise and from the method's start."""
+    cells = [Cell(tuned=False), Cell()]
+    if float(lora.read_adapter(adapter_file(trial, out)).meta["noise_prior"]):
+        cells += [Cell(tuned=False, start="own"), Cell(start="own")]
     return cells
+
+
+def measure(trial, out, cells=None):
+    """{cell: {figure: list}} of a trial, trained and sampled where that is not done yet; of the
+    cells asked for, or those of the table with a sheet of their videos."""
+    path, rows = trial.folder(out) / "figures.json", []
+    done = read_json(path) if path.is_file() else {}
+    if not done or any(cell.name not in done for cell in cells or ()):
+        learn(trial, out)
+    asked = cells or starts_of(trial, out)
+    for cell in asked:
+        if cell.name not in done:
+            for other in filter(None, (cell.look, cell.motion)):
+                learn(other, out)
+            videos, done[cell.name] = sample(trial, out, cell)
+            rows += list(videos[:4])
+            if trial.method != "base":
+                done["trial"] = asdict(trial) | read_json(trial.folder(out) / "seconds.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, done)
+    if cells is None and rows:
+        sheet = [world.render(scenes_of(trial)[0])[0], *rows]
+        data.contact_sheet(path.parent / "sheet.png", sheet)
+    return {name: done[name] for name in ("trial", *(c.name for c in asked)) if name in done}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -230,13 +397,13 @@ def page(result):
     lines = ["# What the methods learn on the tiny world", "",
              f"Written by `{result['command']}` at commit {result['commit']}; "
              f"{settings['motions']} motions that the base never saw × {settings['seeds']} seeds "
-             f"of training × {PROMPTS} prompts whose looks all differ from the clip's; {STEPS} steps, "
-             f"guidance {GUIDANCE:g}. *Agreement* is the correlation with the clip's exact path, 0 "
-             "where the amplitude is wrong or the thing is lost; *gain* what the tuned model has "
-             "over the base from the same start, trial by trial; *looks* the share of videos whose "
-             "colour, shape and background are all as asked; *steady* the share of frames with the "
-             "right colour and shape; *leak* the share with the clip's background. In brackets a "
-             "95 % interval over trials.", "",
+             f"of training × {PROMPTS} prompts whose looks all differ from the clip's; {STEPS} "
+             f"steps, guidance {GUIDANCE:g}. *Agreement* is the correlation with the clip's exact "
+             "path, 0 where the amplitude is wrong or the thing is lost; *gain* what the tuned "
+             "model has over the base from the same start, trial by trial; *looks* the share of "
+             "videos whose colour, shape and background are all as asked; *steady* the share of "
+             "frames with the right colour and shape; *leak* the share with the clip's background. "
+             "In brackets a 95 % interval over trials.", "",
              "| method | start | agreement | gain | looks % | steady % | leak % | seconds |",
              "|---|---|---|---|---|---|---|---|"]
     show = lambda v, by=1, digits=2: (

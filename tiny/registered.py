@@ -1,0 +1,371 @@
+"""The papers' claims as measurements on the tiny world, written down before the first result.
+
+    python tiny/claims.py --register      # the page that says what is compared
+
+`tiny/claims.py` trains, reads and judges; what it does is all here. An arm is a set of trials, one
+a motion and seed of training; a measurement is the difference between two arms that differ in one
+thing, sampled alike; a claim is one or more of them. Nothing here is changed after a result but
+FINDINGS, which says what looking into a disagreement found.
+"""
+from dataclasses import dataclass, replace
+
+from tiny import lab
+from tiny.lab import Cell, Trial
+
+NAMED = ("zigzagging", "moving in a figure eight", "moving along a square", "hopping")
+RANDOM = tuple(f"novel:{i}" for i in range(4))
+MOTIONS = NAMED + RANDOM
+POSTURES = tuple(f"posture:{i}" for i in range(8))
+SEEDS = (0, 1)
+RATES_FROM = "novel:100 to novel:103"  # on which each method's rate and steps were chosen, once
+MARGIN = 0.05  # of "no worse than", for shares and correlations
+LEVEL = 0.9  # of the base's looks: where methods are compared at an equal appearance score
+
+# ------------------------------------------------------------------------------------------------
+# The arms: each is trained on every motion with both seeds
+
+NEWMOVE = dict(method="newmove", clips=10)
+PRIOR = ("steps=300", "prior_clips=16")
+ABSORBED = dict(method="customize-a-video", settings=("steps=300", "first=100"), keep=50)
+SPATIAL_QKV = r"motion.layers=.*\.attentions\..*attn[12]\.to_[qkv]\.weight"
+
+
+def newmove(*settings, **more):
+    """NewMove with something changed."""
+    return NEWMOVE | {"settings": PRIOR + settings} | more
+
+
+def absorbed(*settings, **more):
+    """Customize-A-Video with something changed."""
+    return ABSORBED | {"settings": ABSORBED["settings"] + settings} | more
+
+
+ARMS = {
+    "base": dict(method="base"),
+    "newmove": newmove(keep=100),
+    "newmove, no temporal layers": newmove("motion.layers=cross-attention-kv"),
+    "newmove, temporal layers alone": newmove("motion.layers=temporal"),
+    "newmove, all layers": newmove("motion.layers=all"),
+    "newmove, word learns": newmove("word.vectors=1"),
+    "newmove, α 0": newmove("alpha=0"),
+    "newmove, α 1": newmove("alpha=1"),
+    "newmove, other prior": newmove(prior="resting"),
+    "newmove, generated prior": newmove(prior="generated"),
+    "newmove, no prior": newmove(prior="none"),
+    "newmove, LoRA": newmove("motion.rank=32", "motion.lr=3e-3"),
+    "newmove, one clip": newmove(clips=1),
+    "dreambooth": dict(method="dreambooth", clips=10, settings=PRIOR, keep=100),
+    "tune-a-video": dict(method="tune-a-video", clips=10, settings=("steps=300",), keep=100),
+    "custom-diffusion": dict(method="custom-diffusion", clips=10, settings=PRIOR, keep=100),
+    "textual-inversion": dict(method="textual-inversion", clips=10, settings=("steps=300",),
+                              keep=100),
+    "motiondirector": dict(method="motiondirector", clips=10, settings=("steps=300",), keep=100),
+    "motiondirector, β 0": dict(method="motiondirector", clips=10,
+                                settings=("steps=300", "beta=0")),
+    "motiondirector, β 2": dict(method="motiondirector", clips=10,
+                                settings=("steps=300", "beta=2")),
+    "coupled": dict(method="coupled", clips=10, settings=("steps=300",)),
+    "motiondirector, one clip": dict(method="motiondirector"),
+    "vmc": dict(method="vmc"),
+    "vmc, spatial q k v": dict(method="vmc", settings=(SPATIAL_QKV,)),
+    "vmc, l2": dict(method="vmc", settings=("loss=residual-l2",)),
+    "vmc, weighted l2": dict(method="vmc", settings=("loss=residual-l2-weighted",)),
+    "vmc, faithful captions": dict(method="vmc", looks=True),
+    "vmc, backward": dict(method="vmc", backward=True),
+    "customize-a-video": absorbed(),
+    "customize-a-video, no absorber": absorbed("look.layers=none"),
+    "customize-a-video, word absorber": absorbed("look.layers=none", "look_word.vectors=4"),
+    "customize-a-video, both absorbers": absorbed("look_word.vectors=4"),
+    "customize-a-video, borrowed absorber": absorbed(),  # of "motiondirector, one clip"; trials_of
+    "posture, patches": absorbed(keep=0),
+    "posture, whole frames": absorbed(keep=0, patch=(1.0, 1.0)),
+}
+TABLE_3 = ("textual-inversion", "custom-diffusion", "dreambooth", "tune-a-video", "motiondirector")
+CURVES = ("newmove", *TABLE_3)  # arms with kept steps, for an equal appearance score
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+ALPHAS = {0: "newmove, α 0", 0.5: "newmove", 1: "newmove, α 1"}
+TEN = (*CURVES, "coupled")  # the methods as they are, in the chart of motion against appearance
+ONE = ("newmove, one clip", "motiondirector, one clip", "vmc", "customize-a-video")
+METHODS = TEN + ONE
+
+
+def trials_of(arm):
+    """{(motion, seed): trial} of an arm."""
+    motions = POSTURES if arm.startswith("posture") else MOTIONS
+    trials = {}
+    for motion in motions:
+        for seed in SEEDS:
+            trial = Trial(motion=motion, seed=seed, **ARMS[arm])
+            if arm.endswith("borrowed absorber"):
+                look = Trial("motiondirector", motion, seed)
+                trial = replace(trial, borrows=look)
+            trials[motion, seed] = trial
+    return trials
+
+
+def look_of_next(trial, clips=1):
+    """The look of the next motion's clip, or of a picture of it."""
+    other = MOTIONS[(MOTIONS.index(trial.motion) + 1) % len(MOTIONS)]
+    return Trial("motiondirector", other, trial.seed, clips)
+
+
+JOINS = {  # what may join a trial: a function of it, to the fields of its cell
+    "look of another clip": lambda t: {"look": look_of_next(t)},
+    "look of another clip, off": lambda t: {"look": look_of_next(t), "strength": 0.0},
+    "look of a picture": lambda t: {"look": look_of_next(t, 0)},
+    "look of a picture, off": lambda t: {"look": look_of_next(t, 0), "strength": 0.0},
+    "a camera that pans": lambda t: {"motion": Trial(
+        "customize-a-video", "standing still while the camera pans", t.seed, words="moving",
+        settings=ABSORBED["settings"])},
+}
+
+# ------------------------------------------------------------------------------------------------
+# A measurement
+
+
+@dataclass(frozen=True)
+class Side:
+    """An arm as it is sampled; `joins` names what acts beside it; at `equal` the kept step is used
+    at which the arm's looks are nearest to LEVEL of the base's."""
+
+    arm: str
+    cell: Cell = Cell()
+    joins: str = ""
+    equal: bool = False
+
+    def cell_for(self, trial):
+        """The cell of one trial."""
+        return replace(self.cell, **JOINS[self.joins](trial)) if self.joins else self.cell
+
+    def __str__(self):
+        c, how = self.cell, [self.arm]
+        how += ["untuned"] * (not c.tuned) + ["its own start"] * (c.start == "own")
+        how += [f"step {c.step}"] * (c.step > 0) + [f"scale {c.scale:g}"] * (c.scale != 1)
+        how += ["open prompts"] * c.open + [self.joins] * bool(self.joins)
+        return " · ".join(how + ["equal looks"] * self.equal)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The paper's side: the mean of more − less of a figure is above `above`. A side that is None
+    counts 0. `listed` names a function of LISTS in place of the two. `why` says why the sides
+    differ in more than one setting, where they do."""
+
+    figure: str
+    more: Side = None
+    less: Side = None
+    above: float = 0.0
+    listed: str = ""
+    motions: tuple = ()  # only these
+    why: str = ""
+
+    def __str__(self):
+        if self.listed:
+            return f"{self.listed} > {self.above:g}"
+        sides = " − ".join(f"[{side}]" if side else "0" for side in (self.more, self.less))
+        return f"{self.figure}: {sides.removesuffix(' − 0')} > {self.above:g}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, where it is from, the paper's figures, how it is measured here, and what of it this
+    world cannot test."""
+
+    text: str
+    source: str
+    figures: str
+    measures: tuple
+    limits: str = ""
+
+
+def better(figure, more, less, above=0.0, **how):
+    """more − less > above; sides may be given as the names of arms, sampled alike."""
+    cell = how.pop("cell", Cell())
+    sides = [Side(s, cell) if isinstance(s, str) else s for s in (more, less)]
+    return Measure(figure, *sides, above=above, **how)
+
+
+def not_worse(figure, one, other, **how):
+    """one − other > −MARGIN."""
+    return better(figure, one, other, -MARGIN, **how)
+
+
+OWN, OPEN = Cell(start="own"), Cell(open=True)
+UNTUNED = Cell(tuned=False, start="own")
+INVERTED = ("tune-a-video", "vmc", "motiondirector, one clip")  # arms whose own start is no noise
+NM, CAV, MD, MD1 = "newmove", "customize-a-video", "motiondirector", "motiondirector, one clip"
+PHI = ("latents: log of (distance of one motion in two looks / distance of two motions in one "
+       "look), before φ less after")
+HALF = ("steps until half of the gain in agreement: the four bendier motions less the four "
+        "smoother, in order, where both gain 0.2")
+LATE = "the absorber's hundred steps aside, both motions learn for 200"
+
+
+def own(arm, **how):
+    """An arm from its method's own start."""
+    return Side(arm, OWN if arm in INVERTED else Cell(), **how)
+
+
+def table_3(figure, above, equal):
+    """NewMove against each of its five rivals, from each method's own start."""
+    why = "Tune-A-Video starts from the inverted clip"
+    return tuple(Measure(figure, own(NM, equal=equal), own(arm, equal=equal), above,
+                         why=why if arm in INVERTED else "") for arm in TABLE_3)
+
+
+def absorbers(figure, cell):
+    """Each absorber against none."""
+    none = Side(f"{CAV}, no absorber", replace(cell, step=200))
+    arms = (CAV, f"{CAV}, word absorber", f"{CAV}, both absorbers")
+    return tuple(Measure(figure, Side(arm, cell), none, why=LATE) for arm in arms)
+
+
+CLAIMS = {
+    1: Claim("The temporal layers are needed: spatial ones alone learn no motion",
+             "NewMove, Table 2", "accuracy 70.6 with, 22.7 without", (
+                 better("agreement", NM, f"{NM}, no temporal layers"),)),
+    2: Claim("Keys and values of the cross-attention raise accuracy over temporal layers alone",
+             "NewMove, Table 2", "70.6 with, 62.3 without", (
+                 better("agreement", NM, f"{NM}, temporal layers alone"),)),
+    3: Claim("Tuning all spatial layers too raises copying", "NewMove, Table 2",
+             "copying 17.0 all, 8.7 K, V", (better("copy", f"{NM}, all layers", NM),)),
+    4: Claim("Training the word's vector raises accuracy and copying", "NewMove, Table 2",
+             "accuracy 75.5 against 70.6, copying 22.7 against 8.7", (
+                 better("agreement", f"{NM}, word learns", NM),
+                 better("copy", f"{NM}, word learns", NM))),
+    5: Claim("Coarse-noise timesteps raise accuracy and lower copying; more α, more of it",
+             "NewMove, Table 2", "accuracy 70.6 (α 0.5) against 66.9 (uniform), copying 8.7 "
+             "against 15.4", (
+                 better("agreement", NM, f"{NM}, α 0"), better("copy", f"{NM}, α 0", NM),
+                 better("agreement", f"{NM}, α 1", NM), better("copy", NM, f"{NM}, α 1"))),
+    6: Claim("Prior clips: similar above other above generated above none, in accuracy; copying "
+             "is less with generated ones, and least with none", "NewMove, Table 2",
+             "accuracy 70.6, 66.7, 48.3, 43.9; copying 8.7, 10.9, 3.7, 1.2", (
+                 better("agreement", NM, f"{NM}, other prior"),
+                 better("agreement", f"{NM}, other prior", f"{NM}, generated prior"),
+                 better("agreement", f"{NM}, generated prior", f"{NM}, no prior"),
+                 better("copy", f"{NM}, other prior", f"{NM}, generated prior"),
+                 better("copy", f"{NM}, generated prior", f"{NM}, no prior")),
+             "Similar clips are of the world's motions with names, other ones of things that stay "
+             "in place; the paper's are of one gesture data set and of the web."),
+    7: Claim("Full tuning beats LoRA", "NewMove, Table 2", "accuracy 70.6 full, 10.6 LoRA", (
+        better("agreement", NM, f"{NM}, LoRA", why="a LoRA has the rate of LoRAs"),)),
+    8: Claim("NewMove is above Textual Inversion, Custom Diffusion, DreamBooth, Tune-A-Video and "
+             "MotionDirector in accuracy", "NewMove, Table 3",
+             "70.6 against 0.3, 10.5, 28.4, 18.9, 24.7", (
+                 *table_3("agreement", 0.0, False), *table_3("agreement", 0.0, True)),
+             "Trained for equally many steps; and at an equal appearance score, as its early "
+             "stopping has it. DreamBooth's and Textual Inversion's own steps are other ones."),
+    9: Claim("Its text alignment is not paid for its accuracy", "NewMove, Table 3",
+             ".2818 against .2733, .2788, .2796, .2818, .2786",
+             table_3("all three", -MARGIN, False),
+             "CLIP's score is replaced by the looks read off the videos."),
+    10: Claim("Accuracy and copying rise, and appearance falls, with steps",
+              "NewMove, supplement 4", "a figure", (
+                  better("agreement", NM, Side(NM, Cell(step=100))),
+                  better("copy", NM, Side(NM, Cell(step=100))),
+                  better("all three", Side(NM, Cell(step=100)), NM))),
+    11: Claim("One clip is enough to generalise to other looks", "NewMove, supplement 3",
+              "a figure", (
+                  better("agreement", f"{NM}, one clip", "base"),
+                  better("all three", f"{NM}, one clip", None, 0.5)),
+              "“Generalises” is read as: above the base, and most videos look as asked."),
+    12: Claim("The base model does not make the motion when it is named",
+              "NewMove, supplement 6", "0 % recognised", (
+                  better("recognised", None, "base", -0.1, motions=NAMED),),
+              "True by construction: the base was trained on no such motion, nor read its name."),
+    13: Claim("Coupled tuning loses appearance diversity, the dual path keeps it",
+              "MotionDirector, Table 1", "28.94 (dual), 28.40 (base), 25.52 (coupled)", (
+                  better("all three", "motiondirector", "coupled"),
+                  better("all three", "base", "coupled"),
+                  not_worse("all three", "motiondirector", "base"))),
+    14: Claim("The appearance-debiased loss improves the learned motion (β 0, 1, 2)",
+              "MotionDirector, Table 1, Fig. 4",
+              "motion preferred to the base's by 76 % with it, 58 % without", (
+                  better("agreement", "motiondirector", "motiondirector, β 0"),
+                  better("agreement", "motiondirector, β 2", "motiondirector, β 0"))),
+    15: Claim("Motion strength follows the LoRA's scale; too large breaks the picture",
+              "MotionDirector, Sec. 3.4", "–", (
+                  better("agreement", MD1, Side(MD1, Cell(scale=0.25))),
+                  better("steady", MD1, Side(MD1, Cell(scale=4.0))))),
+    16: Claim("The look of one clip mixes with the motion of another; a picture can be animated",
+              "MotionDirector, Fig. 2", "pictures", tuple(
+                  measure for kind in ("another clip", "a picture") for measure in (
+                      better("agreement", Side(MD1, joins=f"look of {kind}"), "base",
+                             why="the base has no LoRA at all"),
+                      better("all three", Side(MD1, joins=f"look of {kind}"),
+                             Side(MD1, joins=f"look of {kind}, off"))))),
+    17: Claim("φ brings latents of one motion together and takes those of one look apart",
+              "MotionDirector, Fig. 5", "a figure", (Measure("", listed=PHI),),
+              "On clean latents, the figure's last panel; its other panels are of the denoising."),
+    18: Claim("q, k, v of temporal attention suffice; smoother than tuning self- and "
+              "cross-attention", "VMC, Sec. 4.3", "pictures", (
+                  better("agreement", Side("vmc", OWN), Side("vmc", UNTUNED)),
+                  better("jitter", "vmc, spatial q k v", "vmc", cell=OWN))),
+    19: Claim("The cosine is at least as good as l2, plain or weighted", "VMC, Sec. 4.3",
+              "pictures", (not_worse("agreement", "vmc", "vmc, l2", cell=OWN),
+                           not_worse("agreement", "vmc", "vmc, weighted l2", cell=OWN)),
+              "All losses at one rate, chosen for the cosine."),
+    20: Claim("The inverted start alone does not transfer the motion to other looks",
+              "VMC, Fig. 9", "pictures", (
+                  better("agreement", Side("vmc", OWN), Side("vmc", UNTUNED)),
+                  better("agreement", None, Side("vmc", UNTUNED), -0.3)),
+              "“Does not transfer” is read as an agreement below 0.3."),
+    21: Claim("Appearance-invariant captions lower the leak of the background", "VMC, Fig. 4",
+              "pictures", (better("leak", "vmc, faithful captions", "vmc", cell=OWN),)),
+    22: Claim("A motion backward can be learned", "VMC, Sec. 4.4", "pictures", (
+        better("agreement", Side("vmc, backward", OWN), Side("vmc, backward", UNTUNED)),
+        better("backward", Side("vmc, backward", OWN), None)),
+        "Backward is rarer than forward in real videos; in this world it is not."),
+    23: Claim("Absorbers raise text alignment and diversity",
+              "Customize-A-Video, Table 1", "text 31.69 (none), 31.91 (LoRA), 32.63 (word), 32.19 "
+              "(both); diversity .613, .618, .621, .631", (
+                  *absorbers("all three", Cell()), *absorbers("diversity", OPEN)),
+              "LPIPS between samples of one prompt says little where a prompt names every look; "
+              "diversity is that of colour and background where the prompt names neither."),
+    24: Claim("Patches keep the motion where posture and motion go together",
+              "Customize-A-Video, A.2", "pictures", (
+                  better("posture", "posture, patches", "posture, whole frames"),
+                  not_worse("agreement", "posture, patches", "posture, whole frames")),
+              "A posture is how flat a thing is, which belongs to where it is on its path."),
+    25: Claim("An absorber trained elsewhere can serve", "Customize-A-Video, A.1", "pictures",
+              tuple(not_worse(figure, Side(f"{CAV}, borrowed absorber", Cell(step=200)), CAV,
+                              why=LATE) for figure in ("all three", "agreement")),
+              "There are no third-party models of this world: MotionDirector's look serves."),
+    26: Claim("Simple motions converge in fewer steps", "Customize-A-Video, Fig. 4", "pictures", (
+        Measure("agreement", listed=HALF),)),
+    27: Claim("Several customized motions can act together", "Customize-A-Video, applications",
+              "pictures", (
+                  better("agreement", Side(CAV, joins="a camera that pans"), "base",
+                         why="the base has no LoRA at all"),
+                  better("pan", Side(CAV, joins="a camera that pans"), CAV)),
+              "A thing's motion and the camera's; two things, each with its own, are not tested, "
+              "since the base draws one."),
+}
+FINDINGS = {}  # {number: what looking into a disagreement found}; written after the results
+
+
+ABOUT = f"""Written by `python tiny/claims.py` from `tiny/registered.py`, where all that is compared
+was written down before the first result. Each measurement is a mean difference over
+{len(MOTIONS) * len(SEEDS)} pairs of training runs ({len(NAMED)} motions with names and
+{len(RANDOM)} random ones, none of which the base ever saw, × {len(SEEDS)} seeds of training ×
+{lab.PROMPTS} prompts), with a 95 % interval by bootstrap over pairs, since the videos of one run
+are not independent. A positive number speaks for the paper; *agrees* wants the whole interval of
+every measurement above its margin, *disagrees* that of any below it. Nothing corrects for the
+number of claims. The tiny model is hundreds of times smaller than the papers', so a disagreement
+may be the world's, the base's or ours as well as the paper's."""
+
+
+def preamble():
+    """What all measurements share, for the page."""
+    return f"""## What is compared, and what decides
+
+Registered before the first result. Motions: {", ".join(MOTIONS)}; for posture
+{POSTURES[0]} to {POSTURES[-1]}, in which what a thing does belongs to where it is. Videos are
+sampled in {lab.STEPS} steps at guidance {lab.GUIDANCE:g}, from noise unless a side says “its own
+start”, with the same noise on both sides; prompts differ from the clip in colour, shape and
+background. Sides differ in one setting, or it is said why in more. “No worse than” has a margin of
+{MARGIN:g}, written “> {-MARGIN:g}”. “Equal looks”: of each method the kept step (100, 200, 300) at
+which the mean share of videos that look as asked is nearest to {LEVEL:g} of the base's, as NewMove
+stops all methods at one appearance score. Each method's rate and steps were chosen once, on
+{RATES_FROM}, which are not measured here; they stand at the end of this page."""
