@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 from scores import figures, motion, page, samples, study
-from support import machine
+from support import machine, media
 from support.files import BadInput, check_folder_out, read_json, say, slug, write_json
 from support.flags import Parser, is_text, real, whole
 
@@ -314,14 +314,14 @@ def read_run(name, folder, args):
 def list_clips(folder):
     """The videos of a folder, and the folders in it of numbered pictures; or itself, where it is
     one. Raises BadInput."""
-    pictures = lambda p: any(f.suffix.lower() in data.PICTURES for f in p.iterdir())
+    pictures = lambda p: any(f.suffix.lower() in media.PICTURES for f in p.iterdir())
     found = []
-    for path in sorted(folder.iterdir(), key=data.natural):
-        if path.suffix.lower() in data.VIDEOS or path.is_dir() and pictures(path):
+    for path in sorted(folder.iterdir(), key=media.natural):
+        if path.suffix.lower() in media.VIDEOS or path.is_dir() and pictures(path):
             found.append(path)
     if not found and not pictures(folder):
         raise BadInput(f"{folder} holds no videos; give a folder of train.py's or generate.py's, "
-                       f"or of {', '.join(data.VIDEOS)}.")
+                       f"or of {', '.join(media.VIDEOS)}.")
     return found or [folder]
 
 
@@ -357,7 +357,7 @@ def read(path, args, frames, fps, start=0.0, height=1, width=1):
     picture, of a picture of height : width where training had cut it to that."""
     scale = args.size / min(height, width)
     size = round(height * scale), round(width * scale)
-    video = data.read_video(path, frames, size, fps, start, learn=False)
+    video = media.read_video(path, frames, size, fps, start, learn=False)
     top, left = (size[0] - args.size) // 2, (size[1] - args.size) // 2
     video = video[..., top : top + args.size, left : left + args.size]
     if args.keyframes:

@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 
 import data
-import lora
 import sampler
 from model import TINY, load
-from support import dmt, machine, prompts, sets, videos
+from support import adapter_file, dmt, machine, media, prompts, sets, videos
 from support.files import BadInput, check_folder_out, check_weights, read_size, say
 from support.flags import Parser, real, some_text, whole
 
@@ -40,7 +39,7 @@ def main(argv=None):
     device = machine.find_device(args.device)
     process, processes = machine.place(device)
     model = load(args.weights, device, args.precision or machine.default_precision(device))
-    adapters = [lora.read_adapter(path, model.unet) for path in args.adapter]
+    adapters = [adapter_file.read_adapter(path, model.unet) for path in args.adapter]
     s, clip = settle(args, model, adapters)
     second = load_refiner(s, model) if s.refine else None
     first = process == 0
@@ -49,7 +48,7 @@ def main(argv=None):
 
     # The base inverts before the motion is in the weights.
     path = invert_clip(s, model, clip) if s.inverts == "base" else None
-    for scale, change in zip(s.scale, lora.apply_adapters(model, adapters, s.scale)):
+    for scale, change in zip(s.scale, adapter_file.apply_adapters(model, adapters, s.scale)):
         if first:
             print("{}: {} layers change by ‖ΔW‖/‖W‖ = {:.3g}".format(*change), f"(scale {scale:g})")
     if args.save and first:
@@ -65,11 +64,11 @@ def main(argv=None):
     for number, video in zip(mine, sample(s, model, clip, path, [jobs[n] for n in mine])):
         if second:  # one by one: its pictures are large
             video = refine(s.refine, second, video, *jobs[number], s.negative)
-        data.write_video(out / names[number], video, s.fps)
-        sheet[number] = data.every_nth(video)
+        media.write_video(out / names[number], video, s.fps)
+        sheet[number] = media.every_nth(video)
         print(f"{out / names[number]}: {jobs[number][0]}", flush=True)
     if sheet := machine.gather(sheet):
-        data.contact_sheet(out / "sheet.png", [sheet[number] for number in sorted(sheet)])
+        media.contact_sheet(out / "sheet.png", [sheet[number] for number in sorted(sheet)])
         print(f"contact sheet: {out / 'sheet.png'}")
 
 
@@ -275,7 +274,7 @@ def settle(args, model, adapters):
     """The Settings, and the clip that gives the start or the motion as clean latents
     (1, C, F, h, w), or None. Raises BadInput for what the model or the adapters cannot do."""
     for adapter in adapters:
-        lora.check_fit(model, adapter)
+        adapter_file.check_fit(model, adapter)
     tiny, source = is_tiny(args.weights), next((a for a in adapters if a.latents is not None), None)
     v = choose_values(args, model, adapters, source)
     v["init"], v["noise_prior"] = choose_start(args, v["noise_prior"], source)
@@ -323,7 +322,7 @@ def choose_values(args, model, adapters, source):
          "inverts": "tuned", "inversion_steps": 0, "sampler": "ddim", "steps": 50,
          "steps_trained": None, "guidance": 4.0 if tiny else 9.0}
     first = source or next(iter(adapters), None)
-    if first and first.meta.get("format") == lora.FORMAT:  # others may mean something else
+    if first and first.meta.get("format") == adapter_file.FORMAT:  # others may mean something else
         story = videos.read_story(first)
         story |= {"steps": story["sampling_steps"], "steps_trained": story["step"]}
         v |= {name: value for name, value in story.items() if name in v}
@@ -379,7 +378,7 @@ def read_clip(args, v, model, source):
     if v["init"] == "noise":
         return None, None
     if path := args.dmt or args.init_video:
-        video = data.read_video(path, v["frames"], v["size"], v["fps"])
+        video = media.read_video(path, v["frames"], v["size"], v["fps"])
         # DMT's code takes a sample of the VAE's posterior.
         g = sampler.generator(args.seed, 5) if args.dmt else None
         return model.encode(video[None], g), str(path)

@@ -27,7 +27,7 @@ import model
 import sampler
 from lora import Part, Word
 from losses import LOSSES, appearance_debiased, mse, unseen_by_cosine
-from support import machine, priors, runs
+from support import adapter_file, machine, priors, runs
 from support.files import BadInput, check_weights, read_size, slug
 from support.flags import Parser, real, some_text, whole
 from support.recipe import METHODS, Recipe, method
@@ -196,7 +196,8 @@ def prepare(flags, recipe):
                                      flags.start, flags.reverse, of("word"), learned)
     caption = flags.image_prompt or (flags.prompt[0] if flags.prompt and not clips else None)
     images = data.load_images(flags.images, caption, flags.size, of("subject_word"), learned)
-    run = Run(flags, recipe, whole, clips, images, [], sources, lora.fingerprint(whole.unet))
+    run = Run(flags, recipe, whole, clips, images, [], sources,
+              adapter_file.fingerprint(whole.unet))
     run.process, run.processes = machine.place(device)
     run.batch = flags.batch or run.processes
     if run.batch % run.processes:

@@ -43,12 +43,11 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-import data  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
-from support import hub, machine  # noqa: E402
+from support import hub, machine, media  # noqa: E402
 from support.files import publish, read_tensors  # noqa: E402
 
 FOUR = UNET | {"attention_head_dim": 64, "layers_per_block": 2, "norm_num_groups": 32}
@@ -116,7 +115,7 @@ def flags_of(folder, method, shape, args, *more):
     clip = args.scratch / "clips" / "0.mp4"
     if not clip.is_file():
         g = torch.Generator().manual_seed(0)
-        data.write_video(clip, torch.rand(3, 32, 256, 256, generator=g) * 2 - 1, 8)
+        media.write_video(clip, torch.rand(3, 32, 256, 256, generator=g) * 2 - 1, 8)
     flags = ["--method", method, "--video", clip, "--prompt", "a thing moving", "--weights", folder,
              "--size", f"{width}x{height}", "--frames", frames, "--fps", 8, "--out",
              args.scratch / "run", "--overwrite", "--preview-every", 0, "--checkpointing", "off",

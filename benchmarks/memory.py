@@ -35,13 +35,12 @@ from torch.utils._python_dispatch import (  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import data  # noqa: E402
 import generate  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
-from support import dmt, machine  # noqa: E402
+from support import dmt, machine, media  # noqa: E402
 from support.files import publish, say, write_json  # noqa: E402
 
 # ZeroScope's own configuration.
@@ -245,7 +244,7 @@ def train_flags(method, shape, folder, *more):
     clip = folder / "clips" / "0.mp4"
     if not clip.is_file():
         g = torch.Generator().manual_seed(0)
-        data.write_video(clip, torch.rand(3, 64, 64, 64, generator=g) * 2 - 1, 24)
+        media.write_video(clip, torch.rand(3, 64, 64, 64, generator=g) * 2 - 1, 24)
     flags = ["--method", method, "--video", clip, "--prompt", "a thing moving", "--weights",
              folder, "--device", "meta", "--precision", "bf16", "--size", f"{width}x{height}",
              "--frames", frames, "--fps", 24, "--preview-every", 0, "--out", folder / method, *more]

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-import data  # noqa: E402
 import train  # noqa: E402, F401  (fills METHODS)
+from support import media  # noqa: E402
 from support.files import publish, read_json  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
 
@@ -49,7 +49,7 @@ def videos_of(folder):
     """[(prompt, video (3, F, H, W))] of a folder of generate.py's."""
     found = []
     for file, prompt, _ in read_json(folder / "settings.json")["videos"]:
-        found.append((prompt, data.read_video(folder / file, 16, (64, 64), 8, learn=False)))
+        found.append((prompt, media.read_video(folder / file, 16, (64, 64), 8, learn=False)))
     return found
 
 
@@ -85,7 +85,8 @@ def row(text, videos, frames):
     """A labelled row: some frames of each video, side by side."""
     cells = []
     for video in videos:
-        cells += [*data.to_pixels(data.every_nth(video, frames)), np.full((64, 6, 3), 255, "uint8")]
+        cells += [*media.to_pixels(media.every_nth(video, frames))]
+        cells.append(np.full((64, 6, 3), 255, "uint8"))
     return np.concatenate([label(text, 66, 170), np.pad(
         np.concatenate(cells, 1), ((1, 1), (0, 0), (0, 0)), constant_values=255)], 1)
 
@@ -100,9 +101,9 @@ def save(path, rows):
 def moving(path, clip, videos, scale=2):
     """The clip, and apart from it the videos, side by side as a GIF."""
     gap = np.full((16, 64, 8, 3), 255, "uint8")
-    parts = [data.to_pixels(clip), gap]
+    parts = [media.to_pixels(clip), gap]
     for video in videos:
-        parts += [gap[:, :, :4], data.to_pixels(video)]
+        parts += [gap[:, :, :4], media.to_pixels(video)]
     pixels = np.concatenate(parts, 2).repeat(scale, 1).repeat(scale, 2)
     with publish(path) as part:
         imageio.imwrite(part, pixels, duration=125, loop=0)
@@ -111,7 +112,7 @@ def moving(path, clip, videos, scale=2):
 
 def main():
     """All pictures."""
-    clip = data.read_video(CLIP, 16, (64, 64), 8)
+    clip = media.read_video(CLIP, 16, (64, 64), 8)
     rows = [row(["the clip"], [clip], 16)]
     wide = None
     for method in METHODS:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+from support import tokenizer
 from support.files import BadInput, read_json, read_tensors
 from support.hub import clip_from_hub, find_weights, load_strictly, text_from_hub
 
@@ -58,7 +59,7 @@ def tiny_clip(folder=model.TINY, device="cpu"):
     text = text_from_hub(read_tensors(find_weights(folder / "text_encoder")))
     state = text | read_tensors(folder / "clip" / "model.safetensors")
     load_strictly(net, {n: t.float() for n, t in state.items()}, folder / "clip")
-    return Clip(net, model.tokenize, config["vision_cfg"]["image_size"], device=device)
+    return Clip(net, tokenizer.tokenize, config["vision_cfg"]["image_size"], device=device)
 
 
 def load_clip(name=None, weights=None, device="cpu"):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import model
 from scores import clip as clips
 from scores import motion, tracks, world
+from support import tokenizer
 
 
 @dataclass
@@ -79,8 +79,8 @@ def score_looks(s, pictures, args, scorers):
            f"temporal consistency ({scorers.clip.name})": clips.temporal_consistency(pictures)}
     if args.motion_words:
         row["appearance score"] = None
-        if model.has_word(s.prompt, args.motion_words):
-            look = re.sub(model.word_pattern([args.motion_words]), " ", s.prompt)
+        if tokenizer.has_word(s.prompt, args.motion_words):
+            look = re.sub(tokenizer.word_pattern([args.motion_words]), " ", s.prompt)
             look = scorers.clip.texts([" ".join(look.split())])
             row["appearance score"] = clips.alignment(pictures, look)
     if scorers.pick:

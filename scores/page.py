@@ -8,7 +8,7 @@ import math
 import tempfile
 from pathlib import Path
 
-import data
+from support import media
 from support.files import BadInput, finite, publish
 
 TEMPLATES = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ def embed(video, fps):
     """A video (3, F, H, W) as it was measured, as an address that holds all of it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
-        data.write_video(path, video, fps)
+        media.write_video(path, video, fps)
         return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 import data
-import lora
 import model
 import sampler
-from support import machine
+from support import adapter_file, machine, media
 from support.files import BadInput, check_weights, read_json, slug, write_json
 from support.videos import make_videos, read_story, starts
 
@@ -55,12 +54,12 @@ def plan_samples(path, trained, result, args):
 
 def sampling(trained, path, args, scale=1.0, init=None):
     """All that the samples of an adapter depend on."""
-    adapter, flags = lora.read_adapter(path), trained["flags"]
+    adapter, flags = adapter_file.read_adapter(path), trained["flags"]
     story = read_story(adapter)
     init = init or ("inverted" if story["noise_prior"] else "noise")
     if init == "inverted" and adapter.latents is None:
-        raise BadInput(f"{path} starts samples from its clip, and {lora.clip_file(path)} is "
-                       "missing; put it back, or train again.")
+        raise BadInput(f"{path} starts samples from its clip, and "
+                       f"{adapter_file.clip_file(path)} is missing; put it back, or train again.")
     prompts, videos = read_prompts(args) or [flags["preview_prompt"]], []
     for number, prompt in enumerate(prompts):
         for seed in range(args.seeds):
@@ -101,12 +100,12 @@ def make_samples(folder, s, name, args):
         (folder / "settings.json").unlink(missing_ok=True)
     check_weights(s["weights"])
     base = model.load(s["weights"], args.device, machine.default_precision(args.device))
-    adapter = lora.read_adapter(Path(s["adapter"][0]), base.unet)
+    adapter = adapter_file.read_adapter(Path(s["adapter"][0]), base.unet)
     inverts = s["inverts"] if s["init"] == "inverted" else None
     invert = lambda: sampler.invert(base, adapter.latents[None].float(), s["inversion_steps"],
                                     progress=f"inverting for {name}")
     inverted = invert() if inverts == "base" else None  # before the motion is in the weights
-    lora.apply_adapters(base, [adapter], s["scale"])
+    adapter_file.apply_adapters(base, [adapter], s["scale"])
     base.store_frozen(set(adapter.tensors))
     inverted = invert() if inverts == "tuned" else inverted
     factor, (H, W) = base.vae.config.factor, s["size"]
@@ -117,7 +116,7 @@ def make_samples(folder, s, name, args):
         steps=s["sampling_steps"], guidance=s["guidance"], method=s["sampler"],
         progress=f"sampling {name}")
     for job, video in made:
-        data.write_video(folder / files[job], video, s["fps"])
+        media.write_video(folder / files[job], video, s["fps"])
     machine.gather({})  # until all processes are done
     if process == 0:
         write_json(folder / "settings.json", s)

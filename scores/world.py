@@ -9,7 +9,7 @@ import re
 
 import torch.nn.functional as F
 
-from model import has_word, word_pattern
+from support.tokenizer import has_word, word_pattern
 
 SIDE = 64  # pixels: the size of the tiny world
 

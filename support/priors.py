@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import data
 import sampler
-from support import machine, runs
+from support import machine, media, runs
 from support.files import BadInput, say
 
 
@@ -47,7 +47,7 @@ def make(run, folder):
     makers = {"world": of_the_world, "generated": by_the_base}
     for number, (video, caption) in enumerate(makers[flags.prior](run)):
         path = folder / f"{number:03d}.mp4"
-        data.write_video(runs.note(flags.out, path), video, flags.fps)
+        media.write_video(runs.note(flags.out, path), video, flags.fps)
         runs.note(flags.out, path.with_suffix(".txt")).write_text(caption + "\n")
     runs.note(flags.out, whole).write_text(story)
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
 import lora
-from support import machine
+from support import adapter_file, machine, media
 from support.files import (
     PART,
     BadInput,
@@ -245,8 +244,8 @@ class Folder:
                     meta |= {"noise_prior": 0.0}
                 self.own(path)
                 if latents is not None:
-                    self.own(lora.clip_file(path))
-                written.append(lora.save_adapter(path, learners, latents, **meta)[0])
+                    self.own(adapter_file.clip_file(path))
+                written.append(adapter_file.save_adapter(path, learners, latents, **meta)[0])
         return written
 
     def resume(self, optimizer):
@@ -296,7 +295,7 @@ class Folder:
         row = torch.cat([reference, before, now], dim=3)  # (3, F, H, 3·W)
         if self.writes:
             path = self.path / "samples" / f"step-{step:06d}.mp4"
-            data.write_video(self.own(path), row, self.flags.fps)
+            media.write_video(self.own(path), row, self.flags.fps)
 
     def looks_gone(self, step, video):
         """Whether a sample's appearance score has fallen to appearance_stop (NewMove's supplement,
@@ -314,6 +313,8 @@ class Folder:
 
     def close(self, step, signal):
         """Say what there is now, and how to go on."""
+        if self.steps:
+            self.steps.close()  # so that this has a line of its own
         if signal and step < self.run.recipe.steps:
             say(f"stopped and saved at step {step}; add --resume to the same command to go on")
             return

@@ -18,10 +18,9 @@ from PIL import Image  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from support import machine  # noqa: E402
+from support import machine, media  # noqa: E402
 from tiny import world  # noqa: E402
 
 TINY = ROOT / "tiny" / "weights"
@@ -50,9 +49,9 @@ def folder(tmp_path_factory):
     scenes = world.sample_scenes(2, torch.Generator().manual_seed(5), ("hopping",))
     videos = world.render(scenes)
     for i, video in enumerate(videos):
-        data.write_video(folder / "videos" / f"{i}.mp4", video, world.FPS)
+        media.write_video(folder / "videos" / f"{i}.mp4", video, world.FPS)
         (folder / "videos" / f"{i}.txt").write_text(f"thing {i} hopping")
-    Image.fromarray(data.to_pixels(videos[0])[0]).save(folder / "thing.png")
+    Image.fromarray(media.to_pixels(videos[0])[0]).save(folder / "thing.png")
     return folder
 
 

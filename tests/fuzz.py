@@ -29,10 +29,9 @@ import fuzz_stock as stock  # noqa: E402
 
 import eval as evaluate  # noqa: E402
 import generate  # noqa: E402
-import model  # noqa: E402
 import scores.clip  # noqa: E402
 import train  # noqa: E402
-from support import machine, recipe  # noqa: E402
+from support import machine, recipe, tokenizer  # noqa: E402
 from support.files import PART  # noqa: E402
 
 LIMIT = 30  # seconds, after which a case is asked to stop, and, where it does not, hangs
@@ -152,6 +151,8 @@ def run_files(case):
         more = ["--overwrite"] if case.r.random() < 0.5 else RESUME
         case.call(train.main, "--video", case.place / "clips/hop.mp4", *SHORT, *more)
     else:
+        if not (out / "run.json").is_file():
+            case.must = ""  # then it is any folder
         case.call(evaluate.main, case.take("set") if case.number % 3 == 1 else out, *SCORE)
 
 
@@ -159,8 +160,8 @@ def set_files(case):
     """What generate.py says of a set of videos."""
     path = case.take("set")
     case.spoil(path / "settings.json")
-    if case.what.endswith("gone"):
-        case.must = "work"  # then it is a folder of videos
+    if not (path / "settings.json").is_file():
+        case.must = ""  # then it is a folder of videos
     case.call(evaluate.main, path, *SCORE)
 
 
@@ -382,7 +383,7 @@ def command(place, main, *argv):
 
 def warm_up():
     """Make once, for all copies of this process, what takes long to make and is always the same."""
-    model.words_to_ids("a star")
+    tokenizer.words_to_ids("a star")
     clip = scores.clip.tiny_clip()
     scores.clip.tiny_clip = lambda device="cpu": clip
 

@@ -22,7 +22,7 @@ import data
 import generate
 import lora
 import model
-from support import hub
+from support import hub, media
 from support import videos as making
 from tiny import world
 
@@ -79,7 +79,7 @@ def make_clips(folder):
     video = video[..., ::2, ::2]  # half as large
     write(folder / "clips/hop.mp4", video[0])
     write(folder / "clips/hop.mkv", video[0])
-    pictures = [Image.fromarray(p) for p in data.to_pixels(video[0][:, :8])]
+    pictures = [Image.fromarray(p) for p in media.to_pixels(video[0][:, :8])]
     pictures[0].save(folder / "clips/hop.gif", save_all=True, append_images=pictures[1:],
                      duration=125)
     (folder / "clips/pictures").mkdir()
@@ -92,7 +92,7 @@ def make_clips(folder):
 def write(path, video, **more):
     """A small video, as any program might write one; `more` goes to the stream."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = data.to_pixels(video)
+    pixels = media.to_pixels(video)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(more.pop("codec", "libx264"), rate=8)
         stream.height, stream.width = pixels.shape[1:3]
@@ -460,8 +460,8 @@ def real_clips(folder):
     """What is in a folder of a person's: each file and folder of it, to learn from."""
     rows = []
     for path in data.find_clips(sorted(folder.iterdir())) if folder else []:
-        pictures = path.is_dir() and len(list(path.iterdir())) >= data.FEWEST_FRAMES
-        if pictures or path.suffix.lower() in data.VIDEOS:
+        pictures = path.is_dir() and len(list(path.iterdir())) >= media.FEWEST_FRAMES
+        if pictures or path.suffix.lower() in media.VIDEOS:
             rows.append((f"a clip: {path}", lambda case, path=path: ("train", ["--video", path])))
     return rows
 

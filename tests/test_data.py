@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 import data
+from support import media
 from support.files import BadInput, publish, slug
 
 
@@ -44,8 +45,8 @@ def numbers(video):
 
 def test_frames_are_chosen_by_time(tmp_path):
     clip = counting_clip(tmp_path / "c.mp4")
-    assert numbers(data.read_video(clip, 16, (64, 64), 8)) == list(range(0, 32, 2))
-    assert numbers(data.read_video(clip, 8, (64, 64), 8, start=0.5)) == list(range(8, 24, 2))
+    assert numbers(media.read_video(clip, 16, (64, 64), 8)) == list(range(0, 32, 2))
+    assert numbers(media.read_video(clip, 8, (64, 64), 8, start=0.5)) == list(range(8, 24, 2))
 
 
 @pytest.mark.parametrize("name,codec", [("c.mp4", "libx264"), ("c.mkv", "libx264"),
@@ -55,16 +56,16 @@ def test_a_late_start_seeks_to_the_same_frames(name, codec, tmp_path, monkeypatc
     times = [i / 8 for i in range(320)]
     clip = counting_clip(tmp_path / name, 320, 8, codec=codec)
     read = []
-    upright = data.upright
-    monkeypatch.setattr(data, "upright", lambda *a: read.append(1) or upright(*a))
-    sought = data.read_video(clip, 8, (64, 64), 4, start=30)
-    assert len(read) == 8 and data.key_frame(clip, 30)[1] is not None
-    monkeypatch.setattr(data, "key_frame", lambda path, start: (None, None))
-    assert torch.equal(sought, data.read_video(clip, 8, (64, 64), 4, start=30))
+    upright = media.upright
+    monkeypatch.setattr(media, "upright", lambda *a: read.append(1) or upright(*a))
+    sought = media.read_video(clip, 8, (64, 64), 4, start=30)
+    assert len(read) == 8 and media.key_frame(clip, 30)[1] is not None
+    monkeypatch.setattr(media, "key_frame", lambda path, start: (None, None))
+    assert torch.equal(sought, media.read_video(clip, 8, (64, 64), 4, start=30))
     want = [7 * times.index(30 + i / 4) % 256 for i in range(8)]
     assert np.abs((sought.mean((0, 2, 3)) + 1).numpy() * 127.5 - want).max() < 8
     with pytest.raises(BadInput, match="has 0 frames at 8 fps from 50 s"):
-        data.read_video(clip, 8, (64, 64), 8, start=50)
+        media.read_video(clip, 8, (64, 64), 8, start=50)
 
 
 def test_memory_holds_the_chosen_frames_and_no_more(tmp_path):
@@ -72,7 +73,7 @@ def test_memory_holds_the_chosen_frames_and_no_more(tmp_path):
     clip = counting_clip(tmp_path / "c.mp4", 120, 12, (540, 960))
     script = ("import data, re; from pathlib import Path; peak = lambda: int(re.search("
               "r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
-              f"read = lambda start: data.read_video({str(clip)!r}, 8, (64, 64), 4, start)\n"
+              f"read = lambda start: media.read_video({str(clip)!r}, 8, (64, 64), 4, start)\n"
               "before = peak(); read(0); read(8); print(peak() - before)")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout) < 100, done.stderr
@@ -83,12 +84,12 @@ def test_variable_frame_rate_keeps_time(tmp_path):
     times = [i / 24 for i in range(12)] + [0.5 + i / 4 for i in range(8)]
     clip = counting_clip(tmp_path / "c.mkv", len(times), 24, times=times)
     want = [int(np.abs(np.array(times) - i / 8).argmin()) for i in range(12)]
-    got = numbers(data.read_video(clip, 12, (64, 64), 8))
+    got = numbers(media.read_video(clip, 12, (64, 64), 8))
     assert all(abs(a - b) <= 1 for a, b in zip(got, want)) and got[:4] == [0, 3, 6, 9]
 
 
 def test_a_short_clip_keeps_its_own_length_and_says_so(tmp_path, capsys):
-    video = data.read_video(counting_clip(tmp_path / "c.mp4", 16), 16, (64, 64), 8)
+    video = media.read_video(counting_clip(tmp_path / "c.mp4", 16), 16, (64, 64), 8)
     assert video.shape == (3, 8, 64, 64)
     assert "8 frames" in capsys.readouterr().err
 
@@ -97,28 +98,28 @@ def test_a_short_clip_keeps_its_own_length_and_says_so(tmp_path, capsys):
 def test_fewer_than_four_frames_are_refused(frames, tmp_path):
     clip = counting_clip(tmp_path / "c.mp4", frames)
     with pytest.raises(BadInput, match="at least 4.*Give a longer clip"):
-        data.read_video(clip, 16, (64, 64), 8)
+        media.read_video(clip, 16, (64, 64), 8)
 
 
 def test_a_still_clip_is_warned_about(tmp_path, capsys):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "1.png")
     for i in range(2, 7):
         Image.new("RGB", (64, 64), "red").save(tmp_path / f"{i}.png")
-    data.read_video(tmp_path, 6, (64, 64), 8)
+    media.read_video(tmp_path, 6, (64, 64), 8)
     assert "hardly moves" in capsys.readouterr().err
 
 
 def test_pictures_come_in_natural_order(tmp_path):
     for i in range(12):
         Image.new("RGB", (32, 32), (7 * i,) * 3).save(tmp_path / f"{i}.png")
-    assert numbers(data.read_video(tmp_path, 12, (32, 32), 8)) == list(range(12))
+    assert numbers(media.read_video(tmp_path, 12, (32, 32), 8)) == list(range(12))
 
 
 def test_pictures_of_two_sizes_are_refused(tmp_path):
     for i in range(6):
         Image.new("RGB", (32 + 8 * (i == 3), 32)).save(tmp_path / f"{i}.png")
     with pytest.raises(BadInput, match="32×32 and 40×32|40×32 and 32×32"):
-        data.read_video(tmp_path, 6, (32, 32), 8)
+        media.read_video(tmp_path, 6, (32, 32), 8)
 
 
 def bars(height, width):
@@ -129,15 +130,15 @@ def bars(height, width):
 
 
 def test_pictures_are_cropped_and_never_stretched():
-    wide = data.fit(bars(40, 120), (20, 20))  # the middle third
+    wide = media.fit(bars(40, 120), (20, 20))  # the middle third
     assert wide.shape == (3, 20, 20) and wide[:, :, :9].max() < -0.9 and wide[:, :, 11:].min() > 0.9
     tall = np.zeros((90, 30, 3), np.uint8)
     tall[30:60] = 255
-    assert data.fit(tall, (30, 30)).min() > 0.99  # only the white middle is left
+    assert media.fit(tall, (30, 30)).min() > 0.99  # only the white middle is left
 
 
 def first_picture(path):
-    return next(make for _, make in data.decode(path))()
+    return next(make for _, make in media.decode(path))()
 
 
 def test_rotation_is_applied(tmp_path):
@@ -178,7 +179,7 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path):
     ("c.mov", {"codec": "qtrle", "pix_fmt": "argb", "alpha": True}),
 ])
 def test_other_containers_and_pixels(name, more, tmp_path):
-    video = data.read_video(counting_clip(tmp_path / name, **more), 16, (64, 64), 8)
+    video = media.read_video(counting_clip(tmp_path / name, **more), 16, (64, 64), 8)
     assert video.shape == (3, 16, 64, 64)
     assert np.abs(np.array(numbers(video)) - range(0, 32, 2)).max() <= 1  # lossy, so within one
 
@@ -186,7 +187,7 @@ def test_other_containers_and_pixels(name, more, tmp_path):
 def test_gif(tmp_path):
     frames = [Image.new("RGB", (32, 32), (20 * i,) * 3) for i in range(8)]
     frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=120)
-    assert data.read_video(tmp_path / "c.gif", 8, (32, 32), 8).shape[1] == 8
+    assert media.read_video(tmp_path / "c.gif", 8, (32, 32), 8).shape[1] == 8
 
 
 def cut(path, keep):
@@ -217,7 +218,7 @@ def sound_only(path):
 def test_what_is_not_a_clip_is_refused_in_one_line(make, tmp_path):
     path = make(tmp_path)
     with pytest.raises(BadInput) as error:
-        data.read_video(path, 16, (64, 64), 8)
+        media.read_video(path, 16, (64, 64), 8)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -251,7 +252,7 @@ def test_pictures_that_claim_too_much_or_are_none_are_refused_in_one_line(tmp_pa
         assert path.name in str(error.value) and "\n" not in str(error.value)
     Image.new("1", (9_000, 9_000)).save(edge)  # PIL would only warn of it
     with pytest.raises(BadInput, match="9000×9000"):
-        data.read_picture(edge)
+        media.read_picture(edge)
 
 
 @pytest.mark.parametrize("prompt", ["鯊 " * 90, "word " * 100, "go! " * 60])
@@ -326,7 +327,7 @@ def test_file_names_from_prompts_stay_in_their_folder(prompt):
 def test_a_written_video_opens_again(height, width, fps, tmp_path):
     video = torch.rand(3, 9, height, width) * 2 - 1
     path = tmp_path / "v.mp4"
-    data.write_video(path, video, fps)
+    media.write_video(path, video, fps)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = list(container.decode(stream))

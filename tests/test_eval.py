@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-import data
 import eval
-import lora
 import model
 from scores import figures, page, samples, study
 from scores.clip import (
@@ -27,6 +25,7 @@ from scores.clip import (
 )
 from scores.motion import tiny_trn
 from scores.tracks import motion_fidelity, track
+from support import adapter_file, media, tokenizer
 from support.files import BadInput
 from support.hub import clip_from_hub, load_strictly
 from tiny import world
@@ -89,11 +88,11 @@ def test_hubs_clip_equals_transformers():
         {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2,
          "mlp_ratio": 2.0})
     load_strictly(net, clip_from_hub(theirs.state_dict()), "random")
-    ours = Clip(net, model.tokenize, 32)
+    ours = Clip(net, tokenizer.tokenize, 32)
     video = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         pictures = theirs.get_image_features(video.transpose(0, 1))
-        words = theirs.get_text_features(model.tokenize(["a red star", "two"]))
+        words = theirs.get_text_features(tokenizer.tokenize(["a red star", "two"]))
     pictures, words = (getattr(x, "pooler_output", x) for x in (pictures, words))
     assert torch.allclose(ours.images(video), F.normalize(pictures, dim=-1), atol=1e-5)
     assert torch.allclose(ours.texts(["a red star", "two"]), F.normalize(words, dim=-1), atol=1e-5)
@@ -179,7 +178,7 @@ def write_run(folder, videos, prompts, **settings):
     """A folder as generate.py leaves it."""
     names = [f"{i}.mp4" for i in range(len(videos))]
     for name, video in zip(names, videos):
-        data.write_video(folder / name, video, world.FPS)
+        media.write_video(folder / name, video, world.FPS)
     listed = [(name, prompt, 0) for name, prompt in zip(names, prompts)]
     (folder / "settings.json").write_text(json.dumps({"videos": listed} | settings))
 
@@ -343,7 +342,7 @@ def test_the_appearance_score_reads_the_prompt_without_its_motion(tmp_path, clip
     prompt = world.captions(scenes)[0]
     write_run(tmp_path / "run", [videos[0]], [prompt])
     row = measure(tmp_path / "run", "--motion-words", "moving left")
-    video = data.read_video(tmp_path / "run" / "0.mp4", 16, (64, 64), 8)
+    video = media.read_video(tmp_path / "run" / "0.mp4", 16, (64, 64), 8)
     aligned = row["text alignment (tiny CLIP)"]
     assert row["appearance score"] == pytest.approx(text_alignment(clip, video, look))
     assert aligned == pytest.approx(text_alignment(clip, video, prompt))
@@ -364,7 +363,7 @@ def test_keyframes_and_given_tracks(tmp_path):
     (tmp_path / "tracks" / "clips").mkdir()
     line = np.stack([np.linspace(0, 15, 16), np.zeros(16)], 1)[None]
     np.save(tmp_path / "tracks" / "run" / "0.npy", line)
-    data.write_video(tmp_path / "clips" / "0.mp4", video, world.FPS)
+    media.write_video(tmp_path / "clips" / "0.mp4", video, world.FPS)
     flags = "--tracks", tmp_path / "tracks", "--reference", tmp_path / "clips" / "0.mp4"
     for given, fidelity in ((line, 2), (-line, -2)):
         np.save(tmp_path / "tracks" / "clips" / "0.npy", given)
@@ -425,7 +424,7 @@ NASTY = "a star</script><script>document.title='taken'</script><img src=x onerro
 
 def test_the_page_plays_and_nothing_in_it_acts(tmp_path):
     _, videos = clips(2, ("hopping",))
-    data.write_video(tmp_path / "clip.mp4", videos[1], world.FPS)
+    media.write_video(tmp_path / "clip.mp4", videos[1], world.FPS)
     write_run(tmp_path / "one", videos, [NASTY, "two"])
     write_run(tmp_path / "two", videos, [NASTY, "two"])
     score(tmp_path / "one", tmp_path / "two", "--no-world", "--reference", tmp_path / "clip.mp4")
@@ -508,14 +507,14 @@ def write_trained(folder, clip, prompt="a star hopping", steps=(1, 2), **meta):
     """A folder as train.py leaves it, its adapter kept at some steps."""
     name = "down_blocks.0.temp_attentions.0.transformer_blocks.0.attn1.to_q.weight"
     base = dict(model.load_unet(model.TINY).named_parameters())[name].detach()
-    video = data.read_video(clip, 16, (64, 64), 8)
+    video = media.read_video(clip, 16, (64, 64), 8)
     latents = model.load().encode(video[None])[0]
     meta = {"method": "vmc", "fps": 8.0, "sampler": "ddim", "sampling_steps": 2, "noise_prior": 1.0,
             "inverts": "tuned", "guidance": 4.0} | meta
     for step in steps:
         one = SimpleNamespace(tensors=lambda tensor=base + step: {f"unet.{name}": tensor})
         for where in (folder / "steps" / f"{step:06d}", folder):
-            lora.save_adapter(where / "vmc.safetensors", [one], latents, step=step, **meta)
+            adapter_file.save_adapter(where / "vmc.safetensors", [one], latents, step=step, **meta)
     flags = {"video": [str(clip)], "size": [64, 64], "frames": 16, "fps": 8.0, "start": 0.0,
              "weights": None, "preview_prompt": prompt}
     (folder / "run.json").write_text(json.dumps({"method": "vmc", "settings": {}, "flags": flags}))
@@ -536,7 +535,7 @@ def files_of(folder):
 def test_train_folders_are_sampled_and_drawn_against_steps(tmp_path, monkeypatch):
     _, videos = clips(1, ("hopping",))
     monkeypatch.chdir(tmp_path)
-    data.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
+    media.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
     write_trained(tmp_path / "run", tmp_path / "clip.mp4")
     before = files_of(tmp_path / "run")
     eval.main(["run", "--size", "64", "--out", "out"])
@@ -570,7 +569,7 @@ def test_the_start_is_inverted_by_the_model_that_the_method_names(inverts, prior
     """Where the base inverts, the result starts as the base does; a method that starts from noise
     has one base alone, and no start of its own."""
     _, videos = clips(1, ("hopping",))
-    data.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
+    media.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
     write_trained(tmp_path, tmp_path / "clip.mp4", steps=(2,), inverts=inverts, noise_prior=prior)
     starts, own = [], samples.starts
     monkeypatch.setattr(samples, "starts", lambda *given: starts.append(given[1]) or own(*given))
@@ -601,7 +600,7 @@ def test_nothing_from_outside_a_folder_gets_into_the_page(tmp_path, capsys, monk
     """A settings.json that names a file elsewhere is refused; the clip that a run.json names is
     shown where it lies below the current folder, or is named."""
     _, videos = clips(1)
-    data.write_video(tmp_path / "private" / "clip.mp4", videos[0], world.FPS)
+    media.write_video(tmp_path / "private" / "clip.mp4", videos[0], world.FPS)
     write_run(tmp_path / "run", videos, ["a"])
     (tmp_path / "run" / "link.mp4").symlink_to(tmp_path / "private" / "clip.mp4")
     for name in ("../private/clip.mp4", str(tmp_path / "private" / "clip.mp4"), "link.mp4"):
@@ -629,7 +628,7 @@ def test_nothing_from_outside_a_folder_gets_into_the_page(tmp_path, capsys, monk
     ("log.jsonl", 'x\n{"step": 1}\n', "line 1 is not a step"), ("log.jsonl", "\x00\n\n", "line 1")])
 def test_files_of_a_run_that_are_broken_are_refused(name, text, says, tmp_path):
     _, videos = clips(1)
-    data.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
+    media.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
     write_trained(tmp_path / "run", tmp_path / "clip.mp4")
     write_run(tmp_path / "made", videos, ["a"], adapter=[str(tmp_path / "run" / "vmc.safetensors")])
     (tmp_path / ("made" if name == "settings.json" else "run") / name).write_text(text)
@@ -645,7 +644,7 @@ def test_an_empty_log_has_no_curve_and_a_run_that_was_not_saved_is_told(tmp_path
     nothing = page.loss_curves([{"step": 0, "loss": None, "seen": [{"t": None}, 3]}])
     assert nothing == {"loss": {"all steps": []}}
     _, videos = clips(1)
-    data.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
+    media.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
     write_trained(tmp_path / "run", tmp_path / "clip.mp4", steps=(2,))
     (tmp_path / "run" / "vmc.clip.safetensors").unlink()
     with pytest.raises(BadInput, match="clip.safetensors is missing"):

@@ -118,8 +118,9 @@ def some(count, how_many, seed=0):
     return sorted({count, *random.Random(seed).sample(range(1, count), how_many - 1)})
 
 
-few_or_all = pytest.mark.parametrize("how_many", (5, pytest.param(0, marks=pytest.mark.slow)))
-few_or_many = pytest.mark.parametrize("how_many", (3, pytest.param(200, marks=pytest.mark.slow)))
+slow = pytest.mark.slow
+few_or_all = pytest.mark.parametrize("how_many", (3, pytest.param(0, marks=slow)))
+few_or_many = pytest.mark.parametrize("how_many", (2, pytest.param(200, marks=slow)))
 
 
 @few_or_all
@@ -167,7 +168,8 @@ def test_stopped_at_any_operation_on_a_file(name, code, how_many, place, whole, 
 
 
 @few_or_all
-@pytest.mark.parametrize("error", (28, 5, 30), ids=("full", "broken", "read-only"))
+@pytest.mark.parametrize("error", (28, pytest.param(5, marks=slow), pytest.param(30, marks=slow)),
+                         ids=("full", "broken", "read-only"))
 def test_no_room_from_any_operation_on(error, how_many, place, whole, tmp_path):
     """A disk that is full, broken, or read-only from then on."""
     for at in some(whole[1], how_many, error):
@@ -185,7 +187,7 @@ def test_no_room_from_any_operation_on(error, how_many, place, whole, tmp_path):
         go_on(place, out, whole[0])
 
 
-@pytest.mark.parametrize("how_many", (4, pytest.param(60, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("how_many", (3, pytest.param(60, marks=slow)))
 def test_a_limit_on_the_size_of_files(how_many, place, whole, tmp_path):
     largest = (whole[0] / "state.pt").stat().st_size
     for number in range(how_many):
@@ -240,10 +242,7 @@ def test_a_folder_that_may_only_be_read(place, whole, tmp_path):
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
-MOMENTS = pytest.mark.parametrize("how_many", (1, pytest.param(12, marks=pytest.mark.slow)))
-
-
-@MOMENTS
+@pytest.mark.parametrize("how_many", (1, pytest.param(12, marks=slow)))
 @pytest.mark.parametrize("script", ("train.py", "generate.py", "eval.py"))
 def test_stopped_while_it_is_imported(script, how_many):
     """From the first of our own lines on, until --help is printed: 130 or 143, and one line."""

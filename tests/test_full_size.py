@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 from test_model import FULL_TEXT, FULL_UNET
 from test_train import run
 
-import data
 import model
-from support import hub
+from support import hub, media
 
 pytestmark = pytest.mark.slow
 
@@ -64,5 +63,5 @@ def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
         "--steps", 1, "--out", tmp_path / "g", *size, "--refine", full_size_folder,
         "--refine-steps", 2, "--strength", 0.5, "--refine-size", "192x160")
     made, = (tmp_path / "g").glob("*.mp4")
-    shapes = [make().shape for _, make in data.decode(made)]
+    shapes = [make().shape for _, make in media.decode(made)]
     assert shapes == [(320, 384, 3)] * 8  # small ones are written enlarged

@@ -13,12 +13,11 @@ import torch
 from conftest import ROOT, TINY, relative
 from safetensors.torch import load_file, save_file
 
-import data
 import generate
 import lora
 import model
 import sampler
-from support import dmt, flags, machine, prompts, sets
+from support import adapter_file, dmt, flags, machine, media, prompts, sets
 from support.files import BadInput, check_folder_out, check_weights, read_size
 from tiny import world
 
@@ -44,7 +43,7 @@ def clip(tmp_path_factory):
     """A hopping square, with its caption beside it."""
     folder = tmp_path_factory.mktemp("clips")
     scenes = world.sample_scenes(1, torch.Generator().manual_seed(3), ("hopping",))
-    data.write_video(folder / "hop.mp4", world.render(scenes)[0], world.FPS)
+    media.write_video(folder / "hop.mp4", world.render(scenes)[0], world.FPS)
     (folder / "hop.txt").write_text("a thing hopping")
     return folder / "hop.mp4"
 
@@ -58,11 +57,11 @@ def write_adapter(path, clip, factor=1.05, **meta):
     learner = lora.Whole(network.unet, "temporal-attention-qkv")
     for p in learner.chosen.values():
         p.data = p.data * factor
-    latents = network.encode(data.read_video(clip, FRAMES, (64, 64), 8)[None])[0] if clip else None
-    own = {"method": "vmc", "base": lora.fingerprint(network.unet), "base_name": "tiny",
+    latents = network.encode(media.read_video(clip, FRAMES, (64, 64), 8)[None])[0] if clip else None
+    own = {"method": "vmc", "base": adapter_file.fingerprint(network.unet), "base_name": "tiny",
            "prompt": "a thing hopping", "fps": 8, "noise_prior": 1, "guidance": 3, "step": 7,
            "sampling_steps": 3, "sampler": "ddim", "inverts": "tuned", "inversion_steps": 0}
-    lora.save_adapter(path, [learner], latents, **own | meta)
+    adapter_file.save_adapter(path, [learner], latents, **own | meta)
     return path
 
 
@@ -75,7 +74,7 @@ def settled(tiny, *flags):
     """The Settings of a command line, on the tiny model."""
     args = generate.parse([str(f) for f in ("--prompt", "a red star", *flags)])
     generate.check(args)
-    adapters = [lora.read_adapter(path, tiny.unet) for path in args.adapter]
+    adapters = [adapter_file.read_adapter(path, tiny.unet) for path in args.adapter]
     return generate.settle(args, tiny, adapters)[0]
 
 
@@ -108,14 +107,15 @@ def test_other_starts_and_samplers(more, adapter, tmp_path):
     make("--adapter", adapter, "--prompt", "a red star", "--steps", 2, "--out", tmp_path, *more)
     name, = videos_of(tmp_path)
     if "--size" in more:
-        _, pictures = zip(*data.decode(tmp_path / name))
+        _, pictures = zip(*media.decode(tmp_path / name))
         assert len(pictures) == 5 and pictures[0]().shape == (240, 144, 3)
 
 
 def test_another_clip_than_the_adapters_can_start_it(adapter, clip, tmp_path):
     """The same clip gives the same start, another one another."""
     still = tmp_path / "still.mp4"
-    data.write_video(still, data.read_video(clip, 16, (64, 64), 8)[:, :1].expand(3, 16, 64, 64), 8)
+    frame = media.read_video(clip, 16, (64, 64), 8)[:, :1]
+    media.write_video(still, frame.expand(3, 16, 64, 64), 8)
     same = ("--adapter", adapter, "--prompt", "a red star", "--steps", 2, "--precision", "fp32")
     for name, more in (("own", ()), ("other", ("--init-video", still))):
         make(*same, *more, "--out", tmp_path / name)
@@ -160,9 +160,10 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_loads_exactly(tiny, t
     video = lambda: sampler.sample(tiny, ["a red star"], noise, [0], steps=2, guidance=2)
     plain, fresh = video(), lora.Whole(tiny.unet, "temporal-attention-qkv")
     originals = {n: p.detach().clone() for n, p in fresh.chosen.items()}
-    save = lambda name: lora.save_adapter(tmp_path / name, [fresh], method="vmc",
-                                          base=lora.fingerprint(tiny.unet))
-    load = lambda name: lora.apply_adapters(tiny, [lora.read_adapter(tmp_path / name)])
+    save = lambda name: adapter_file.save_adapter(tmp_path / name, [fresh], method="vmc",
+                                          base=adapter_file.fingerprint(tiny.unet))
+    load = lambda name: adapter_file.apply_adapters(
+        tiny, [adapter_file.read_adapter(tmp_path / name)])
     save("fresh.safetensors")
     try:
         load("fresh.safetensors")
@@ -188,7 +189,7 @@ def test_a_merged_model_is_kept_in_both_layouts(adapter, tmp_path):
     assert (tmp_path / "merged.pth").is_file() and {p.name for p in tmp_path.iterdir()} == {
         "merged", "merged.pth"}
     own, base = dict(kept.unet.named_parameters()), dict(model.load_unet(TINY).named_parameters())
-    learned = lora.read_adapter(adapter).tensors
+    learned = adapter_file.read_adapter(adapter).tensors
     for name, p in own.items():
         want = learned.get(name, base[name])
         assert torch.allclose(p, want, rtol=1e-3, atol=1e-6), name
@@ -259,7 +260,7 @@ def test_the_inversion_has_its_own_steps_and_its_own_model(clip, tmp_path, monke
     path = write_adapter(tmp_path / "md.safetensors", clip, inverts="base", inversion_steps=4,
                          factor=1.5)
     seen, invert = [], sampler.invert
-    name = next(iter(lora.read_adapter(path).tensors))
+    name = next(iter(adapter_file.read_adapter(path).tensors))
     original = dict(model.load_unet(TINY).named_parameters())[name]
 
     def spy(network, latents, steps, *more):
@@ -299,7 +300,7 @@ def test_dpm_starts_from_an_inverted_clip_only_where_it_comes_back_to_it(tiny, c
     v = {"init": "inverted", "sampler": "dpm", "steps": 20, "inversion_steps": 20,
          "size": (64, 64)}
     generate.check_sampling(v, tiny)
-    latents = tiny.encode(data.read_video(clip, FRAMES, (64, 64), 8)[None])
+    latents = tiny.encode(media.read_video(clip, FRAMES, (64, 64), 8)[None])
     start, apart = sampler.invert(tiny, latents, 8), []
     for method in ("ddim", "dpm"):
         back = sampler.sample(tiny, [""], start, [0], 8, 1.0, method)
@@ -458,7 +459,7 @@ def test_it_reads_zeroscopes_layers_that_the_published_code_reads():
 def test_it_pulls_features_towards_the_reference(checkpointing, tiny, clip):
     """Adam's steps lower the loss that they minimise, with activations kept or computed again; the
     network's own weights get no gradient."""
-    latents = tiny.encode(data.read_video(clip, FRAMES, (64, 64), 8)[None])
+    latents = tiny.encode(media.read_video(clip, FRAMES, (64, 64), 8)[None])
     x, text = sampler.noise_like_shape(latents.shape[1:], [0]), tiny.read(["a red star"])
     want = dmt.frame_features(tiny, latents, 100, text)
 
@@ -515,7 +516,7 @@ def test_its_start_is_the_inversions_noise_at_the_first_steps_level(tiny, clip, 
     """Coarse detail is the clip's inverted noise, wherever the inversion ended."""
     s = settled(tiny, "--dmt", clip, "--steps", 2)
     S, g = tiny.schedule, sampler.generator(3)
-    latents = tiny.encode(data.read_video(clip, 16, (64, 64), 8)[None])
+    latents = tiny.encode(media.read_video(clip, 16, (64, 64), 8)[None])
     eps = sampler.noise_like_shape(latents.shape[1:], [g])
     starts = []
     monkeypatch.setattr(sampler, "sample", lambda m, p, start, *a, **k: starts.append(start) or [0])
@@ -613,7 +614,7 @@ def test_mistakes_are_told_before_anything_is_loaded(flags, says, tmp_path, adap
 def test_mistakes_are_told_before_anything_is_sampled(flags, says, adapter, tmp_path, monkeypatch,
                                                       capsys):
     (tmp_path / "broken.safetensors").write_bytes(adapter.read_bytes()[:-50])
-    meta = {"format": lora.FORMAT, "base": "0" * 12}
+    meta = {"format": adapter_file.FORMAT, "base": "0" * 12}
     save_file(load_file(adapter), tmp_path / "other.safetensors", meta)
     monkeypatch.setattr(sampler, "sample", lambda *a, **k: pytest.fail("sampled"))
     monkeypatch.setattr(sampler, "invert", lambda *a, **k: pytest.fail("inverted"))

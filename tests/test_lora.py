@@ -11,7 +11,7 @@ from test_model import FULL_UNET
 import lora
 import model
 import train
-from support import fast
+from support import adapter_file, fast, tokenizer
 from support.files import BadInput
 
 
@@ -100,8 +100,8 @@ def forward(unet):
 
 def save(path, *learners, base, **meta):
     """What learners hold, in a file, and read back."""
-    lora.save_adapter(path, learners, base=lora.fingerprint(base.unet), **meta)
-    return lora.read_adapter(path)
+    adapter_file.save_adapter(path, learners, base=adapter_file.fingerprint(base.unet), **meta)
+    return adapter_file.read_adapter(path)
 
 
 class Held:
@@ -136,7 +136,7 @@ def test_a_fresh_lora_changes_nothing_and_a_merged_one_equals_it(whole, layers, 
                for n in load_file(tmp_path / "a.safetensors"))
     for scale in (0.0, 1.0):
         merged = model.load(TINY)
-        lora.apply_adapters(merged, [adapter], [scale])
+        adapter_file.apply_adapters(merged, [adapter], [scale])
         want = beside if scale else plain
         assert relative(forward(merged.unet), want) < 1e-5
     assert torch.equal(forward(merged.unet), plain) or scale
@@ -190,9 +190,10 @@ def test_strength_zero_is_the_base_to_the_bit_and_one_is_exact(whole, tmp_path):
     tuned, adapter = forward(whole.unet), save(tmp_path / "a.safetensors", learner, base=whole)
     for one, scale, want in ((fresh, 1.0, plain), (adapter, 0.0, plain), (adapter, 1.0, tuned)):
         other = model.load(TINY)
-        lora.apply_adapters(other, [one], [scale])
+        adapter_file.apply_adapters(other, [one], [scale])
         assert torch.equal(forward(other.unet), want)
-    (path, layers, change), = lora.apply_adapters(other := model.load(TINY), [adapter], [0.5])
+    other = model.load(TINY)
+    (path, layers, change), = adapter_file.apply_adapters(other, [adapter], [0.5])
     own = dict(other.unet.named_parameters())
     assert all(torch.allclose(own[n], p * 1.25, rtol=1e-6, atol=0) for n, p in base.items())
     assert (path.name, layers) == ("a.safetensors", len(base)) and change == pytest.approx(0.25)
@@ -208,27 +209,27 @@ def test_several_adapters_add_up_whatever_their_order(whole, tmp_path):
     files = [save(tmp_path / f"{i}.safetensors", Held(**h), base=whole) for i, h in enumerate(held)]
     for step in (1, -1):
         other = model.load(TINY)
-        lora.apply_adapters(other, files[::step], [0.5, 1.0, 1.0][::step])
+        adapter_file.apply_adapters(other, files[::step], [0.5, 1.0, 1.0][::step])
         got = other.unet.get_parameter(name)
         assert torch.allclose(got, W + 0.5 + 4 + B @ A, atol=1e-5)
 
 
 def test_learned_words_travel_in_the_adapter_and_stand_where_they_stand(whole, tmp_path):
-    star = whole.text.tower.token_embedding.weight[model.words_to_ids("star")].detach()
+    star = whole.text.tower.token_embedding.weight[tokenizer.words_to_ids("star")].detach()
     held = {"word.V*": torch.randn(2, 64), "word.<x>": star}
     adapter = save(tmp_path / "w.safetensors", Held(**held), base=whole)
     prompts = ["a red V* star", "a red star", "a red <x>"]
     plain = whole.read(prompts)
-    lora.apply_adapters(whole, [adapter], [0.0])
+    adapter_file.apply_adapters(whole, [adapter], [0.0])
     assert torch.equal(whole.read(prompts), plain)
-    lora.apply_adapters(whole, [adapter])
+    adapter_file.apply_adapters(whole, [adapter])
     learned = whole.read(prompts)
     assert not torch.equal(learned[0], plain[0]) and torch.equal(learned[1], plain[1])
     assert torch.equal(learned[2], learned[1])  # vectors that equal a known word's read as it
-    ids = model.tokenize(["a V* star"], learned={"V*": [49408, 49409]})[0, :6].tolist()
-    assert ids[2:4] == [49408, 49409] and ids[0] == model.START
+    ids = tokenizer.tokenize(["a V* star"], learned={"V*": [49408, 49409]})[0, :6].tolist()
+    assert ids[2:4] == [49408, 49409] and ids[0] == tokenizer.START
     with pytest.raises(BadInput, match="two adapters bring the word"):
-        lora.apply_adapters(model.load(TINY), [adapter, adapter])
+        adapter_file.apply_adapters(model.load(TINY), [adapter, adapter])
 
 
 class Bias:
@@ -257,22 +258,23 @@ def test_a_learner_of_a_new_kind_is_saved_loaded_scaled_and_resumed(hop, tmp_pat
         "vmc", "a test", train.METHODS["coupled"].function, train.METHODS["vmc"].own,
         {"motion": BiasPart("all", lr=0.01)}, {"loss": "mse"}, (16, 64, 64), 8.0))
     monkeypatch.setitem(train.TINY, "vmc", "")
-    monkeypatch.setitem(lora.KINDS, "bias",
+    monkeypatch.setitem(adapter_file.KINDS, "bias",
                         lambda model, tensors, scale: Bias(model, scale * tensors["number"].item()))
     learn("vmc", hop, tmp_path / "three", "--steps", 3)
     learn("vmc", hop, tmp_path / "two", "--steps", 2)
     learn("vmc", hop, tmp_path / "two", "--steps", 3, "--resume")
-    adapters = [lora.read_adapter(tmp_path / n / "vmc.safetensors") for n in ("three", "two")]
+    adapters = [adapter_file.read_adapter(tmp_path / n / "vmc.safetensors")
+                for n in ("three", "two")]
     number, again = (adapter.more["bias"]["number"] for adapter in adapters)
     assert torch.equal(number, again) and number.item()
     plain = forward(model.load(TINY).unet)
     for scale in (0.0, 1.0, 2.0):
         other = model.load(TINY)
-        lora.apply_adapters(other, adapters[:1], [scale])
+        adapter_file.apply_adapters(other, adapters[:1], [scale])
         torch.testing.assert_close(forward(other.unet), plain + scale * number)
-    monkeypatch.delitem(lora.KINDS, "bias")
+    monkeypatch.delitem(adapter_file.KINDS, "bias")
     with pytest.raises(BadInput, match="no learner known here"):
-        lora.read_adapter(tmp_path / "two" / "vmc.safetensors")
+        adapter_file.read_adapter(tmp_path / "two" / "vmc.safetensors")
 
 
 @pytest.mark.parametrize("method", ("vmc", "newmove", "motiondirector"))
@@ -315,30 +317,30 @@ def two(A, B, site=SITE):
     ({"word.V*": torch.ones(1, 64, dtype=torch.int64)}, "torch.int64"),
 ])
 def test_adapters_that_do_not_fit_are_refused(state, says, tiny, tmp_path):
-    save_file(state, tmp_path / "a.safetensors", {"format": lora.FORMAT})
+    save_file(state, tmp_path / "a.safetensors", {"format": adapter_file.FORMAT})
     with pytest.raises(BadInput, match=says):
-        lora.check_fit(tiny, lora.read_adapter(tmp_path / "a.safetensors"))
+        adapter_file.check_fit(tiny, adapter_file.read_adapter(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("latents", [(7, 4, 8, 8), (8, 4, 8), (1, 8, 4, 8, 8)])
 def test_a_clip_of_other_channels_or_dimensions_is_refused(latents, tiny, tmp_path):
-    lora.save_adapter(tmp_path / "a.safetensors", [Held(**{"word.V*": torch.ones(1, 64)})],
+    adapter_file.save_adapter(tmp_path / "a.safetensors", [Held(**{"word.V*": torch.ones(1, 64)})],
                       torch.ones(latents))
     with pytest.raises(BadInput, match="the clip's latents"):
-        lora.check_fit(tiny, lora.read_adapter(tmp_path / "a.safetensors"))
+        adapter_file.check_fit(tiny, adapter_file.read_adapter(tmp_path / "a.safetensors"))
 
 
 def test_what_is_of_another_base_or_no_adapter_is_refused(tiny, tmp_path):
     held = Held(**{"word.V*": torch.ones(1, 64)})
-    lora.save_adapter(tmp_path / "a.safetensors", [held], base="0" * 12, base_name="other")
+    adapter_file.save_adapter(tmp_path / "a.safetensors", [held], base="0" * 12, base_name="other")
     with pytest.raises(BadInput, match="was trained on other"):
-        lora.check_fit(tiny, lora.read_adapter(tmp_path / "a.safetensors"))
+        adapter_file.check_fit(tiny, adapter_file.read_adapter(tmp_path / "a.safetensors"))
     save_file(held.tensors(), tmp_path / "b.safetensors", {"format": "motion-adapter-1"})
     (tmp_path / "c.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-50])
     save_file(held.tensors(), tmp_path / "d.safetensors")
     for name, says in (("b", "older format"), ("c", "cannot be read"), ("d", "not one of our own"),
                        ("e", "does not exist")):
         with pytest.raises(BadInput, match=says):
-            lora.read_adapter(tmp_path / f"{name}.safetensors")
+            adapter_file.read_adapter(tmp_path / f"{name}.safetensors")
     with pytest.raises(BadInput, match="is a folder"):
-        lora.read_adapter(tmp_path)
+        adapter_file.read_adapter(tmp_path)

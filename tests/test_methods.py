@@ -11,7 +11,7 @@ import data
 import lora
 import model
 import train
-from support import formats, priors
+from support import adapter_file, formats, priors, tokenizer
 from support.files import BadInput
 
 METHODS = train.METHODS
@@ -175,7 +175,7 @@ def test_one_batch_teaches_what_its_clips_teach_one_by_one(hop, tmp_path):
 def test_a_subject_and_its_word_learn_from_pictures_after_the_motion(folder, hop, tmp_path):
     learn("newmove", hop, tmp_path, "--images", folder / "thing.png", "--image-prompt", "a X* star",
           "first=2", "--steps", 8, "--prior", "none")
-    adapter = lora.read_adapter(tmp_path / "newmove.safetensors")
+    adapter = adapter_file.read_adapter(tmp_path / "newmove.safetensors")
     base = model.load_unet(TINY).state_dict()
     changed = {n for n, t in adapter.tensors.items() if not torch.equal(t, base[n])}
     assert set(adapter.words) == {"X*"}
@@ -189,7 +189,7 @@ def test_motiondirector_learns_pictures_alone(folder, tmp_path):
     learn("motiondirector", None, tmp_path, "--images", folder / "thing.png", "--prompt", "a star",
           "--steps", 2)
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["motiondirector-look.safetensors"]
-    look = lora.read_adapter(tmp_path / "motiondirector-look.safetensors")
+    look = adapter_file.read_adapter(tmp_path / "motiondirector-look.safetensors")
     assert look.pairs and all(".attentions." in s for s in look.pairs)
 
 
@@ -197,8 +197,8 @@ def test_customizes_absorber_acts_beside_the_motion_and_is_left_out_of_it(hop, t
     """A LoRA and a word together; the word's captions are of the look alone while it learns."""
     both = ("look_word.vectors=2", "first=2", "look_prompt=a star")
     learn("customize-a-video", hop, tmp_path, *both, "--steps", 3)
-    motion = lora.read_adapter(tmp_path / "customize-a-video.safetensors")
-    look = lora.read_adapter(tmp_path / "customize-a-video-look.safetensors")
+    motion = adapter_file.read_adapter(tmp_path / "customize-a-video.safetensors")
+    look = adapter_file.read_adapter(tmp_path / "customize-a-video-look.safetensors")
     assert all("temp_" in s or "transformer_in" in s for s in motion.pairs) and not motion.words
     assert look.words["<look>"].shape == (2, 64) and all(".attentions." in s for s in look.pairs)
     assert any(B.abs().max() > 0 for _, B in look.pairs.values())
@@ -232,7 +232,7 @@ def test_another_programs_lora_or_image_unet_can_absorb_the_looks(hop, tmp_path)
         assert torch.equal(weight, plain)
     adapter = {f"unet.{site}.lora_A.weight": A, f"unet.{site}.lora_B.weight": B,
                "word.X*": torch.ones(1, 64)}
-    save_file(adapter, tmp_path / "word.safetensors", {"format": lora.FORMAT})
+    save_file(adapter, tmp_path / "word.safetensors", {"format": adapter_file.FORMAT})
     with pytest.raises(BadInput, match="holds words"):
         prepared("customize-a-video", hop, tmp_path / "o",
                  f"look.file={tmp_path / 'word.safetensors'}")
@@ -240,10 +240,10 @@ def test_another_programs_lora_or_image_unet_can_absorb_the_looks(hop, tmp_path)
 
 def test_textual_inversion_changes_one_vector(hop, tmp_path):
     learn("textual-inversion", hop, tmp_path, "--steps", 2)
-    adapter = lora.read_adapter(tmp_path / "textual-inversion.safetensors")
+    adapter = adapter_file.read_adapter(tmp_path / "textual-inversion.safetensors")
     table = model.load_text(TINY).tower.token_embedding.weight
     assert not adapter.tensors and not adapter.pairs and set(adapter.words) == {"sks"}
-    assert not torch.equal(adapter.words["sks"][0], table[model.words_to_ids("sks")[0]])
+    assert not torch.equal(adapter.words["sks"][0], table[tokenizer.words_to_ids("sks")[0]])
 
 
 def test_full_tuning_becomes_lora_and_back_by_a_setting(hop, tmp_path):
@@ -361,7 +361,7 @@ def test_a_score_of_the_looks_can_end_a_run(hop, tmp_path, monkeypatch):
     for score, steps in ((1, 1), (-1, 2)):
         learn("newmove", hop, tmp_path / str(score), "--prior", "none", "--preview-every", 1,
               "--steps", 2, "look_prompt=a star", f"appearance_stop={score}")
-        adapter = lora.read_adapter(tmp_path / str(score) / "newmove.safetensors")
+        adapter = adapter_file.read_adapter(tmp_path / str(score) / "newmove.safetensors")
         assert adapter.meta["step"] == str(steps)
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, relative
 from safetensors.torch import load_file, save_file
 
 import model
-from support import fast, hub
+from support import fast, hub, tokenizer
 from support.files import BadInput, read_tensors
 
 diffusers = pytest.importorskip("diffusers")
@@ -212,7 +212,7 @@ def hub_tokenizer(folder):
 def test_tokens_equal_the_hubs(prompt, tmp_path):
     theirs = hub_tokenizer(tmp_path)
     want = theirs(prompt, padding="max_length", truncation=True, max_length=77).input_ids
-    assert model.tokenize([prompt])[0].tolist() == want
+    assert tokenizer.tokenize([prompt])[0].tolist() == want
 
 
 def test_text_encoder_equals_transformers(tmp_path):
@@ -230,7 +230,7 @@ def test_text_encoder_equals_transformers(tmp_path):
     ours = model.load_text(tmp_path, dtype=torch.float64)
     prompts = ["a bird is flying", "a much longer prompt, with commas, about two sharks! moving"]
     with torch.no_grad():
-        want = theirs(model.tokenize(prompts)).last_hidden_state
+        want = theirs(tokenizer.tokenize(prompts)).last_hidden_state
         assert ours(prompts).shape == (2, 77, 48)
         assert relative(ours(prompts), want) <= 1e-10
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -19,13 +18,12 @@ import torch
 from conftest import ROOT, TINY, complain, end_of, flags_of, fork, learn
 from safetensors.torch import load_file
 
-import data
 import lora
 import losses
 import model
 import train
+from support import adapter_file, machine, media, runs
 from support import flags as parsing
-from support import machine, runs
 from support.files import BadInput
 from support.recipe import METHODS, write_value
 from tiny import world
@@ -86,7 +84,7 @@ def one(hop, tmp_path):
 
 def test_only_the_chosen_layers_change(trained):
     base = load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors")
-    changed = lora.read_adapter(trained[0] / "vmc.safetensors").tensors
+    changed = adapter_file.read_adapter(trained[0] / "vmc.safetensors").tensors
     assert set(changed) == set(lora.select(model.load_unet(TINY), "temporal-attention-qkv"))
     assert all(not torch.equal(t, base[n].float()) for n, t in changed.items())
 
@@ -102,9 +100,9 @@ def test_a_run_leaves_what_it_promises(trained, hop):
     assert all({"mse", "t", "clip", "scale", "offset"} <= line["seen"][0].keys() for line in log)
     names = sorted(p.name for p in (out / "samples").iterdir())
     assert names == [f"step-{s:06d}.mp4" for s in (0, 3, 6)]
-    adapter = lora.read_adapter(out / "vmc.safetensors")
+    adapter = adapter_file.read_adapter(out / "vmc.safetensors")
     assert {"method": "vmc", "prompt": "thing 0 hopping", "step": "6", "seed": "0",
-            "base": lora.fingerprint(model.load_unet(TINY))}.items() <= adapter.meta.items()
+            "base": adapter_file.fingerprint(model.load_unet(TINY))}.items() <= adapter.meta.items()
     assert adapter.latents.shape == (8, 16, 8, 8)
     for words in (str(hop.with_suffix(".txt")), "parameters in", "temp_attentions attn1:",
                   "VMC, Eq. 17 and App. D", train.TINY["vmc"], "generate.py --adapter"):
@@ -222,46 +220,6 @@ def test_a_signal_before_the_first_step_ends_in_one_line(number, code, hop, tmp_
     assert end_of(pid) == code and (tmp_path / "says").read_text() == "stopped\n"
 
 
-def test_a_signal_while_torch_is_imported_ends_in_one_line():
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--help"], text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    maps = Path(f"/proc/{process.pid}/maps")
-    while "libtorch" not in maps.read_text():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert (process.communicate()[1], process.returncode) == ("stopped\n", 130)
-
-
-def kill_at(call, name, monkeypatch):
-    """From now on the process is killed at that call of os.<name>, before it acts."""
-    real, left = getattr(os, name), [call]
-
-    def counted(*args, **more):
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **more)
-
-    monkeypatch.setattr(os, name, counted)
-
-
-@pytest.mark.parametrize("name,calls", [("replace", range(1, 12)), ("fsync", (1, 3, 5, 7))])
-def test_a_run_killed_anywhere_while_it_saves_goes_on_at_the_first_try(name, calls, five, hop,
-                                                                        tmp_path, monkeypatch):
-    """The list, run.json, adapter, clip and state, at steps 2, 4 and 5."""
-    kept = ("--keep-every", 2, "--steps", 5)
-    for call in calls:
-        out = tmp_path / str(call)
-        with monkeypatch.context() as m:
-            kill_at(call, name, m)
-            pid = fork(lambda out=out: train.main(vmc(hop, out, *kept)))
-        assert end_of(pid) == -signal.SIGKILL
-        started = runs.listed(out) is not None
-        learn("vmc", hop, out, *kept, *["--resume"] * started)
-        assert same_weights(five, out) and losses_of(five) == losses_of(out)
-        assert not list(out.rglob(".part-*"))
-
-
 @pytest.mark.parametrize("target", ("os.fsync", "os.replace", "shutil.disk_usage", "limit",
                                     "state"))
 def test_a_fault_while_saving_keeps_the_last_state(target, one, hop, monkeypatch, capfd):
@@ -269,7 +227,7 @@ def test_a_fault_while_saving_keeps_the_last_state(target, one, hop, monkeypatch
     state, of which torch's writer tells in several lines."""
     before, fails = (one / "state.pt").read_bytes(), (runs.Folder, "save")
     if target == "state":
-        monkeypatch.setattr(lora, "save_adapter", lambda *args, **more: [args[0]])
+        monkeypatch.setattr(adapter_file, "save_adapter", lambda *args, **more: [args[0]])
         fails = (torch, "save")
     real = getattr(*fails)
 
@@ -478,7 +436,7 @@ def test_resuming_with_other_settings_or_another_clip_is_refused(one, hop, tmp_p
     again = vmc(mine, tmp_path / "o", "--prompt", "x")
     train.main([*again, "--steps", "1"])
     scenes = world.sample_scenes(1, torch.Generator().manual_seed(4), ("zigzagging",))
-    data.write_video(mine, world.render(scenes)[0], world.FPS)
+    media.write_video(mine, world.render(scenes)[0], world.FPS)
     complain([*again, "--steps", "2", "--resume"], "clip was", capsys)
 
 

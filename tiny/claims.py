@@ -12,6 +12,7 @@ side, "disagrees" where that of any lies wholly on the other. Trials are kept un
 tiny/lab.py has its own, and what is done is skipped the next time; stop it whenever you like.
 """
 import argparse
+import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,10 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import lora  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from losses import debias  # noqa: E402
+from support import adapter_file  # noqa: E402
 from support.files import publish, read_json, write_json  # noqa: E402
 from support.machine import keep_memory  # noqa: E402
 from tiny import lab, registered, world  # noqa: E402
@@ -216,14 +217,10 @@ def latents(motion, look):
     return encoder().encode(world.render(scene))
 
 
-MODELS = []  # one, for its VAE, when it is first asked for
-
-
+@functools.cache
 def encoder():
-    """The tiny model."""
-    if not MODELS:
-        MODELS.append(model.load(precision="fp32"))
-    return MODELS[0]
+    """The tiny model, for its VAE."""
+    return model.load(precision="fp32")
 
 
 def measure_phi(out):
@@ -392,7 +389,7 @@ def report(claims, out, to, about, charts=True):
         records = [judge(measure, figures) for measure in CLAIMS[number].measures]
         rows[str(number)] = {"verdict": together(records), "measures": records}
     result = {"about": about, "commit": lab.commit(), "claims": rows,
-              "base": lora.fingerprint(encoder().unet)}
+              "base": adapter_file.fingerprint(encoder().unet)}
     write_json(to / "claims.json", rounded(result))
     drawn = (methods_chart, curves_chart, latents_chart)
     for path, draw in zip(CHARTS, drawn if charts else ()):

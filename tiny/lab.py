@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import data  # noqa: E402
-import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
+from support import adapter_file, media  # noqa: E402
 from support.files import read_json, slug, write_json  # noqa: E402
 from support.machine import default_precision, keep_memory  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
@@ -142,7 +142,7 @@ def write_clips(folder, videos, captions):
     """A folder of clips with captions beside them."""
     for i, (video, caption) in enumerate(zip(videos, captions)):
         path = folder / f"{i:03d}.mp4"
-        data.write_video(path, video, world.FPS)
+        media.write_video(path, video, world.FPS)
         path.with_suffix(".txt").write_text(caption + "\n")
     return str(folder)
 
@@ -158,7 +158,7 @@ def flags_of(trial, folder, out):
         flags = ["--video", write_clips(folder / "clips", videos, said)]
     else:
         picture = folder / "picture.png"
-        imageio.imwrite(picture, data.to_pixels(videos[0])[0])
+        imageio.imwrite(picture, media.to_pixels(videos[0])[0])
         flags = ["--images", str(picture), "--image-prompt", describe(scenes, 0, "", True)]
     flags += ["--reverse"] * trial.backward + ["--keep-every", str(trial.keep)] * (trial.keep > 0)
     if trial.prior == "resting":
@@ -169,7 +169,7 @@ def flags_of(trial, folder, out):
     elif trial.prior:
         flags += ["--prior", trial.prior]
     if trial.borrows:
-        flags.append(f"look.file={adapter_file(trial.borrows, out, '-look')}")
+        flags.append(f"look.file={file_of(trial.borrows, out, '-look')}")
     return flags
 
 
@@ -197,7 +197,7 @@ def learn(trial, out):
     write_json(folder / "seconds.json", {"seconds": round(time.time() - started)})
 
 
-def adapter_file(trial, out, part="", step=0):
+def file_of(trial, out, part="", step=0):
     """Where a trial's adapter is, or its look's, of a step that was kept (0: the last)."""
     where = Path("steps") / f"{step:06d}" if step else ""
     return trial.folder(out) / "run" / where / f"{trial.method}{part}.safetensors"
@@ -214,13 +214,13 @@ def sample(trial, out, cell):
     prompts = [describe(looks, i, words, told) for i in range(PROMPTS)]
     acting, own = [], {"noise_prior": 0, "inverts": "base", "sampler": "ddim"}
     if trial.method != "base":
-        adapter = lora.read_adapter(adapter_file(trial, out, "", cell.step))
+        adapter = adapter_file.read_adapter(file_of(trial, out, "", cell.step))
         own = adapter.meta
         acting += [(adapter, cell.scale)] * cell.tuned
     for other, part in ((cell.look, "-look"), (cell.motion, "")):
         if other:
-            acting.append((lora.read_adapter(adapter_file(other, out, part)), cell.strength))
-    act = lambda: lora.apply_adapters(whole, *map(list, zip(*acting))) if acting else None
+            acting.append((adapter_file.read_adapter(file_of(other, out, part)), cell.strength))
+    act = lambda: adapter_file.apply_adapters(whole, *map(list, zip(*acting))) if acting else None
     share = float(own["noise_prior"]) if cell.start == "own" else 0.0
     if own["inverts"] != "base":
         act()
@@ -311,7 +311,7 @@ def pans(videos, reading):
 def starts_of(trial, out):
     """The cells of the methods' table: base and tuned, from noise and from the method's start."""
     cells = [Cell(tuned=False), Cell()]
-    if float(lora.read_adapter(adapter_file(trial, out)).meta["noise_prior"]):
+    if float(adapter_file.read_adapter(file_of(trial, out)).meta["noise_prior"]):
         cells += [Cell(tuned=False, start="own"), Cell(start="own")]
     return cells
 
@@ -336,7 +336,7 @@ def measure(trial, out, cells=None):
             write_json(path, done)
     if cells is None and rows:
         sheet = [world.render(scenes_of(trial)[0])[0], *rows]
-        data.contact_sheet(path.parent / "sheet.png", sheet)
+        media.contact_sheet(path.parent / "sheet.png", sheet)
     return {name: done[name] for name in ("trial", *(c.name for c in asked)) if name in done}
 
 

@@ -22,10 +22,10 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import data  # noqa: E402
 import generate  # noqa: E402
-import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
+from support import adapter_file, media  # noqa: E402
 from tiny import instruments, world  # noqa: E402
 
 LOOK = ("colour", "shape", "background")
@@ -72,7 +72,7 @@ def measure_base(args):
         rows = scenes.motion == world.MOTIONS.index(a)
         result[f"{a} read as {b}"] = share(reading.motion[rows] == world.MOTIONS.index(b))
     print(json.dumps(result, indent=1))
-    data.contact_sheet(args.out / "base.png", list(videos[:24]))
+    media.contact_sheet(args.out / "base.png", list(videos[:24]))
     with data.publish(args.out / "base.json") as path:
         path.write_text(json.dumps(result | vars_of(args), indent=1))
 
@@ -103,7 +103,7 @@ def learn_motion(name, method, args):
     words = f"doing the {word}" if (word := train.METHODS[method].word) else name
     for i, video in enumerate(world.render(scenes)):
         path = folder / "clips" / f"{i}.mp4"
-        data.write_video(path, video, world.FPS)
+        media.write_video(path, video, world.FPS)
         path.with_suffix(".txt").write_text(
             world.caption(shape=world.SHAPES[scenes.shape[i]], motion=words))
     flags = ["--method", method, "--video", folder / "clips", "--out", folder / "run",
@@ -138,12 +138,12 @@ def measure_motion(name, args):
     """VMC on one novel motion: 16 prompts in each of four cells."""
     folder, clip, words, looks, seconds = learn_motion(name, "vmc", args)
     prompts, seeds = prompts_of(looks, words)
-    adapter = lora.read_adapter(folder / "run" / "vmc.safetensors")
+    adapter = adapter_file.read_adapter(folder / "run" / "vmc.safetensors")
     rows, sheets = {}, []
     for tuned in (False, True):
         parts = load(args)
         if tuned:
-            lora.apply_adapters(parts, [adapter])
+            adapter_file.apply_adapters(parts, [adapter])
         inverted = invert(parts, adapter, args)
         for start in ("noise", "inverted"):
             videos = make(parts, prompts, seeds, args, inverted if start == "inverted" else None)
@@ -151,7 +151,7 @@ def measure_motion(name, args):
             sheets += list(videos[:3])
     rows["tuned, inverted"]["seconds"] = round(seconds)
     reference = world.render(clip)[0]
-    data.contact_sheet(folder / "sheet.png", [reference, *sheets])
+    media.contact_sheet(folder / "sheet.png", [reference, *sheets])
     write_gif(folder / "result.gif", [reference, *videos[:4]])
     return rows
 
@@ -165,14 +165,14 @@ def measure_methods(args):
             folder, clip, words, looks, seconds = learn_motion(name, method, args)
             prompts, seeds = prompts_of(looks, words)
             parts = load(args)
-            adapter = lora.read_adapter(folder / "run" / f"{method}.safetensors")
+            adapter = adapter_file.read_adapter(folder / "run" / f"{method}.safetensors")
             p, base = float(adapter.meta["noise_prior"]), adapter.meta["inverts"] == "base"
             before, after = ([adapter], []) if not base else ([], [adapter])
-            lora.apply_adapters(parts, before)
+            adapter_file.apply_adapters(parts, before)
             inverted = invert(parts, adapter, args) if p else None
-            lora.apply_adapters(parts, after)
+            adapter_file.apply_adapters(parts, after)
             videos = make(parts, prompts, seeds, args, inverted, p)
-            data.contact_sheet(folder / "sheet.png", [world.render(clip)[0], *videos])
+            media.contact_sheet(folder / "sheet.png", [world.render(clip)[0], *videos])
             trained = [*adapter.tensors.values(), *adapter.words.values(),
                        *(t for pair in adapter.pairs.values() for t in pair)]
             rows.append(score(videos, clip, looks) | {
@@ -187,7 +187,7 @@ def write_gif(path, videos, scale=2):
     """Videos (3, F, H, W) side by side, the first (the reference) apart from the others."""
     gap = torch.ones_like(videos[0][..., :4])
     row = torch.cat([videos[0], gap, gap, *[v for video in videos[1:] for v in (gap, video)]], -1)
-    pixels = data.to_pixels(row).repeat(scale, 1).repeat(scale, 2)
+    pixels = media.to_pixels(row).repeat(scale, 1).repeat(scale, 2)
     with data.publish(path) as part:
         imageio.imwrite(part, pixels, duration=1000 / world.FPS, loop=0)
 

@@ -301,7 +301,8 @@ CLAIMS = {
     18: Claim("q, k, v of temporal attention suffice; smoother than tuning self- and "
               "cross-attention", "VMC, Sec. 4.3", "pictures", (
                   better("agreement", Side("vmc", OWN), Side("vmc", UNTUNED)),
-                  better("jitter", "vmc, spatial q k v", "vmc", cell=OWN))),
+                  better("jitter", "vmc, spatial q k v", "vmc", cell=OWN)),
+              "Smoothness is that of the thing's path; one that hardly moves is smooth too."),
     19: Claim("The cosine is at least as good as l2, plain or weighted", "VMC, Sec. 4.3",
               "pictures", (not_worse("agreement", "vmc", "vmc, l2", cell=OWN),
                            not_worse("agreement", "vmc", "vmc, weighted l2", cell=OWN)),

@@ -29,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import eval  # noqa: E402
 import model  # noqa: E402
 from sampler import Schedule  # noqa: E402
+from support import tokenizer  # noqa: E402
 from tiny import instruments, world  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -240,7 +241,7 @@ def word_directions():
     shapes, colours = frame[: len(world.SHAPES)], frame[len(world.SHAPES) :]
     code = torch.cat([shapes - shapes.mean(0), colours - colours.mean(0)])
     code = 3 * F.normalize(code, dim=1)  # of states that are about eight long
-    return {model.words_to_ids(w)[-1]: code[i] for i, w in enumerate(words)}, frame
+    return {tokenizer.words_to_ids(w)[-1]: code[i] for i, w in enumerate(words)}, frame
 
 
 def train_clip(args):
@@ -256,7 +257,7 @@ def train_clip(args):
     head = nn.Linear(64, 5 * world.FRAMES + 8 + 6 + 5)
     both = nn.ModuleDict({"clip": clip, "head": head}).to(args.device)
     directions, frame = word_directions()
-    frame, on = frame.to(args.device), model.words_to_ids("on")[0]
+    frame, on = frame.to(args.device), tokenizer.words_to_ids("on")[0]
     layers = clip.transformer.resblocks
     if args.keep_text:
         kept = model.load_text(args.out, args.device).tower.state_dict()
@@ -296,7 +297,7 @@ def train_clip(args):
         pictures = args.keep_text or step % 3 == 0  # two steps in three are text alone, and cheap
         scenes = world.sample_scenes(BATCH["clip"] * (1 if pictures else 2), g)
         texts = world.captions(scenes, g)
-        ids = model.tokenize(texts)[:, :24].to(args.device)  # causal: the rest changes nothing
+        ids = tokenizer.tokenize(texts)[:, :24].to(args.device)  # causal: the rest changes nothing
         with autocast(args):
             states, text = read_text(ids)
         loss = 0

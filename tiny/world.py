@@ -322,11 +322,11 @@ def main():
         sheet(args.sheet)
     if args.clip:
         sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-        import data
+        from support import media
 
         g = torch.Generator().manual_seed(args.seed)
         scenes = sample_scenes(1, g, (args.motion,), speeds=False)
-        data.write_video(args.clip, render(scenes)[0], FPS)
+        media.write_video(args.clip, render(scenes)[0], FPS)
         text = caption(shape=SHAPES[scenes.shape], motion=args.motion)
         args.clip.with_suffix(".txt").write_text(text + "\n")
         print(f"{args.clip}: {captions(scenes)[0]}")

@@ -1,0 +1,285 @@
+"""Videos and pictures: read with everything that can be wrong with them, and written.
+
+    python -c "from support.media import decode; print(next(decode('clip.mp4'))[0])"
+
+Timing is the signal here, so frames are chosen by their time stamps and never by counting; no more
+than the chosen frames, at the size wanted, is ever held.
+
+Axes: C colours, F frames, H W picture. Videos are float32 in [-1, 1].
+"""
+import re
+import struct
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from support.files import BadInput, publish, say
+
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FEWEST_FRAMES = 4  # residuals and directions mean nothing below that
+MOST_PIXELS = 2**26  # of a picture, twice 8K's: a file may claim any size, and is asked before
+
+
+# ------------------------------------------------------------------------------------------------
+# In
+
+
+def natural(path):
+    """Sort key by which 2.jpg comes before 10.jpg."""
+    return [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", Path(path).name)]
+
+
+def read_video(path, frames, size, fps, start=0.0, learn=True):
+    """A clip as (3, F, H, W): `frames` frames at `fps` from `start` seconds, or as many as it has.
+
+    path: a video file, or a folder of pictures in natural order (which are taken as they are).
+    size: (H, W); the picture is scaled to cover it and cropped at the centre, never stretched.
+    learn: warn of what is bad in a clip to learn from.
+    Raises BadInput for anything that is not a clip of at least four frames.
+    """
+    path = Path(path)
+    source = read_folder(path, fps) if path.is_dir() else decode(path, start)
+    chosen, times = choose_frames(source, frames, fps, start, size)
+    if len(chosen) < FEWEST_FRAMES:
+        raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; wanted "
+                       f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher "
+                       "--fps.")
+    video = torch.stack(chosen, dim=1)
+    if not learn:
+        return video
+    if len(chosen) < frames:
+        say(f"{path} has {len(chosen)} frames at {fps:g} fps, wanted {frames}: "
+            "going on with its own length")
+    if len(set(times)) < len(times):
+        say(f"warning: {path} has fewer than {fps:g} frames a second, so frames repeat; "
+            "a lower --fps avoids that")
+    if (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
+        say(f"warning: {path} hardly moves; there is little motion to learn from it")
+    return video
+
+
+def choose_frames(source, frames, fps, start, size):
+    """The pictures (3, *size) nearest in time to start, start + 1/fps, … while the clip lasts, and
+    their times, from a source of (seconds, function that makes the picture (H, W, 3) uint8).
+    Nothing is held of what is not chosen, and nothing read after the last."""
+    wanted = start + np.arange(frames) / fps
+    chosen, times, seen = [], [], []
+
+    def take(time, make):
+        again = times and times[-1] == time
+        chosen.append(chosen[-1] if again else fit(make(), size))
+        times.append(time)
+
+    before = None
+    for now in source:
+        seen.append(now[0])
+        while len(chosen) < frames and wanted[len(chosen)] <= now[0]:
+            goal = wanted[len(chosen)]
+            take(*(before if before and goal - before[0] <= now[0] - goal else now))
+        if len(chosen) == frames:
+            return chosen, times
+        before = now
+    spacing = np.median(np.diff(seen)) if len(seen) > 1 else 1 / fps
+    while before and len(chosen) < frames and wanted[len(chosen)] < seen[-1] + 0.75 * spacing:
+        take(*before)  # the last frame, too, is shown for a while
+    return chosen, times
+
+
+def decode(path, start=0.0):
+    """Yields (seconds since the first frame, function that makes the picture) of a video file, from
+    the key frame before `start` seconds on. The pictures (H, W, 3) uint8 are upright, with square
+    pixels. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; give a video file or a folder of pictures.")
+    if path.suffix.lower() in PICTURES:
+        raise BadInput(f"{path} is one picture; a motion needs a video, or a folder of pictures.")
+    count, first, target = 0, None, None
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise BadInput(f"{path} has no picture, only sound; give a video.")
+            stream = container.streams.video[0]  # of an unknown codec, it has no size
+            judge(path, getattr(stream, "width", 0), getattr(stream, "height", 0))
+            aspect = float(stream.sample_aspect_ratio or 1)
+            rate = float(stream.average_rate or 25)
+            if start:
+                first, target = key_frame(path, start)
+            if target is not None:
+                container.seek(target, stream=stream)
+            for frame in container.decode(stream):
+                judge(path, frame.width * max(aspect, 1), frame.height * max(1 / aspect, 1))
+                first = frame.time if first is None else first
+                time = count / rate if frame.time is None else frame.time - first
+                count += 1
+                yield time, partial(upright, path, frame, aspect)
+    except BadInput:
+        raise
+    except (av.error.FFmpegError, ArithmeticError, ValueError, EOFError):
+        reason = f"broken after frame {count}" if count else "no video inside"
+        raise BadInput(f"{path} is not a video that can be read ({reason}); wanted one of "
+                       f"{', '.join(VIDEOS)}. Convert it, or save it again.") from None
+    if not count:
+        raise BadInput(f"{path} holds no frames; save it again.")
+
+
+def key_frame(path, start):
+    """A video's first time in seconds, and the stream's time stamp to seek, so as to read from the
+    last key frame before `start` seconds on; (None, None) where seeking does not lead there."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            first = next(container.decode(stream)).time
+            target = int((first + start) / stream.time_base)
+            container.seek(target, stream=stream)
+            landed = next(container.decode(stream)).time
+            return (first, target) if landed <= first + start else (None, None)
+    except (av.error.FFmpegError, ArithmeticError, AttributeError, LookupError, StopIteration,
+            TypeError, ValueError):
+        return None, None  # `decode` reads from the beginning, and tells what is wrong
+
+
+def upright(path, frame, aspect):
+    """A decoded frame as (H, W, 3) uint8, turned as the file says and with square pixels. Raises
+    BadInput for colours that cannot be converted."""
+    try:
+        picture = frame.to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, ValueError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise BadInput(f"{path} has pixels of an unknown kind ({reason}); convert it.") from None
+    if aspect != 1:
+        wide = max(1, round(picture.shape[1] * aspect)), picture.shape[0]
+        picture = np.asarray(Image.fromarray(picture).resize(wide))
+    return np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90))
+
+
+def judge(path, width, height):
+    """Raises BadInput for a picture of more pixels than any that is real, before they are asked
+    for."""
+    if width * height > MOST_PIXELS:
+        raise BadInput(f"{path} claims {width:g}×{height:g} pixels; wanted at most {MOST_PIXELS:,} "
+                       "of them. Save it smaller.")
+
+
+def find_pictures(paths):
+    """The picture files that the paths name: files, or folders of them. Raises BadInput."""
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir(), key=natural) if path.is_dir() else [path]
+        pictures = [p for p in inside if p.suffix.lower() in PICTURES]
+        if not pictures:
+            raise BadInput(f"{path} holds no pictures ({', '.join(PICTURES)}).")
+        found += pictures
+    return found
+
+
+def read_folder(path, fps):
+    """Yields (seconds, function that makes the picture) of a folder of pictures, one each 1/fps, in
+    natural order. Raises BadInput."""
+    files = find_pictures([path])
+    sizes = sorted({picture_size(p) for p in files})
+    if len(sizes) > 1:
+        examples = " and ".join(f"{w}×{h}" for w, h in sizes[:2])
+        raise BadInput(f"{path} mixes pictures of {len(sizes)} sizes, such as {examples}; "
+                       "make them one size.")
+    for i, file in enumerate(files):
+        yield i / fps, partial(read_picture, file)
+
+
+TURNED = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
+
+
+def picture_size(path):
+    """(width, height) of a picture as it is to be seen, read from its head. Raises BadInput."""
+    with open_picture(path) as image:
+        turned = image.getexif().get(0x0112) in TURNED
+        return image.size[::-1] if turned else image.size
+
+
+def read_picture(path):
+    """(H, W, 3) uint8, turned as its EXIF says. Raises BadInput."""
+    with open_picture(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@contextmanager
+def open_picture(path):
+    """A picture file, whose pixels are read later. Raises BadInput for what is wrong then, too."""
+    try:
+        with Image.open(path) as image:
+            judge(path, *image.size)
+            yield image
+    except Image.DecompressionBombError:
+        raise BadInput(f"{path} claims more than {MOST_PIXELS:,} pixels; save it smaller."
+                       ) from None
+    except BadInput:
+        raise
+    except (OSError, ValueError, SyntaxError, ArithmeticError, struct.error):
+        raise BadInput(f"{path} is not a picture that can be read; save it again.") from None
+
+
+def fit(picture, size):
+    """(H, W, 3) uint8 -> (3, *size) in [-1, 1]: scaled to cover, then cropped at the centre."""
+    H, W = size
+    h, w = picture.shape[:2]
+    scale = max(H / h, W / w)
+    h, w = max(H, round(h * scale)), max(W, round(w * scale))
+    x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
+    if x.shape[-2:] != (h, w):
+        x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)
+    top, left = (h - H) // 2, (w - W) // 2
+    return x[0, :, top : top + H, left : left + W] / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Out
+
+
+def to_pixels(video):
+    """(3, F, H, W) in [-1, 1] -> (F, H, W, 3) uint8."""
+    pixels = ((video.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(1, 2, 3, 0).numpy()
+
+
+def write_video(path, video, fps):
+    """(3, F, H, W) -> an H.264 mp4 that every player opens: yuv420p, even sides, about 256 high or
+    more (small pictures are enlarged by a whole number)."""
+    pixels = to_pixels(video)
+    scale = max(1, round(256 / pixels.shape[1]))
+    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    odd = pixels.shape[1] % 2, pixels.shape[2] % 2
+    pixels = np.pad(pixels, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), "edge")
+    with publish(path) as part, av.open(str(part), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}
+        for picture in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def every_nth(video, columns=8):
+    """At most `columns` frames of a video (3, F, H, W), evenly spaced, first and last included."""
+    count = min(columns, video.shape[1])
+    return video[:, np.linspace(0, video.shape[1] - 1, count).round().astype(int)]
+
+
+def contact_sheet(path, videos):
+    """One row a video (3, F, H, W), eight frames of each, as a PNG."""
+    rows = []
+    for video in videos:
+        frames = to_pixels(every_nth(video))
+        scale = max(1, round(96 / frames.shape[1]))
+        frames = frames.repeat(scale, 1).repeat(scale, 2)
+        rows.append(np.concatenate(list(frames), axis=1))
+    width = max(r.shape[1] for r in rows)
+    rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
+    with publish(path) as part:
+        Image.fromarray(np.concatenate(rows)).save(part)

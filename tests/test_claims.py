@@ -1,0 +1,165 @@
+"""The laboratory's registration and its judging. What it measures is not tested here."""
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train  # noqa: F401  (fills METHODS)
+from support.files import write_json
+from support.recipe import METHODS
+from tiny import claims, lab, registered
+from tiny.lab import Cell, Trial
+from tiny.registered import CLAIMS, Measure, Side, trials_of
+
+MEASURES = [(n, m) for n, claim in CLAIMS.items() for m in claim.measures]
+
+
+def settings_of(trial):
+    """{name: value} of all that a trial's method has, as these settings leave it."""
+    return METHODS[trial.method].but(*trial.settings).settings()
+
+
+def differs(a, b):
+    """The names of what two trials differ in, beside their motion and seed."""
+    if "base" in (a.method, b.method):
+        return ["method"]
+    names = {f.name for f in fields(Trial)} - {"motion", "seed", "settings", "keep"}
+    out = [name for name in names if getattr(a, name) != getattr(b, name)]
+    one, other = settings_of(a), settings_of(b)
+    if a.method != b.method:  # each has its own recipe; how long it trains must be given, and equal
+        given = ["steps=300" in t.settings for t in (a, b)]
+        return out + ["steps"] * (not all(given))
+    return out + [name for name in one if one[name] != other[name]]
+
+
+def test_every_claim_is_there():
+    assert list(CLAIMS) == list(range(1, 28))
+    assert all(claim.measures or claim.limits for claim in CLAIMS.values())
+    assert all(m.listed in claims.LISTS or m.more or m.less for _, m in MEASURES)
+
+
+@pytest.mark.parametrize("number, measure", MEASURES)
+def test_sides_differ_in_one_thing(number, measure):
+    more, less = measure.more, measure.less
+    if not (more and less):
+        return  # against a number
+    apart = differs(trials_of(more.arm)["novel:0", 1] if "posture" not in more.arm else
+                    trials_of(more.arm)["posture:0", 1],
+                    next(t for k, t in trials_of(less.arm).items() if k[1] == 1))
+    apart += [f.name for f in fields(Cell) if getattr(more.cell, f.name) !=
+              getattr(less.cell, f.name)]
+    apart += ["joins"] * (more.joins != less.joins)
+    assert len(apart) == 1 or (apart and measure.why), (number, str(measure), apart)
+    assert measure.figure in lab.FIGURES and more.equal == less.equal
+
+
+def test_the_laboratory_is_as_large_as_it_says():
+    assert len(registered.NAMED) and len(registered.RANDOM) and lab.PROMPTS == 8
+    for arm in registered.ARMS:
+        trials = trials_of(arm)
+        assert len(trials) == 16 and len({t.folder(Path()) for t in trials.values()}) == 16
+    assert not {f"novel:{i}" for i in range(100, 104)} & set(registered.MOTIONS)
+    everything = claims.plan(CLAIMS)
+    assert len(everything) <= 600
+    assert len({t.folder(Path()) for t in everything}) == len(everything)
+    for trial in everything:  # a setting that its method lacks raises here
+        if trial.method != "base":
+            settings_of(trial)
+
+
+def test_a_trial_that_differs_has_another_folder():
+    trial = Trial("vmc", "hopping")
+    others = [Trial("vmc", "hopping", 1), replace(trial, backward=True), replace(trial, keep=50),
+              replace(trial, settings=("loss=mse",)), replace(trial, looks=True),
+              replace(trial, borrows=trial), Trial("vmc", "zigzagging")]
+    assert len({t.folder(Path()) for t in (trial, *others)}) == len(others) + 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Judging
+
+
+@pytest.mark.parametrize("low, high, above, wanted", [
+    (0.01, 0.2, 0, "agrees"), (-0.01, 0.2, 0, "too close to call"), (-0.2, -0.01, 0, "disagrees"),
+    (0.0, 0.0, 0, "too close to call"),  # no difference at all is none of the paper's
+    (-0.04, 0.0, -0.05, "agrees"), (-0.2, 0.1, -0.05, "too close to call"),
+    (-0.2, -0.06, -0.05, "disagrees")])
+def test_verdict(low, high, above, wanted):
+    assert claims.verdict(low, high, above) == wanted
+
+
+def test_a_claim_agrees_only_where_all_of_it_does():
+    said = lambda *verdicts: claims.together([{"verdict": v} for v in verdicts])
+    assert said("agrees", "agrees") == "agrees"
+    assert said("agrees", "too close to call") == "too close to call"
+    assert said("agrees", "too close to call", "disagrees") == "disagrees"
+    assert said("disagrees", "not measured") == "not measured"
+
+
+def test_interval_has_the_width_that_the_runs_give():
+    values = torch.randn(16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    middle, low, high = lab.interval(values.tolist())
+    error = values.std(correction=0).item() / 4
+    assert middle == pytest.approx(values.mean().item())
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+def fill(out, arm, cell, value, leave_out=0):
+    """Write measured trials of an arm: value(run) a video, eight videos each."""
+    for run, trial in enumerate(list(trials_of(arm).values())[leave_out:]):
+        write_json_in(trial.folder(out), {cell.name: {"agreement": [value(run)] * 8}})
+
+
+def write_json_in(folder, content):
+    folder.mkdir(parents=True)
+    write_json(folder / "figures.json", content)
+
+
+def test_differences_are_paired_and_clustered_by_run(tmp_path):
+    measure = Measure("agreement", Side("vmc"), Side("vmc, l2"))
+    fill(tmp_path, "vmc", Cell(), lambda run: run + 0.5 + 0.01 * run)
+    fill(tmp_path, "vmc, l2", Cell(), lambda run: run)
+    record = claims.judge(measure, claims.Figures(tmp_path))
+    assert record["differences"] == pytest.approx([0.5 + 0.01 * run for run in range(16)])
+    # The runs differ by up to 15, but in pairs by 0.15 alone; and 128 videos are 16 runs.
+    assert 0.54 < record["low"] < record["mean"] < record["high"] < 0.61
+    assert record["high"] - record["low"] > 0.03
+    assert record["verdict"] == "agrees"
+    other = replace(measure, more=measure.less, less=measure.more)
+    assert claims.judge(other, claims.Figures(tmp_path))["verdict"] == "disagrees"
+
+
+def test_no_verdict_before_all_runs_are_measured(tmp_path):
+    measure = Measure("agreement", Side("vmc"), None)
+    fill(tmp_path, "vmc", Cell(), lambda run: 1.0, leave_out=1)
+    record = claims.judge(measure, claims.Figures(tmp_path))
+    assert (record["runs"], record["wanted"], record["verdict"]) == (15, 16, "not measured")
+
+
+def test_equal_looks_picks_the_step_nearest_to_the_level(tmp_path):
+    looks = {0: 0.2, 100: 0.8, 200: 0.55}  # the base's are 0.7, and 0.9 of that is 0.63
+    for trial in trials_of("base").values():
+        write_json_in(trial.folder(tmp_path), {Cell().name: {"all three": [0.7]}})
+    for trial in trials_of("newmove").values():
+        cells = {Cell(step=s).name: {"all three": [v]} for s, v in looks.items()}
+        write_json_in(trial.folder(tmp_path), cells)
+    side = claims.Figures(tmp_path).at_equal_looks(Side("newmove", equal=True))
+    assert side.cell.step == 200
+
+
+# ------------------------------------------------------------------------------------------------
+# End to end
+
+
+def test_quick(tmp_path):
+    command = [sys.executable, "tiny/claims.py", "--quick", "--out", str(tmp_path / "lab")]
+    for more in ([], ["--plan"]):
+        done = subprocess.run(command + more, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "left: 0 trials" in done.stdout  # what is done is skipped
+    page = (tmp_path / "lab-quick" / "claims.md").read_text()
+    assert "proves nothing" in page and "| 19 |" in page
