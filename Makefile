@@ -19,7 +19,7 @@ $(RUN)/done: $(VENV)/ready
 
 test: $(VENV)/ready-test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

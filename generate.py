@@ -64,6 +64,7 @@ def main(argv=None):
     for number, video in zip(mine, sample(s, model, clip, path, [jobs[n] for n in mine])):
         if second:  # one by one: its pictures are large
             video = refine(s.refine, second, video, *jobs[number], s.negative)
+        sets.check(out)
         media.write_video(out / names[number], video, s.fps)
         sheet[number] = media.every_nth(video)
         print(f"{out / names[number]}: {jobs[number][0]}", flush=True)

@@ -88,11 +88,15 @@ class Tuned:
 
 def read_pattern(text):
     """A pattern that a person gave, compiled. Raises BadInput, also for one that might not end in a
-    lifetime: what repeats what repeats, or repeats often."""
-    if re.search(r"[*+}][^()|]*\)+[*+{]", text) or any(
-            len(re.findall(r"[*+]", one)) > 4 for one in text.split("|")):
+    lifetime: one that repeats a group, or repeats often."""
+    # What is escaped or in a class repeats nothing; of groups their repeats alone are left.
+    bare = re.sub(r"\\.|\[[^]]*\]|(?<=\()\?(P?<\w+>|<?[:=!])?", "x", text)
+    again, inside = re.search(r"\)[*+{]", bare), 1
+    while inside:
+        bare, inside = re.subn(r"\(([^()]*)\)", lambda m: re.sub("[^*+?{]", "", m[1]), bare)
+    if again or any(len(re.findall("[*+?{]", one)) > 4 for one in bare.split("|")):
         raise BadInput(f"{text[:60]!r} repeats too much for a pattern over names; write at most "
-                       "four * or +, none of them within another.")
+                       "four of * + ? {}, none of them behind a group.")
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
@@ -367,8 +371,9 @@ def read_rates(text):
     rates = {}
     for item in filter(None, text.split(",")):
         pattern, _, factor = item.rpartition(":")
+        pattern = read_pattern(pattern).pattern
         try:
-            rates[read_pattern(pattern).pattern] = float(factor)
+            rates[pattern] = float(factor)
         except ValueError:
             factor = ""
         if not pattern or not factor or not 0 <= rates[pattern] <= 1e6:

@@ -123,7 +123,9 @@ def settle(flags, settings):
         raise BadInput("no clip to learn from; give --video clip.mp4, or a folder of pictures.")
     check_weights(flags.weights)
     recipe, clips = METHODS[flags.method], data.find_clips(flags.video)
-    kind = "pictures" if not clips else "one clip" if len(clips) == 1 else "several clips"
+    count = len(clips or data.find_pictures(flags.images))
+    kind = ("one clip" if count == 1 else "several clips") if clips else (
+        "one picture" if count == 1 else "pictures")
     lines = [BY_DATA.get((flags.method, kind), "")]
     if flags.images and clips:
         lines.append(BY_DATA.get((flags.method, "a subject"), ""))
@@ -131,7 +133,8 @@ def settle(flags, settings):
         lines.append(TINY.get(flags.method, ""))
     flags.own_lines = [line for line in lines if line]
     steps = [f"steps={flags.steps}"] if flags.steps is not None else []
-    recipe = recipe.but(*lines).ask(settings + steps)
+    plain = recipe.but(*lines)
+    recipe = plain.ask(settings + steps)
     if flags.images and (flags.method, "a subject" if clips else "pictures") not in BY_DATA:
         raise BadInput(f"{flags.method} learns nothing from pictures{'' if clips else ' alone'}; "
                        "motiondirector learns their look, newmove a subject beside a motion.")
@@ -149,6 +152,10 @@ def settle(flags, settings):
     if flags.prior not in (None, "none") and recipe.prior is None:
         raise BadInput(f"--prior: {flags.method} takes no prior clips; newmove, dreambooth and "
                        "custom-diffusion do.")
+    made = {"generated": {"prior_clips", "prior_prompt"}, "world": {"prior_clips"}}
+    for name in {"prior_clips", "prior_prompt"} - made.get(flags.prior, set()):
+        if recipe.own.get(name) != plain.own.get(name):  # as run.json has it, it does no harm
+            raise BadInput(f"{name} does nothing here: --prior {flags.prior} is not made with it.")
     flags.out = flags.out or Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
     return recipe
 
@@ -209,7 +216,7 @@ def prepare(flags, recipe):
     run.prior = priors.load(run)
     for number, clip in enumerate((*clips, *images, *run.prior)):
         # Published codes sample the VAE's posterior, and do so once.
-        g = sampler.generator(flags.seed, number, 7)
+        g = sampler.generator(flags.seed, number, 0, 7)
         clip.latents = whole.encode(clip.video[None], g)
     run.learners = lora.make_learners(recipe.parts, whole, len(clips or images), flags.seed)
     flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
@@ -446,7 +453,9 @@ BY_DATA = {
     ("motiondirector", "several clips"): "steps=500 motion.weight_decay=1e-4 "
                                          "look.weight_decay=1e-4 noise_prior=0",
     ("coupled", "several clips"): "steps=500 motion.weight_decay=1e-4 noise_prior=0",
-    ("motiondirector", "pictures"): "steps=300 motion.layers=none look.per_clip=off "
+    ("motiondirector", "one picture"): "steps=300 motion.layers=none look.per_clip=off "
+                                       "look.weight_decay=1e-4 noise_prior=0",
+    ("motiondirector", "pictures"): "steps=1000 motion.layers=none look.per_clip=off "
                                     "look.weight_decay=1e-4 noise_prior=0",
     ("newmove", "one clip"): "steps=1000",  # its supplement, Sec. 3
     ("newmove", "a subject"): "steps=6000 subject.layers=spatial subject_word.vectors=1",

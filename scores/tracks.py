@@ -128,6 +128,8 @@ def motion_fidelity(source, made, still=0.05):
 def read_tracks(path, frames):
     """Another program's tracks, a .npy of (P, F, 2) pixels. Raises BadInput."""
     try:
+        if not path.is_file():
+            raise ValueError("for a pipe one would wait")
         tracks = torch.from_numpy(np.load(path, allow_pickle=False)).float()
         P, last, two = tracks.shape
     except (OSError, ValueError, TypeError, EOFError):

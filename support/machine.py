@@ -189,7 +189,7 @@ class Stop:
         if self.caught and "WORLD_SIZE" not in os.environ:  # torchrun passes signals on twice
             os._exit(128 + number)
         self.signal = self.caught = number
-        say("\nstopping after this step; once more to stop at once")
+        say_at_once("\nstopping after this step; once more to stop at once")
 
     def agree(self, device):
         """Before a step: if one process was asked to stop, all were."""
@@ -198,6 +198,14 @@ class Stop:
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
             self.signal = asked.item() or None
         return self.signal
+
+
+def say_at_once(text):
+    """`say` for what a signal interrupts, which may be writing to the same stream."""
+    try:
+        say(text)
+    except RuntimeError:  # Python lets no one into a stream twice
+        os.write(2, f"{text}\n".encode())
 
 
 class Pipe:
@@ -226,7 +234,7 @@ class Pipe:
 
 def leave(number, frame):
     """What a signal does while there is nothing to save: one line, and the end."""
-    say("stopped")
+    say_at_once("stopped")
     raise SystemExit(128 + number)
 
 
@@ -260,6 +268,8 @@ def mistake(error):
     text = str(error)
     if isinstance(error, BadInput):
         return text
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):  # of Path.resolve
+        return f"{text}: a link that leads nowhere; give the file itself."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
             isinstance(error, RuntimeError) and re.search(MEMORY, text)):
         return ("out of memory at the size printed above. Try, in this order: --checkpointing on "

@@ -212,6 +212,8 @@ def read_picture(path):
 @contextmanager
 def open_picture(path):
     """A picture file, whose pixels are read later. Raises BadInput for what is wrong then, too."""
+    if not Path(path).is_file():  # a pipe, say, for which one would wait
+        raise BadInput(f"{path} is not a file; give a picture.")
     try:
         with Image.open(path) as image:
             judge(path, *image.size)

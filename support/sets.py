@@ -45,6 +45,12 @@ def begin(out, overwrite, settings):
         return folder
 
 
+def check(folder):
+    """Raises BadInput where a set was deleted or moved while it was made."""
+    if not (folder / "settings.json").is_file():
+        raise BadInput(f"{folder} was deleted or moved while its videos were made; run it again.")
+
+
 def remove(folder):
     """Remove the videos that the folder's settings.json lists, its sheet, and at last itself."""
     settings = folder / "settings.json"

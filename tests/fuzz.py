@@ -10,6 +10,8 @@ Every case is a copy of this process, which has imported torch once, and works o
 that a very small model made: fuzz_stock.py has these, and the ways to spoil them.
 """
 import argparse
+import contextlib
+import gc
 import os
 import random
 import resource
@@ -36,7 +38,8 @@ from support.files import PART  # noqa: E402
 
 LIMIT = 30  # seconds, after which a case is asked to stop, and, where it does not, hangs
 MEMORY = 6 * 2**30  # bytes that a case may ask for
-RESUME = ["--prompt", "a thing hopping", "--steps", 3, "--resume"]  # of the run in the stock
+LEARNED = ["--prompt", "a thing hopping", "sampling_steps=2"]  # the run in the stock
+RESUME = [*LEARNED, "--steps", 3, "--resume"]
 SHORT = "--steps 1 --frames 4 --preview-every 0 --preview-steps 2 --device cpu --out out".split()
 QUICK = "--steps 1 --frames 4 --device cpu --out out".split()
 SCORE = "--size 32 --frames 4 --device cpu --no-world --out out".split()
@@ -264,10 +267,11 @@ def run(case):
         act(case)
     code = wait(pid)
     said = (case.folder / "err").read_bytes().decode("utf-8", "replace").strip()
-    outcomes = [judge(case, code, said)]
+    outcomes = [judge(code, said, case.must)]
     after = files_of(case.folder)
+    mine = "out", "err", *[os.path.normpath(a) for a in case.argv if a and a[0] != "-"]
     strange = [name for name in after.keys() | before.keys() if PART in name
-               or after.get(name) != before.get(name) and not name.startswith(("out", "err"))]
+               or after.get(name) != before.get(name) and not name.startswith(mine)]
     if strange:
         outcomes.append("stray")
         said += f" (stray: {strange[0]})"
@@ -320,8 +324,8 @@ def files_of(folder):
     return found
 
 
-def judge(case, code, said):
-    """A case's outcome, by its exit code and what it said."""
+def judge(code, said, must):
+    """A case's outcome, by its exit code, what it said, and what it must do."""
     lines = said.splitlines() or [""]
     if code == -signal.SIGKILL:
         return "hang"
@@ -332,9 +336,9 @@ def judge(case, code, said):
     if code == 2:
         if not lines[-1].startswith("error: ") or said.count("error: ") > 1:
             return "lines"
-        return "lost" if case.must == "work" else "refused"
+        return "lost" if must == "work" else "refused"
     if code == 0:
-        return "nonsense" if case.must == "refuse" else "worked"
+        return "nonsense" if must == "refuse" else "worked"
     return "long" if code == 128 + signal.SIGTERM else "exit"
 
 
@@ -346,7 +350,7 @@ def make_stock(place):
     """Fill a folder with what the cases spoil."""
     for make in (stock.make_weights, stock.make_clips, stock.make_foreign):
         make(place)
-    stock.use(place)
+    stock.use(place / "weights")
     clip, out = place / "clips/hop.mp4", place / "adapters"
     hop = ["--video", clip, *SHORT]
     for method, more in (("vmc", ()), ("motiondirector", ()),
@@ -356,7 +360,7 @@ def make_stock(place):
             out.mkdir(exist_ok=True)
             shutil.copy(file, out)
         shutil.rmtree(place / "out")
-    command(place, train.main, *hop, "--steps", 2, "--prompt", "a thing hopping")
+    command(place, train.main, *hop, "--steps", 2, *LEARNED)
     os.rename(place / "out", place / "run")
     (place / "prompts.txt").write_text("a red star\na blue ring\n")
     command(place, generate.main, "--adapter", "run/vmc.safetensors", "--prompts", "prompts.txt",
@@ -381,11 +385,20 @@ def command(place, main, *argv):
         raise RuntimeError(f"{argv}: {(place / 'err').read_text()}")
 
 
-def warm_up():
-    """Make once, for all copies of this process, what takes long to make and is always the same."""
+@contextlib.contextmanager
+def stocked(place):
+    """The stock is in a folder, the very small model stands for the tiny one, and what takes long
+    to make and is always the same is made once for all copies of this process."""
+    tiny, made = generate.TINY, scores.clip.tiny_clip
+    make_stock(place)
     tokenizer.words_to_ids("a star")
-    clip = scores.clip.tiny_clip()
+    clip = made()
     scores.clip.tiny_clip = lambda device="cpu": clip
+    gc.freeze()  # a collection in a copy would write to every page that it shares
+    yield
+    gc.unfreeze()
+    stock.use(tiny)
+    scores.clip.tiny_clip = made
 
 
 def attempt(place, kind, number, seed, keep=None):
@@ -431,11 +444,10 @@ def main():
     args = parser.parse_args()
     kinds = [args.kind] if args.kind else [kind for kind in KINDS if kind != "fine"]
     plan = [(kinds[i % len(kinds)], i // len(kinds)) for i in range(args.cases)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         place = Path(folder) / "stock"
         place.mkdir()
-        make_stock(place)
-        warm_up()
+        stack.enter_context(stocked(place))
         stock.FINE.extend(stock.real_clips(args.clips))
         if args.number is not None:
             case, outcomes, said = attempt(place, args.kind, args.number, args.seed,

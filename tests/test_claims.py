@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import train  # noqa: F401  (fills METHODS)
 from support.files import write_json
 from support.recipe import METHODS
-from tiny import claims, lab, registered
+from tiny import claims, instruments, judging, lab, registered, world
 from tiny.lab import Cell, Trial
 from tiny.registered import CLAIMS, Measure, Side, trials_of
 
@@ -31,7 +32,7 @@ def differs(a, b):
     out = [name for name in names if getattr(a, name) != getattr(b, name)]
     one, other = settings_of(a), settings_of(b)
     if a.method != b.method:  # each has its own recipe; how long it trains must be given, and equal
-        given = ["steps=300" in t.settings for t in (a, b)]
+        given = [registered.LONG[0] in t.settings for t in (a, b)]
         return out + ["steps"] * (not all(given))
     return out + [name for name in one if one[name] != other[name]]
 
@@ -39,7 +40,7 @@ def differs(a, b):
 def test_every_claim_is_there():
     assert list(CLAIMS) == list(range(1, 28))
     assert all(claim.measures or claim.limits for claim in CLAIMS.values())
-    assert all(m.listed in claims.LISTS or m.more or m.less for _, m in MEASURES)
+    assert all(m.listed in judging.LISTS or m.more or m.less for _, m in MEASURES)
 
 
 @pytest.mark.parametrize("number, measure", MEASURES)
@@ -71,6 +72,11 @@ def test_the_laboratory_is_as_large_as_it_says():
             settings_of(trial)
 
 
+def test_the_page_says_what_is_registered():
+    page = (ROOT / "docs" / "claims.md").read_text()
+    assert registered.preamble() in page and all(str(m) in page for _, m in MEASURES)
+
+
 def test_a_trial_that_differs_has_another_folder():
     trial = Trial("vmc", "hopping")
     others = [Trial("vmc", "hopping", 1), replace(trial, backward=True), replace(trial, keep=50),
@@ -89,11 +95,11 @@ def test_a_trial_that_differs_has_another_folder():
     (-0.04, 0.0, -0.05, "agrees"), (-0.2, 0.1, -0.05, "too close to call"),
     (-0.2, -0.06, -0.05, "disagrees")])
 def test_verdict(low, high, above, wanted):
-    assert claims.verdict(low, high, above) == wanted
+    assert judging.verdict(low, high, above) == wanted
 
 
 def test_a_claim_agrees_only_where_all_of_it_does():
-    said = lambda *verdicts: claims.together([{"verdict": v} for v in verdicts])
+    said = lambda *verdicts: judging.together([{"verdict": v} for v in verdicts])
     assert said("agrees", "agrees") == "agrees"
     assert said("agrees", "too close to call") == "too close to call"
     assert said("agrees", "too close to call", "disagrees") == "disagrees"
@@ -123,32 +129,83 @@ def test_differences_are_paired_and_clustered_by_run(tmp_path):
     measure = Measure("agreement", Side("vmc"), Side("vmc, l2"))
     fill(tmp_path, "vmc", Cell(), lambda run: run + 0.5 + 0.01 * run)
     fill(tmp_path, "vmc, l2", Cell(), lambda run: run)
-    record = claims.judge(measure, claims.Figures(tmp_path))
+    record = judging.judge(measure, judging.Figures(tmp_path))
     assert record["differences"] == pytest.approx([0.5 + 0.01 * run for run in range(16)])
     # The runs differ by up to 15, but in pairs by 0.15 alone; and 128 videos are 16 runs.
     assert 0.54 < record["low"] < record["mean"] < record["high"] < 0.61
     assert record["high"] - record["low"] > 0.03
     assert record["verdict"] == "agrees"
     other = replace(measure, more=measure.less, less=measure.more)
-    assert claims.judge(other, claims.Figures(tmp_path))["verdict"] == "disagrees"
+    assert judging.judge(other, judging.Figures(tmp_path))["verdict"] == "disagrees"
 
 
 def test_no_verdict_before_all_runs_are_measured(tmp_path):
     measure = Measure("agreement", Side("vmc"), None)
     fill(tmp_path, "vmc", Cell(), lambda run: 1.0, leave_out=1)
-    record = claims.judge(measure, claims.Figures(tmp_path))
+    record = judging.judge(measure, judging.Figures(tmp_path))
     assert (record["runs"], record["wanted"], record["verdict"]) == (15, 16, "not measured")
 
 
 def test_equal_looks_picks_the_step_nearest_to_the_level(tmp_path):
-    looks = {0: 0.2, 100: 0.8, 200: 0.55}  # the base's are 0.7, and 0.9 of that is 0.63
+    looks = {50: 0.9, 100: 0.8, 150: 0.55, 0: 0.2}  # the base's are 0.7, and 0.9 of that is 0.63
     for trial in trials_of("base").values():
         write_json_in(trial.folder(tmp_path), {Cell().name: {"all three": [0.7]}})
     for trial in trials_of("newmove").values():
         cells = {Cell(step=s).name: {"all three": [v]} for s, v in looks.items()}
         write_json_in(trial.folder(tmp_path), cells)
-    side = claims.Figures(tmp_path).at_equal_looks(Side("newmove", equal=True))
-    assert side.cell.step == 200
+    side = judging.Figures(tmp_path).at_equal_looks(Side("newmove", equal=True))
+    assert side.cell.step == 150
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(trial, scenes, looks):
+    """{figure: mean} of clips that the world draws."""
+    video = world.render(scenes)
+    video = video.flip(2) if trial.backward else video
+    return {k: sum(v) / len(v) for k, v in lab.score(video, trial, looks).items()}
+
+
+def test_score_knows_a_perfect_transfer_and_a_perfect_copy():
+    trial = Trial("vmc", "posture:1", clips=3)
+    scenes, looks = lab.scenes_of(trial)
+    course = scenes.course[:1].expand(len(looks), -1, -1)
+    perfect = read(trial, world.on_course(looks, course), looks)
+    assert perfect["agreement"] > 0.95 and perfect["all three"] == 1 and perfect["posture"] > 0.8
+    assert perfect["copy"] == perfect["leak"] == perfect["pan"] == 0
+    same = scenes[torch.zeros(len(looks), dtype=torch.long)]
+    copied = read(trial, same, looks)
+    assert copied["agreement"] > 0.95 and copied["all three"] == 0
+    assert copied["copy"] == copied["leak"] == 1 and copied["diversity"] == 0
+
+
+def test_score_reads_a_motion_backward():
+    trial = Trial("vmc", "novel:1", backward=True)
+    scenes, looks = lab.scenes_of(trial)
+    same = scenes[torch.zeros(2, dtype=torch.long)]
+    assert read(trial, same, looks[torch.arange(2)])["agreement"] > 0.95
+    forth = read(replace(trial, backward=False), same, looks[torch.arange(2)])
+    assert forth["agreement"] > 0.95 and forth["backward"] < 0
+
+
+def test_pans_and_jitter():
+    g = torch.Generator().manual_seed(1)
+    pans = world.scenes_of("standing still while the camera pans", 2, g)
+    stands = world.scenes_of("standing still", 2, g)
+    for scenes, wanted in ((pans, True), (stands, False)):
+        video = world.render(scenes)
+        reading = instruments.read(video)
+        assert lab.pans(video, reading).tolist() == [wanted] * 2
+        assert lab.jitter(reading).max() < 1
+
+
+def test_whole_frames_are_patches_of_all(monkeypatch):
+    video = torch.rand(3, 4, 16, 16)
+    monkeypatch.setattr(data, "PATCH", (1.0, 1.0))
+    got = data.crop(video, torch.Generator().manual_seed(0))
+    assert any(torch.allclose(got[:, 0], video[:, f], atol=1e-5) for f in range(4))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -162,4 +219,4 @@ def test_quick(tmp_path):
         assert done.returncode == 0, done.stderr
     assert "left: 0 trials" in done.stdout  # what is done is skipped
     page = (tmp_path / "lab-quick" / "claims.md").read_text()
-    assert "proves nothing" in page and "| 19 |" in page
+    assert "proves nothing" in page and "| 21 |" in page

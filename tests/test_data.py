@@ -71,7 +71,8 @@ def test_a_late_start_seeks_to_the_same_frames(name, codec, tmp_path, monkeypatc
 def test_memory_holds_the_chosen_frames_and_no_more(tmp_path):
     """10 s of 960×540, 190 MB as pictures, from the beginning and from the eighth second on."""
     clip = counting_clip(tmp_path / "c.mp4", 120, 12, (540, 960))
-    script = ("import data, re; from pathlib import Path; peak = lambda: int(re.search("
+    script = ("from support import media; import re; from pathlib import Path\n"
+              "peak = lambda: int(re.search("
               "r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
               f"read = lambda start: media.read_video({str(clip)!r}, 8, (64, 64), 4, start)\n"
               "before = peak(); read(0); read(8); print(peak() - before)")

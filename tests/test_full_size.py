@@ -1,18 +1,27 @@
 """ZeroScope's real shape, with random weights, through the same scripts. Slow, and large: about
 14 GB of memory and 6 GB of disk, and several minutes on two cores. Run with -m slow."""
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 from test_model import FULL_TEXT, FULL_UNET
-from test_train import run
 
 import model
 from support import hub, media
 
 pytestmark = pytest.mark.slow
+
+
+def run(script, *flags):
+    """A command that ends well; what it printed."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def random_state(module):

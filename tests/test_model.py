@@ -1,4 +1,5 @@
 """model.py against diffusers and transformers: the same names, shapes and numbers."""
+import copy
 import json
 import math
 import shutil
@@ -172,6 +173,17 @@ def test_without_temporal_layers_frames_do_not_meet(unets):
         alone = ours(x[:, :, [1]], 10, text, temporal=False)
         assert relative(whole[:, :, [1]], alone) <= 1e-12
         assert relative(whole, ours(x, 10, text)) > 1e-3
+
+
+def test_the_tiny_unet_is_diffusers_own_graph(tiny):
+    """The folder opens in other programs, with equal outputs."""
+    theirs = diffusers.UNet3DConditionModel.from_pretrained(TINY / "unet").double().eval()
+    ours = copy.deepcopy(tiny.unet).double()
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 8, 16, 8, 8, generator=g).double()
+    text = torch.randn(1, 77, 64, generator=g).double()
+    with torch.no_grad():
+        assert relative(ours(x, 500, text), theirs(x, 500, text).sample) <= 1e-10
 
 
 def test_vae_equals_diffusers():

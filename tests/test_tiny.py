@@ -4,9 +4,9 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-import generate
-import model
-from tiny import instruments, measure, world
+import sampler
+from support import hub
+from tiny import instruments, lab, world
 
 
 def scenes(n, motions=world.MOTIONS, seed=11):
@@ -25,15 +25,56 @@ def test_the_same_seed_is_the_same_clip():
     assert a.shape == (3, 3, 16, 64, 64) and a.min() >= -1 and a.max() <= 1
 
 
-@pytest.mark.parametrize("name", world.NOVEL)
+@pytest.mark.parametrize("name", (*world.NOVEL, "novel:3"))
 def test_methods_are_measured_on_looks_that_all_differ(name):
-    g = torch.Generator().manual_seed(world.MOTIONS.index(name))
-    clip = world.sample_scenes(1, g, (name,), speeds=False)
-    looks = measure.other_looks(clip, 16, g)
-    prompts, seeds = measure.prompts_of(looks, name)
-    assert len(set(prompts)) == len(set(seeds)) == 16
-    for field in measure.LOOK:
-        assert not (getattr(looks, field) == getattr(clip, field)).any()
+    clips, looks = lab.scenes_of(lab.Trial("vmc", name))
+    prompts = [lab.describe(looks, i, "moving") for i in range(lab.PROMPTS)]
+    assert len(set(prompts)) == len(looks) == lab.PROMPTS
+    for field in lab.LOOK:
+        assert not (getattr(looks, field) == getattr(clips, field)).any()
+
+
+def test_unnamed_motions_join_the_named_and_change_nothing_else():
+    draw = lambda share: world.sample_scenes(200, torch.Generator().manual_seed(3), unnamed=share)
+    named, mixed = draw(0.0), draw(0.5)
+    free = mixed.motion == world.UNNAMED
+    assert 70 < free.sum() < 130
+    for field in ("colour", "shape", "background", "radius"):
+        assert torch.equal(getattr(named, field), getattr(mixed, field))
+    assert torch.equal(named.motion[~free], mixed.motion[~free])
+    path = world.trajectory(mixed[free])
+    assert path.x.std() > 6 and path.size.std() > 0.05 and path.angle.std() > 0.1
+    texts = world.captions(mixed[free], torch.Generator().manual_seed(0))
+    assert {words for words in world.UNNAMED_WORDS for t in texts if f"{words} on" in t} == {
+        *world.UNNAMED_WORDS}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_novel_motion_is_none_of_the_named_and_can_be_read(seed):
+    g = torch.Generator().manual_seed(0)
+    s, other = (world.scenes_of(f"novel:{seed + i}", 6, g) for i in range(2))
+    path = world.trajectory(s)
+    assert world.explained(torch.stack([path.x[0], path.y[0]])) <= 0.5
+    one = world.trajectory(s[:1])
+    agreed = instruments.agreement(instruments.read(world.render(s)), one)
+    assert agreed.min() > 0.9
+    assert instruments.agreement(instruments.read(world.render(other)), one).max() < 0.9
+
+
+def test_a_posture_belongs_to_its_motion():
+    s = world.scenes_of("posture:3", 2, torch.Generator().manual_seed(0))
+    path = world.trajectory(s)
+    for values in (path.angle, path.width):
+        assert values[0].std() > 0.05
+        assert torch.allclose(values[0] - values[0, 0], values[1] - values[1, 0], atol=1e-5)
+
+
+def test_looks_are_read_frame_by_frame():
+    s = scenes(40, world.BASE)
+    video = world.render(s)
+    assert instruments.steadiness(s, instruments.read(video)).mean() > 0.97
+    video[:, :, 8:] = world.render(s.but(colour=(s.colour + 1) % 8))[:, :, 8:]
+    assert 0.4 < instruments.steadiness(s, instruments.read(video)).mean() < 0.6
 
 
 def test_captions_say_what_is_drawn_and_leave_parts_out():
@@ -135,7 +176,7 @@ def test_the_tiny_model_draws_what_is_asked(tiny):
     from sampler import noise_like_shape
 
     noise = noise_like_shape((8, 16, 8, 8), list(range(8)))
-    videos = generate.sample(tiny, world.captions(s), noise, list(range(8)), steps=20, guidance=4)
+    videos = sampler.sample(tiny, world.captions(s), noise, list(range(8)), steps=20, guidance=4)
     right = instruments.accuracy(s, instruments.read(videos))
     print("on eight prompts:", right)
     assert right["colour"] >= 0.6 and right["background"] >= 0.85 and right["motion"] >= 0.5
@@ -145,4 +186,4 @@ def test_the_tiny_clip_has_no_part_twice():
     text = load_file(TINY / "text_encoder" / "model.safetensors")
     rest = load_file(TINY / "clip" / "model.safetensors")
     assert not any("token_embedding" in n for n in rest)
-    assert set(model.text_from_hub(text)).isdisjoint(rest)
+    assert set(hub.text_from_hub(text)).isdisjoint(rest)

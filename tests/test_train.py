@@ -487,6 +487,8 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--video VIDEO motion.layers=nothing", "known sets"),
     ("--video VIDEO motion.layers=(", "no pattern"),
     ("--video VIDEO motion.layers=(.*)*x", "repeats too much"),
+    ("--video VIDEO motion.layers=(.|.)*x", "repeats too much"),
+    ("--video VIDEO motion.rates=.?.?.?.?.?x:2", "repeats too much"),
     ("--video VIDEO motion.layers=none", "nothing learns"),
     ("--video VIDEO motion.rank=2 motion.layers=.*norm.*", "no linear layer"),
     ("--video VIDEO motion.rates=nowhere:2", "no layer that learns has nowhere"),

@@ -36,6 +36,8 @@ class Reading:
     y: torch.Tensor
     size: torch.Tensor  # the root of the covered area, pixels
     found: torch.Tensor  # whether a frame shows a thing
+    colours: torch.Tensor  # colour and shape of each frame alone, -1 for none: do looks hold still?
+    shapes: torch.Tensor
 
 
 def to_background(pixels):
@@ -71,16 +73,23 @@ def read_background(pixels):
 
 
 def read_colour(pixels, distance):
-    """Index (B,) of the colour that most of the clip's foreground is nearest to, and whether it is
-    near enough. distance (B, F, H, W) is that to the background."""
-    weight = (distance - 0.22).clamp(min=0) ** 2
-    to = torch.cdist(pixels.flatten(1, 3), COLOURS.expand(len(pixels), -1, -1))  # (B, F·H·W, 8)
-    nearest, which = to.min(-1)
-    votes = torch.zeros(len(pixels), len(COLOURS)).scatter_add_(1, which, weight.flatten(1))
-    best = votes.argmax(-1)
-    total = weight.flatten(1).sum(1).clamp(min=1e-9)
-    off = (nearest * weight.flatten(1)).sum(1) / total
-    return torch.where((votes.amax(-1) / total > 0.5) & (off < 0.3), best, -1), best
+    """Index (B,) of the colour that most of the clip's foreground is nearest to, or -1 where it is
+    not near enough; the index without the -1; and that of each frame, (B, F). distance
+    (B, F, H, W) is that to the background."""
+    B, frames = distance.shape[:2]
+    weight = ((distance - 0.22).clamp(min=0) ** 2).flatten(2)  # (B, F, H·W)
+    to = torch.cdist(pixels.flatten(1, 3), COLOURS.expand(B, -1, -1))  # (B, F·H·W, 8)
+    nearest, which = (t.view(weight.shape) for t in to.min(-1))
+    votes = torch.zeros(B, frames, len(COLOURS)).scatter_add_(2, which, weight)
+    total, off = weight.sum(2), (nearest * weight).sum(2)
+
+    def decide(votes, total, off):
+        sure = (votes.amax(-1) > 0.5 * total) & (off < 0.3 * total.clamp(min=1e-9))
+        return torch.where(sure, votes.argmax(-1), -1)
+
+    whole = votes.sum(1)
+    colour = decide(whole, total.sum(1), off.sum(1))
+    return colour, whole.argmax(-1), decide(votes, total, off)
 
 
 def largest_blob(mask):
@@ -225,7 +234,7 @@ def read(video):
     B, _, frames, H, W = video.shape
     pixels = ((video.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
     background, nearest, distance = read_background(pixels)
-    colour, own = read_colour(pixels, distance)
+    colour, own, colours = read_colour(pixels, distance)
     reference = to_background(COLOURS)[own, nearest]  # (B,): how far the thing's colour stands off
     cover = (distance / reference[:, None, None, None]).clamp(0, 1).flatten(0, 1)  # (B·F, H, W)
     cover = cover * F.max_pool2d(largest_blob(cover > 0.5)[:, None].float(), 3, 1, 1)[:, 0]
@@ -250,8 +259,11 @@ def read(video):
     turned = torch.where(world.is_shape(shape, *world.ROUND), 0.0, total_turn(held(angle), shape))
     motion = read_motion(x, y, size, turned, thin.amin(1), shift)
     seen = found.sum(1) >= frames * 7 // 8
+    own_quality, own_shape = score.max(2)
+    shapes = torch.where(own_quality > 0.6, own_shape, -1)
     return Reading(torch.where(seen, colour, -1), torch.where(seen & (quality > 0.7), shape, -1),
-                   background, torch.where(seen, motion, -1), x, y, size, found)
+                   background, torch.where(seen, motion, -1), x, y, size, found,
+                   torch.where(found, colours, -1), shapes)
 
 
 def agreement(reading, path):
@@ -271,6 +283,12 @@ def agreement(reading, path):
     return torch.where(reading.found.sum(1) * 8 >= frames * 7, torch.stack(scores).mean(0), 0.0)
 
 
+def steadiness(scenes, reading):
+    """Share of frames (B,) whose colour and shape are both read as they were drawn."""
+    right = reading.colours == scenes.colour[:, None]
+    return (right & (reading.shapes == scenes.shape[:, None])).float().mean(1)
+
+
 def accuracy(scenes, reading):
     """Share of clips (a dict of floats) in which each thing was read as it was drawn."""
     names = ("colour", "shape", "background", "motion")
@@ -283,7 +301,7 @@ def main():
     parser.add_argument("--clips", type=int, default=400, help="rendered clips to read")
     parser.add_argument("--vae", action="store_true", help="pass them through the tiny VAE first")
     args = parser.parse_args()
-    g, total, wrong = torch.Generator().manual_seed(7), {}, []
+    g, total, wrong, steady = torch.Generator().manual_seed(7), {}, [], 0.0
     vae = None
     if args.vae:
         import model
@@ -295,12 +313,13 @@ def main():
             with torch.no_grad():
                 video = vae.decode_video(vae.encode_video(video))
         reading = read(video)
+        steady += steadiness(scenes, reading).mean().item() * 40 / args.clips
         for name, share in accuracy(scenes, reading).items():
             total[name] = total.get(name, 0) + share * 40 / args.clips
             for i in (getattr(scenes, name) != getattr(reading, name)).nonzero()[:, 0].tolist():
                 wrong.append((start + i, name, world.captions(scenes[i : i + 1])[0],
                               getattr(reading, name)[i].item()))
-    print({n: round(v, 4) for n, v in total.items()})
+    print({n: round(v, 4) for n, v in total.items()}, "frames", round(steady, 4))
     for w in wrong[:30]:
         print("  wrong:", *w)
 

@@ -181,8 +181,8 @@ def learn(trial, out):
     if trial.borrows:
         learn(trial.borrows, out)
     folder.mkdir(parents=True, exist_ok=True)
-    flags, patch = flags_of(trial, folder, out), data.PATCH
-    started = time.time()
+    flags, patch, started = flags_of(trial, folder, out), data.PATCH, time.time()
+    caught = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         data.PATCH = trial.patch
         with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
@@ -191,8 +191,8 @@ def learn(trial, out):
                         "--out", str(folder / "run"), *flags, *trial.settings])
     finally:  # the handlers that train.py sets would stop no sampling
         data.PATCH = patch
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for s, handler in caught.items():
+            signal.signal(s, handler)
     (folder / "run" / "state.pt").unlink()  # large, and the run is at its end
     write_json(folder / "seconds.json", {"seconds": round(time.time() - started)})
 

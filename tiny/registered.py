@@ -24,8 +24,10 @@ LEVEL = 0.9  # of the base's looks: where methods are compared at an equal appea
 # ------------------------------------------------------------------------------------------------
 # The arms: each is trained on every motion with both seeds
 
+STEPS, KEEP = 200, 50  # of all that learns from ten clips; adapters are kept every KEEP of them
+LONG = (f"steps={STEPS}",)
+PRIOR = (*LONG, "prior_clips=16")
 NEWMOVE = dict(method="newmove", clips=10)
-PRIOR = ("steps=300", "prior_clips=16")
 ABSORBED = dict(method="customize-a-video", settings=("steps=300", "first=100"), keep=50)
 SPATIAL_QKV = r"motion.layers=.*\.attentions\..*attn[12]\.to_[qkv]\.weight"
 
@@ -42,7 +44,7 @@ def absorbed(*settings, **more):
 
 ARMS = {
     "base": dict(method="base"),
-    "newmove": newmove(keep=100),
+    "newmove": newmove(keep=KEEP),
     "newmove, no temporal layers": newmove("motion.layers=cross-attention-kv"),
     "newmove, temporal layers alone": newmove("motion.layers=temporal"),
     "newmove, all layers": newmove("motion.layers=all"),
@@ -54,17 +56,17 @@ ARMS = {
     "newmove, no prior": newmove(prior="none"),
     "newmove, LoRA": newmove("motion.rank=32", "motion.lr=3e-3"),
     "newmove, one clip": newmove(clips=1),
-    "dreambooth": dict(method="dreambooth", clips=10, settings=PRIOR, keep=100),
-    "tune-a-video": dict(method="tune-a-video", clips=10, settings=("steps=300",), keep=100),
-    "custom-diffusion": dict(method="custom-diffusion", clips=10, settings=PRIOR, keep=100),
-    "textual-inversion": dict(method="textual-inversion", clips=10, settings=("steps=300",),
-                              keep=100),
-    "motiondirector": dict(method="motiondirector", clips=10, settings=("steps=300",), keep=100),
+    "dreambooth": dict(method="dreambooth", clips=10, settings=PRIOR, keep=KEEP),
+    "tune-a-video": dict(method="tune-a-video", clips=10, settings=LONG, keep=KEEP),
+    "custom-diffusion": dict(method="custom-diffusion", clips=10, settings=PRIOR, keep=KEEP),
+    "textual-inversion": dict(method="textual-inversion", clips=10, settings=LONG,
+                              keep=KEEP),
+    "motiondirector": dict(method="motiondirector", clips=10, settings=LONG, keep=KEEP),
     "motiondirector, β 0": dict(method="motiondirector", clips=10,
-                                settings=("steps=300", "beta=0")),
+                                settings=(*LONG, "beta=0")),
     "motiondirector, β 2": dict(method="motiondirector", clips=10,
-                                settings=("steps=300", "beta=2")),
-    "coupled": dict(method="coupled", clips=10, settings=("steps=300",)),
+                                settings=(*LONG, "beta=2")),
+    "coupled": dict(method="coupled", clips=10, settings=LONG),
     "motiondirector, one clip": dict(method="motiondirector"),
     "vmc": dict(method="vmc"),
     "vmc, spatial q k v": dict(method="vmc", settings=(SPATIAL_QKV,)),
@@ -162,6 +164,8 @@ class Measure:
     def __str__(self):
         if self.listed:
             return f"{self.listed} > {self.above:g}"
+        if self.more is None:
+            return f"{self.figure}: [{self.less}] < {-self.above:g}"
         sides = " − ".join(f"[{side}]" if side else "0" for side in (self.more, self.less))
         return f"{self.figure}: {sides.removesuffix(' − 0')} > {self.above:g}"
 
@@ -262,9 +266,9 @@ CLAIMS = {
              "CLIP's score is replaced by the looks read off the videos."),
     10: Claim("Accuracy and copying rise, and appearance falls, with steps",
               "NewMove, supplement 4", "a figure", (
-                  better("agreement", NM, Side(NM, Cell(step=100))),
-                  better("copy", NM, Side(NM, Cell(step=100))),
-                  better("all three", Side(NM, Cell(step=100)), NM))),
+                  better("agreement", NM, Side(NM, Cell(step=KEEP))),
+                  better("copy", NM, Side(NM, Cell(step=KEEP))),
+                  better("all three", Side(NM, Cell(step=KEEP)), NM))),
     11: Claim("One clip is enough to generalise to other looks", "NewMove, supplement 3",
               "a figure", (
                   better("agreement", f"{NM}, one clip", "base"),
@@ -334,7 +338,7 @@ CLAIMS = {
                               why=LATE) for figure in ("all three", "agreement")),
               "There are no third-party models of this world: MotionDirector's look serves."),
     26: Claim("Simple motions converge in fewer steps", "Customize-A-Video, Fig. 4", "pictures", (
-        Measure("agreement", listed=HALF),)),
+        Measure("", listed=HALF),)),
     27: Claim("Several customized motions can act together", "Customize-A-Video, applications",
               "pictures", (
                   better("agreement", Side(CAV, joins="a camera that pans"), "base",
@@ -366,7 +370,7 @@ Registered before the first result. Motions: {", ".join(MOTIONS)}; for posture
 sampled in {lab.STEPS} steps at guidance {lab.GUIDANCE:g}, from noise unless a side says “its own
 start”, with the same noise on both sides; prompts differ from the clip in colour, shape and
 background. Sides differ in one setting, or it is said why in more. “No worse than” has a margin of
-{MARGIN:g}, written “> {-MARGIN:g}”. “Equal looks”: of each method the kept step (100, 200, 300) at
-which the mean share of videos that look as asked is nearest to {LEVEL:g} of the base's, as NewMove
-stops all methods at one appearance score. Each method's rate and steps were chosen once, on
-{RATES_FROM}, which are not measured here; they stand at the end of this page."""
+{MARGIN:g}, written “> {-MARGIN:g}”. “Equal looks”: of each method the kept step (every {KEEP} of
+{STEPS}) at which the mean share of videos that look as asked is nearest to {LEVEL:g} of the base's,
+as NewMove stops all methods at one appearance score. Each method's rate and steps were chosen once,
+on {RATES_FROM}, which are not measured here; they stand at the end of this page."""

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import open_clip
@@ -26,34 +27,37 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-import eval  # noqa: E402
 import model  # noqa: E402
 from sampler import Schedule  # noqa: E402
-from support import tokenizer  # noqa: E402
+from scores.motion import TRN  # noqa: E402
+from support import hub, machine, tokenizer  # noqa: E402
 from tiny import instruments, world  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("vae", "clip", "pictures", "clips", "motion")
-STEPS = {"vae": 1800, "clip": 3000, "pictures": 1000, "clips": 20000, "motion": 3000}
-BATCH = {"vae": 24, "clip": 128, "pictures": 128, "motion": 48}
-RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 1.5e-3, "clips": 1e-3, "motion": 2e-3}
+STEPS = {"vae": 1800, "clip": 3000, "pictures": 1000, "clips": 1000, "motion": 3000}
+BATCH = {"vae": 24, "clip": 128, "pictures": 96, "motion": 48}
+RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 2e-3, "clips": 8e-4, "motion": 2e-3}
 
-# How clips are learned: until this step, so many frames a clip and clips a step, which motions, and
-# timesteps from `low` up. "Left" differs from "right" in the product of direction, frame and place
-# alone: given any two of the three, the others average out, and there is no slope to follow (we saw
-# none in a thousand steps). With one direction of each pair first, frame times place has a slope,
-# and the features it leaves make the opposites easy: minutes instead of never. Motion is decided
-# at high noise, and four frames show a line as well as sixteen at a quarter of the cost; four
-# frames would alias what swings, so that comes with the eight.
+# How clips are learned: until this step, so many frames a clip and clips a step, which motions,
+# the share of clips whose motion has no name, and timesteps from `low` up. "Left" differs from
+# "right" in the product of direction, frame and place alone: given any two of the three, the others
+# average out, and there is no slope to follow (we saw none in a thousand steps). With one direction
+# of each pair first, frame times place has a slope, and the features it leaves make the opposites
+# easy. Motion is decided at high noise, and four frames show a line as well as sixteen at a quarter
+# of the cost; four frames would alias what swings, so that comes with the eight.
 FORTH = ("moving left", "moving up", "growing", "standing still",
          "standing still while the camera pans")
 LINES = (*FORTH, "moving right", "moving down", "shrinking")
 CURRICULUM = (
-    (250, 4, 32, FORTH, 350),
-    (700, 4, 32, LINES, 350),
-    (2000, 8, 20, world.BASE, 250),
-    (math.inf, 16, 12, world.BASE, 0),
+    (400, 4, 32, FORTH, 0.3, 300),
+    (1200, 4, 32, LINES, 0.4, 300),
+    (3000, 8, 20, world.BASE, 0.5, 150),
+    (math.inf, 16, 12, world.BASE, 0.4, 0),
 )
+PICTURES_EVERY = 6  # a step of pictures in place of every sixth step of clips keeps looks right
+WAVE_WEIGHT = 0.02  # of telling frames and places apart, beside the loss of v; see Course
+SCAFFOLD = (600, 2400)  # steps of clips: until the first whole, at the second gone; see Clock
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [32, 32, 64, 64],
@@ -63,7 +67,7 @@ VAE_CONFIG = {
 }
 UNET_CONFIG = {
     "_class_name": "UNet3DConditionModel", "act_fn": "silu", "attention_head_dim": 16,
-    "block_out_channels": [64, 128], "cross_attention_dim": 64, "frame_embedding": True,
+    "block_out_channels": [64, 128], "cross_attention_dim": 64,
     "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
     "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
     "downsample_padding": 1, "in_channels": 8, "out_channels": 8, "layers_per_block": 1,
@@ -324,7 +328,7 @@ def train_clip(args):
         stem = ("token_embedding", "positional_embedding", "transformer.", "ln_final")
         text = {n: t for n, t in state.items() if n.startswith(stem) and not n.startswith(last)}
         if not args.keep_text:
-            write_part(args.out, "text_encoder", TEXT_CONFIG, model.text_to_hub(text), "model")
+            write_part(args.out, "text_encoder", TEXT_CONFIG, hub.text_to_hub(text), "model")
         # What the text encoder does not hold: the last text layer, the projections, the pictures.
         rest = {n: t for n, t in state.items() if n not in text}
         write_part(args.out, "clip", CLIP_CONFIG, rest, "model", "open_clip_config.json")
@@ -340,7 +344,7 @@ def train_clip(args):
 def build_unet(args):
     """A fresh UNet, the same at every start."""
     torch.manual_seed(2)
-    names = {f.name for f in model.fields(model.UNetConfig)}
+    names = {f.name for f in fields(model.UNetConfig)}
     unet = model.UNet(model.UNetConfig(**{k: v for k, v in UNET_CONFIG.items() if k in names}))
     for name, module in unet.named_modules():
         # The order of frames reaches the network through these alone: let them act from the start.
@@ -348,7 +352,143 @@ def build_unet(args):
             module[-1].reset_parameters()
             module[-1].weight.data.mul_(0.5)
             module[-1].bias.data.zero_()
+    for attention in first_attentions(unet):
+        look_at_own_frame(attention)
     return unet.to(args.device).eval()  # no dropout: the data never repeats
+
+
+def first_attentions(unet):
+    """The first of the two attentions of each temporal transformer but transformer_in, in order."""
+    return [m for n, m in unet.named_modules() if "temp_attentions" in n and n.endswith("attn1")]
+
+
+def own_rows(attention):
+    """How many rows of queries, keys and values belong to the quarter of the heads that stay with
+    their own frame."""
+    return attention.to_v.out_features // 4
+
+
+def look_at_own_frame(attention):
+    """A quarter of the heads keep to the frame they stand in, which untrained attention never finds
+    the way to: equal queries and keys, so that every token's product is largest with itself. They
+    stay as they are while the base is trained."""
+    rows = own_rows(attention)
+    head = attention.to_q.out_features // attention.heads
+    axes = [torch.linalg.qr(torch.randn(attention.to_q.in_features, head)).Q.T
+            for _ in range(rows // head)]
+    for layer in (attention.to_q, attention.to_k):
+        layer.weight.data[:rows] = 4 * torch.cat(axes)
+        layer.weight.register_hook(lambda gradient: gradient.index_fill(
+            0, torch.arange(rows, device=gradient.device), 0.0))
+
+
+class Clock(nn.Module):
+    """A scaffold of the first steps: one learned vector a frame, added to the first convolution's
+    output. Learning to tell frames apart from zero padding alone is slow before anything else is
+    known about time; so they are told at first, ever more softly, and at last not at all. Nothing
+    of it is in the exported weights."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.vectors = nn.Parameter(0.5 * torch.randn(world.FRAMES, channels))
+        self.frames, self.loud = 1, 0.0
+
+    def set(self, step, frames):
+        """How loud at a step of clips; frames are spread over a clip's whole time."""
+        whole, gone = SCAFFOLD
+        self.frames, self.loud = frames, min(1.0, max(0.0, (gone - step) / (gone - whole)))
+
+    def forward(self, module, inputs, x):
+        """A forward hook of conv_in; x (B·F, C, h, w)."""
+        if self.frames == 1 or self.loud == 0:
+            return x
+        rows = torch.linspace(0, world.FRAMES - 1, self.frames).round().long()
+        vectors = self.vectors[rows].repeat(len(x) // self.frames, 1)
+        return x + self.loud * vectors[:, :, None, None].to(x)
+
+
+class Course(nn.Module):
+    """A scaffold that gives the temporal attentions their hold on motion. Nothing of it is in the
+    exported weights.
+
+    Left to itself, so small a network lets its temporal convolutions say where things go, uses
+    attention to average frames, and hardly tells it which frame is which; then nothing that a
+    method writes into queries, keys and values moves anything. So, while clips are learned,
+    - half of them come with their course: how near a column and how near a row of pixels is to the
+      thing, frame by frame, put by a linear map into the values of each temporal attention, each
+      left out in part. All that follows learns to draw a thing of any look where the values say;
+    - the tokens that these attentions read shall hold waves over frames, over columns and rows, and
+      their products, along fixed directions. Nearness can be made of these by a matrix: by to_v.
+    """
+
+    TIMES, PLACES, SHARE, EACH, LOUD = 4, 2, 0.5, 0.6, 0.7
+
+    def __init__(self, unet):
+        super().__init__()
+        self.maps, self.told, self.tokens = nn.ModuleList(), None, {}
+        waves = (1 + self.TIMES) * (1 + 2 * self.PLACES) - 1
+        for i, attention in enumerate(first_attentions(unet)):
+            self.maps.append(nn.Linear(2, own_rows(attention), bias=False))
+            nn.init.normal_(self.maps[i].weight, std=0.7)
+            axes = torch.linalg.qr(torch.randn(attention.to_v.in_features, waves)).Q
+            self.register_buffer(f"axes{i}", axes)
+            attention.to_v.register_forward_hook(self.hook(i))
+
+    def hook(self, i):
+        """A forward hook of the values of the i-th attention, (B·h·w, F, C)."""
+        def tell(module, inputs, values):
+            self.tokens[i] = inputs[0]
+            if self.told is None:
+                return values
+            x, y, on = self.told
+            near = nearness(x, y, math.isqrt(len(values) // len(x)))  # (B, h, w, F, 2)
+            code = self.maps[i](near) * on[:, i, None, None, None, None]
+            code = F.pad(code.flatten(0, 2), (0, values.shape[-1] - code.shape[-1]))
+            return values + code
+
+        return tell
+
+    def tell(self, path, g):
+        """The courses of a batch, and which attentions hear them; of None, nothing is told."""
+        self.told = None
+        if path is None:
+            return
+        chance = torch.rand(len(path.x), 1 + len(self.maps), generator=g)
+        on = (chance[:, :1] < self.SHARE) & (chance[:, 1:] < self.EACH)
+        on[:, 0] = False  # its tokens cannot tell the frame, see `wave_loss`
+        device = self.maps[0].weight.device
+        self.told = tuple(t.to(device).float() for t in (path.x, path.y, on))
+
+    def wave_loss(self, batch):
+        """How badly the tokens of a batch tell frame and place. The first attention is not asked:
+        the one convolution before it sees four frames far, not sixteen."""
+        loss = 0.0
+        for i in range(1, len(self.maps)):
+            tokens, axes = self.tokens[i].float(), getattr(self, f"axes{i}")
+            goal = self.waves(tokens.shape[1], math.isqrt(len(tokens) // batch)).to(axes)
+            loss = loss + ((tokens @ axes).unflatten(0, (batch, -1)) - goal).square().mean()
+        return loss
+
+    def waves(self, frames, side):
+        """(h·w, F, waves): cosines over frames times those over columns, and over rows."""
+        def cosines(n, count):
+            at = math.pi * (torch.arange(n) + 0.5) / n
+            return torch.stack([(k * at).cos() for k in range(count + 1)], 1)
+
+        time, place = cosines(frames, self.TIMES), cosines(side, self.PLACES)
+        column = torch.einsum("fk,xj->xfkj", time, place).expand(side, -1, -1, -1, -1)
+        both = [column.flatten(3), column[..., 1:].transpose(0, 1).flatten(3)]
+        return self.LOUD * torch.cat(both, -1)[..., 1:].flatten(0, 1)  # without the constant
+
+
+def nearness(x, y, side):
+    """How near each column and each row of side × side pixels is to a place (B, F): (B, h, w, F, 2)
+    in [0, 1]."""
+    centre = (torch.arange(side, device=x.device) + 0.5) * world.SIZE / side
+    bell = lambda at: torch.exp(-(((centre[:, None] - at[:, None]) / 9) ** 2) / 2)  # (B, side, F)
+    columns = bell(x)[:, None].expand(-1, side, -1, -1)
+    rows = bell(y)[:, :, None].expand(-1, -1, side, -1)
+    return torch.stack([columns, rows], -1)
 
 
 def build_schedule():
@@ -391,9 +531,9 @@ class Pool:
 
     REUSE = 6
 
-    def __init__(self, key, size, batch, render, motions, args):
+    def __init__(self, key, size, batch, render, motions, args, unnamed=0.0):
         self.key, self.size, self.batch_size, self.args = key, size, batch, args
-        self.render, self.motions = render, motions
+        self.render, self.motions, self.unnamed = render, motions, unnamed
         self.vae = model.load_vae(args.out, args.device)
         self.text = model.load_text(args.out, args.device)
         self.steps, self.number = size * self.REUSE // batch, None
@@ -402,7 +542,7 @@ class Pool:
         """Render and encode the pool's `number`-th contents."""
         self.number, latents = number, []
         g = generator("clips", 10**8 + self.key * 10**6 + number)
-        self.scenes = world.sample_scenes(self.size, g, self.motions)
+        self.scenes = world.sample_scenes(self.size, g, self.motions, unnamed=self.unnamed)
         for rows in torch.arange(self.size).split(64):
             video = self.render(self.scenes[rows], g).to(self.args.device)
             with torch.no_grad(), autocast(self.args):
@@ -410,13 +550,14 @@ class Pool:
         self.latents = torch.cat(latents)
 
     def batch(self, step, g, motion):
-        """Latents (B, C, F, h, w) and caption states (B, N, D) of a step, from its number."""
+        """Latents (B, C, F, h, w), caption states (B, N, D) and scenes of a step, from its number.
+        """
         if step // self.steps != self.number:
             self.fill(step // self.steps)
         rows = torch.randint(self.size, (self.batch_size,), generator=g)
         with torch.no_grad(), autocast(self.args):
             states = self.text(world.captions(self.scenes[rows], g, motion)).float()
-        return self.latents[rows], states
+        return self.latents[rows], states, self.scenes[rows]
 
 
 def picture_pool(args):
@@ -433,18 +574,20 @@ def train_pictures(args):
 
     def loss_of(step):
         g = generator("pictures", step)
-        latents, states = pool.batch(step, g, motion=False)
+        latents, states, _ = pool.batch(step, g, motion=False)
         return unet_loss(unet, schedule, latents, states, g, args, False, skew=1.5)
 
     run("pictures", unet, loss_of, export_unet(args), args)
 
 
 def train_clips(args):
-    """Whole clips, along CURRICULUM: how things move. Between two steps of clips come --pictures
-    steps of pictures, which keep looks right at a third of the cost. Starts from the pictures'
-    state where there is one, else from the weights that are there, and then in the curriculum's
-    last part: so the committed model can be trained on."""
+    """Whole clips, along CURRICULUM: how things move. Every sixth step is one of pictures, which
+    keep looks right. Starts from the pictures' state where there is one, else from the weights that
+    are there, and then in the curriculum's last part: so the committed model can be trained on."""
     unet, schedule = build_unet(args), build_schedule()
+    clock = Clock(UNET_CONFIG["block_out_channels"][0]).to(args.device)
+    unet.conv_in.register_forward_hook(clock)
+    course = Course(unet).to(args.device)
     pictures, pools, offset = picture_pool(args), {}, 0
     if (args.work / "pictures.pt").exists():
         unet.load_state_dict(torch.load(args.work / "pictures.pt", weights_only=True)["average"])
@@ -453,23 +596,33 @@ def train_clips(args):
         offset = CURRICULUM[-2][0]
     for p in unet.parameters():
         p.requires_grad_(True)
+    both = nn.ModuleDict({"unet": unet, "clock": clock, "course": course})
 
     def loss_of(step):
         g = generator("clips", step)
-        part = next(i for i, c in enumerate(CURRICULUM) if step + offset < c[0])
-        _, frames, batch, motions, low = CURRICULUM[part]
-        clip, picture = divmod(step, 1 + args.pictures)
-        if picture:
-            latents, states = pictures.batch(step - clip, g, False)
+        at = step + offset
+        part = next(i for i, c in enumerate(CURRICULUM) if at < c[0])
+        _, frames, batch, motions, unnamed, low = CURRICULUM[part]
+        if step % PICTURES_EVERY == PICTURES_EVERY - 1:
+            clock.set(at, 1)
+            course.tell(None, g)
+            latents, states, _ = pictures.batch(step // PICTURES_EVERY, g, False)
             return unet_loss(unet, schedule, latents, states, g, args, False, skew=1.5)
+        clock.set(at, frames)
         if part not in pools:
             pools.clear()
             render = lambda scenes, g: world.render(scenes, frames)
-            pools[part] = Pool(1 + part, 24576 // frames, batch, render, motions, args)
-        latents, states = pools[part].batch(clip, g, True)
-        return unet_loss(unet, schedule, latents, states, g, args, True, args.skew, low)
+            pools[part] = Pool(1 + part, 24576 // frames, batch, render, motions, args, unnamed)
+        latents, states, scenes = pools[part].batch(step, g, True)
+        course.tell(world.trajectory(scenes, frames), g)
+        loss = unet_loss(unet, schedule, latents, states, g, args, True, args.skew, low)
+        return loss + WAVE_WEIGHT * course.wave_loss(len(latents))
 
-    run("clips", unet, loss_of, export_unet(args), args)
+    def export(state):
+        own = {n.removeprefix("unet."): p for n, p in state.items() if n.startswith("unet.")}
+        export_unet(args)(own)
+
+    run("clips", both, loss_of, export, args)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -516,9 +669,9 @@ def motions_to_tell(n, g):
 
 
 def train_motion(args):
-    """The temporal relation network of eval.py, on all motions, novel ones too, and on others."""
+    """The temporal relation network of scores/motion.py, on all motions and on others."""
     torch.manual_seed(4)
-    net, pool = eval.TRN(len(world.MOTIONS) + 1).to(args.device), {}
+    net, pool = TRN(len(world.MOTIONS) + 1).to(args.device), {}
 
     def loss_of(step):
         number = step * BATCH["motion"] // (1024 * Pool.REUSE)
@@ -563,14 +716,12 @@ def main():
                         help="clip: learn all but the text encoder, which a UNet already reads")
     parser.add_argument("--skew", type=float, default=0.8,
                         help="clips' timesteps are T·u^skew (default: 0.8, somewhat to high noise)")
-    parser.add_argument("--pictures", type=int, default=1, metavar="N",
-                        help="clips: steps of pictures for each step of clips (default: 1)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where to compute; default: a GPU if any")
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {', '.join(unknown)}; choose from {', '.join(STAGES)}")
-    model.keep_memory()
+    machine.keep_memory()
     for stage in args.stages or STAGES:
         globals()[f"train_{stage}"](args)
 

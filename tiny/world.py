@@ -2,16 +2,21 @@
 
     python tiny/world.py --sheet world.png        # look at every motion
     python tiny/world.py --clip hopping.mp4       # one clip to learn from
+    python tiny/world.py --clip seven.mp4 --motion novel:7    # of a motion drawn from seed 7
 
 A scene is a thing (colour, shape) that moves (motion, speed) in front of a background. Rendering is
 exact, antialiased, batched and a function of the scene alone; a scene of a function of its seed.
+
+Some motions have names. Beside them is a continuum of motions that have none: random paths, growth,
+turning and flattening, of which captions only say "moving". As real models do, a model of this
+world so knows far more motions than it has words for, and customizing it picks one of them.
 
 Axes: B scenes, F frames, H W picture (64×64). Positions are in pixels, x to the right, y down.
 """
 import argparse
 import math
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,13 +46,17 @@ BASE = (
 NOVEL = ("zigzagging", "moving in a spiral", "moving in a figure eight", "moving along a square",
          "hopping", "tumbling")
 MOTIONS = BASE + NOVEL
+UNNAMED = len(MOTIONS)  # the motion's index of a scene that follows its own course
+UNNAMED_WORDS = ("moving", "moving about", "in motion")
+POINTS = 61  # samples of a course; four between two frames, so that frames fall on samples
 SPEEDS = {"slowly": 0.55, "": 1.0, "quickly": 1.5}
 UNHURRIED = ("standing still", "growing", "shrinking")  # have one speed only
 
 
 @dataclass
 class Scenes:
-    """B scenes: indices into the tables above and the numbers that vary. All tensors (B,)."""
+    """B scenes: indices into the tables above and the numbers that vary. Tensors (B,), but for the
+    course, which scenes with an unnamed motion follow: (B, 5, POINTS), see `free_course`."""
 
     colour: torch.Tensor
     shape: torch.Tensor
@@ -59,20 +68,22 @@ class Scenes:
     reach: torch.Tensor  # how far it goes from there, pixels
     radius: torch.Tensor  # of the thing, pixels
     angle: torch.Tensor  # its orientation at the start, radians
+    course: torch.Tensor = None
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, rows):
-        return Scenes(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return Scenes(*(v if v is None else v[rows] for v in vars(self).values()))
 
     def but(self, **changes):
         """The same scenes with some fields replaced."""
         return replace(self, **changes)
 
 
-def sample_scenes(n, generator, motions=BASE, speeds=True):
-    """n random scenes whose motion is one of `motions`. Same generator state, same scenes."""
+def sample_scenes(n, generator, motions=BASE, speeds=True, unnamed=0.0):
+    """n random scenes whose motion is one of `motions`, or, for a share `unnamed` of them, none
+    that has a name. Same generator state, same scenes."""
     pick = lambda m: torch.randint(m, (n,), generator=generator)
     between = lambda a, b: a + (b - a) * torch.rand(n, generator=generator)
     kinds = torch.tensor([MOTIONS.index(m) for m in motions])
@@ -91,11 +102,25 @@ def sample_scenes(n, generator, motions=BASE, speeds=True):
     resting = is_motion(motion, "standing still", "growing", "shrinking", "spinning",
                         "standing still while the camera pans")
     spread = torch.where(resting, 13.0, 4.0)  # a thing that stays may stay anywhere
-    return Scenes(
+    scenes = Scenes(
         pick(len(COLOURS)), shape, background, motion, speed,
         SIZE / 2 + spread * between(-1, 1), SIZE / 2 + spread * between(-1, 1),
         between(14, 16), between(10, 12), between(-0.2, 0.2),
     )
+    if unnamed:
+        free = torch.rand(n, generator=generator) < unnamed
+        courses = torch.stack([free_course(generator) for _ in range(n)])
+        scenes = on_course(scenes, courses, free)
+    return scenes
+
+
+def on_course(scenes, courses, free=True):
+    """The same scenes, those in `free` (B,) following their `courses` (B, 5, POINTS) instead."""
+    free = torch.as_tensor(free).expand(len(scenes))
+    middle = SIZE / 2 + (torch.stack([scenes.x, scenes.y]) - SIZE / 2).clamp(-4, 4)
+    x, y = torch.where(free, middle, torch.stack([scenes.x, scenes.y]))
+    return scenes.but(motion=torch.where(free, UNNAMED, scenes.motion), x=x, y=y,
+                      speed=torch.where(free, 1, scenes.speed), course=courses)
 
 
 def is_motion(motion, *names):
@@ -106,6 +131,105 @@ def is_motion(motion, *names):
 def is_shape(shape, *names):
     """Which of the indices (B,) are those of one of the named shapes."""
     return torch.isin(shape, torch.tensor([SHAPES.index(n) for n in names]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Motions without a name
+
+
+def corners_path(corners, smooth):
+    """A path (2, POINTS) through corners (2, K) at even times: straight, or by Catmull-Rom."""
+    if not smooth:
+        return F.interpolate(corners[None], POINTS, mode="linear", align_corners=True)[0]
+    last = corners.shape[1] - 1
+    s = torch.linspace(0, last, POINTS)
+    i = s.long().clamp(max=last - 1)
+    s = s - i
+    a, b, c, d = (corners[:, (i + k).clamp(0, last)] for k in (-1, 0, 1, 2))
+    return b + 0.5 * s * (c - a + s * (2 * a - 5 * b + 4 * c - d + s * (3 * (b - c) + d - a)))
+
+
+def free_path(g):
+    """A random path (2, POINTS), in reaches: 3 to 7 corners at even times, joined straight or
+    smoothly, or on each axis a sum of two slow waves."""
+    kind = torch.rand((), generator=g)
+    if kind < 0.65:
+        count = int(torch.randint(3, 8, (), generator=g))
+        corners = 2.5 * torch.rand(2, count, generator=g) - 1.25
+        return corners_path(corners, smooth=kind > 0.35).clamp(-1.4, 1.4)
+    cycles, phase, loud = torch.rand(3, 2, 2, 1, generator=g)  # of two axes, two waves each
+    waves = torch.sin(2 * math.pi * ((0.5 + 1.5 * cycles) * torch.linspace(0, 1, POINTS) + phase))
+    path = (loud * waves).sum(1)
+    reach = 0.7 + 0.55 * torch.rand(2, 1, generator=g)
+    return reach * path / path.abs().amax(1, keepdim=True)
+
+
+def free_course(g):
+    """All that a thing may do at once, at random: x and y in reaches, size, angle in radians and
+    width, (5, POINTS). One in six stays in its place, most of the others only travel."""
+    path, turns, flattens = free_path(g), free_path(g), free_path(g)
+    stays, *chance = (torch.rand(4, generator=g) < torch.tensor([1 / 6, 0.2, 0.2, 0.15])).tolist()
+    if stays and not any(chance):
+        chance[int(torch.randint(3, (), generator=g))] = True
+    grows, turns_too, flattens_too = chance
+    one = torch.ones(POINTS)
+    return torch.stack([
+        *(path * (not stays)),
+        1 + 0.3 * flattens[1] if grows else one,
+        turns[0] - turns[0, 0] if turns_too else 0 * one,
+        (0.65 + 0.35 * flattens[0] / 1.25).clamp(0.25, 1) if flattens_too else one,
+    ])
+
+
+def explained(path, motions=BASE):
+    """The largest share of a path's variance, (2, F), that a named motion's path explains at any
+    of its speeds, when scaled to fit."""
+    index = torch.tensor([[MOTIONS.index(m), s] for m in motions for s in range(len(SPEEDS))])
+    zero, one = torch.zeros(len(index)), torch.ones(len(index))
+    none = torch.zeros(len(index), dtype=torch.long)
+    named = trajectory(Scenes(none, none, none, *index.unbind(1), zero, zero, one, one, zero),
+                       path.shape[1])
+    named = torch.stack([named.x, named.y], 1).flatten(1)  # (K, 2·F)
+    centred = lambda p: (p.unflatten(-1, (2, -1)) - p.unflatten(-1, (2, -1)).mean(-1, True))
+    a, b = centred(path.flatten()).flatten(), centred(named).flatten(1)
+    return ((b @ a).clamp(min=0) ** 2 / ((b**2).sum(1) * (a**2).sum()).clamp(min=1e-9)).max().item()
+
+
+def novel_course(seed, posture=False):
+    """The course of the novel motion of that number: a random path that no motion of the base
+    explains by half, and that goes far on both axes. With `posture`, what the thing does belongs
+    to where it is: it turns and flattens at moments of its own."""
+    g = torch.Generator().manual_seed(10**7 + seed)
+    path = free_path(g)
+    while explained(path) > 0.5 or (path.amax(1) - path.amin(1)).amin() < 1.2:
+        path = free_path(g)
+    turns, flattens = free_path(g)
+    one = torch.ones(POINTS)
+    if not posture:
+        return torch.stack([*path, one, 0 * one, one])
+    return torch.stack([*path, one, 1.2 * turns, (0.65 + 0.35 * flattens).clamp(0.25, 1)])
+
+
+def scenes_of(motion, n, generator, speeds=False):
+    """n scenes of one motion: one that has a name, or 'novel:7', or 'posture:7'."""
+    kind, _, seed = motion.partition(":")
+    if kind not in ("novel", "posture"):
+        return sample_scenes(n, generator, (motion,), speeds)
+    scenes = sample_scenes(n, generator, ("moving left",), speeds=False)
+    course = novel_course(int(seed), posture=kind == "posture")
+    return on_course(scenes, course.expand(n, -1, -1))
+
+
+def along(course, u):
+    """A course (B, 5, POINTS) at times u (1 or B, F) in [0, 1]: (5, B, F)."""
+    B, at = len(course), (u * (POINTS - 1)).expand(len(course), -1)
+    i = at.long().clamp(max=POINTS - 2)
+    part = lambda k: course.gather(2, (i + k)[:, None].expand(B, 5, -1))
+    return torch.lerp(part(0), part(1), (at - i)[:, None].expand(B, 5, -1)).transpose(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Trajectories
 
 
 @dataclass
@@ -157,7 +281,9 @@ def trajectory(scenes, frames=FRAMES, times=None):
         "hopping": (line, 0.6 - 1.5 * wave(1.5 * pace).abs(), one, zero, one, zero),
         "tumbling": (0.8 * line, 0.8 * line, one, zero, 0.2 + 0.8 * cos(turn * pace).abs(), zero),
     }
-    everything = torch.stack([torch.stack([c + zero for c in table[m]]) for m in MOTIONS])
+    own = (zero, zero, one, zero, one) if s.course is None else along(s.course, u)
+    rows = [*(table[m] for m in MOTIONS), (*own, zero)]
+    everything = torch.stack([torch.stack([c + zero for c in row]) for row in rows])
     x, y, size, angle, width, pan = everything[s.motion, :, torch.arange(len(s))].unbind(1)
     reach = s.reach[:, None]
     return Path_(s.x[:, None] + reach * x, s.y[:, None] + reach * y, size,
@@ -278,6 +404,14 @@ def caption(colour=None, shape=None, motion=None, speed="", background=None):
     return text + (f" on a {background} background" if background else "")
 
 
+def motion_words(motion, generator=None):
+    """How a caption says a motion's index; without a name, in one of the three ways."""
+    if motion != UNNAMED:
+        return MOTIONS[motion]
+    which = generator is not None and torch.randint(3, (), generator=generator)
+    return UNNAMED_WORDS[which]
+
+
 def captions(scenes, generator=None, motion=True):
     """One caption a scene. With a generator, parts are left out at random, so that the model knows
     partial prompts: colour 8 %, background 12 %, motion 8 %; 10 % are empty, for guidance."""
@@ -290,23 +424,31 @@ def captions(scenes, generator=None, motion=True):
         moves = motion and not drop[2]
         out.append("" if drop[3] else caption(
             None if drop[0] else name(COLOURS, scenes.colour), name(SHAPES, scenes.shape),
-            name(MOTIONS, scenes.motion) if moves else None,
+            motion_words(scenes.motion[i], generator) if moves else None,
             name(SPEEDS, scenes.speed) if moves else "",
             None if drop[1] else name(BACKGROUNDS, scenes.background)))
     return out
 
 
 def sheet(path, frames=FRAMES):
-    """A contact sheet: one row a motion, every second frame."""
+    """A contact sheet: one row a motion, every second frame; some random ones at the end."""
     from PIL import Image
 
     g = torch.Generator().manual_seed(0)
     rows = []
-    for motion in MOTIONS:
-        video = render(sample_scenes(1, g, (motion,), speeds=False), frames)[0, :, ::2]
+    for motion in (*MOTIONS, *(f"novel:{i}" for i in range(4)), "posture:0", "posture:1"):
+        video = render(scenes_of(motion, 1, g), frames)[0, :, ::2]
         rows.append(video.permute(2, 1, 3, 0).flatten(1, 2))  # (H, F·W, 3)
     pixels = ((torch.cat(rows) + 1) * 127.5).round().byte().numpy()
     Image.fromarray(pixels).save(path)
+
+
+def motion_name(text):
+    """A motion's name, or the kind and seed of a random one; argparse reports the rest."""
+    kind, _, seed = text.partition(":")
+    if text not in MOTIONS and not (kind in ("novel", "posture") and seed.isdecimal()):
+        raise ValueError(text)
+    return text
 
 
 def main():
@@ -315,19 +457,21 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of all motions, a PNG")
     parser.add_argument("--clip", type=Path, help="write one clip, an mp4, and its caption")
-    parser.add_argument("--motion", default="hopping", choices=MOTIONS, help="of the clip")
+    parser.add_argument("--motion", default="hopping", type=motion_name, metavar="MOTION",
+                        help=f"of the clip: {', '.join(MOTIONS)}; or novel:N, posture:N, drawn "
+                             "from seed N (default: hopping)")
     parser.add_argument("--seed", type=int, default=0, help="of the clip")
     args = parser.parse_args()
     if args.sheet:
         sheet(args.sheet)
     if args.clip:
         sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-        from support import media
+        from support.media import write_video
 
         g = torch.Generator().manual_seed(args.seed)
-        scenes = sample_scenes(1, g, (args.motion,), speeds=False)
-        media.write_video(args.clip, render(scenes)[0], FPS)
-        text = caption(shape=SHAPES[scenes.shape], motion=args.motion)
+        scenes = scenes_of(args.motion, 1, g)
+        write_video(args.clip, render(scenes)[0], FPS)
+        text = caption(shape=SHAPES[scenes.shape], motion=motion_words(scenes.motion[0]))
         args.clip.with_suffix(".txt").write_text(text + "\n")
         print(f"{args.clip}: {captions(scenes)[0]}")
 
