@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sampler
-from support import adapter_file, fast, formats
+from support import fast, formats
 from support.files import BadInput
 from support.tokenizer import words_to_ids
 
@@ -282,6 +282,8 @@ class Borrowed:
     take the place of the model's own while on."""
 
     def __init__(self, model, path):
+        from support import adapter_file  # here, since it knows the learners
+
         adapter = adapter_file.read_adapter(path, model.unet, whole=True)
         adapter_file.check_fit(model, adapter)
         if adapter.words:
@@ -292,7 +294,7 @@ class Borrowed:
         for site, (A, B) in adapter.pairs.items():
             name = f"{site}.weight"
             W = self.swapped.get(name, self.own[name].data.float())
-            self.swapped[name] = W + adapter_file.product(A, B, W)
+            self.swapped[name] = W + product(A, B, W)
 
     @property
     def on(self):
@@ -400,3 +402,13 @@ def switch(learners, learn=(), act=(), clip=0):
             if isinstance(one, Words) and name.startswith("look"):
                 words.append(one.word)
     return words
+
+
+def product(A, B, W):
+    """B·A in the shape of W, also of convolutions."""
+    return (B.flatten(1).float() @ A.flatten(1).float()).view(W.shape).to(W)
+
+
+# {kind: apply(model, tensors, scale)} of learners of your own: their tensors are named "kind.…" in
+# an adapter's file, and come to `apply` without that, when it is put to work.
+KINDS = {}

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lora import KINDS, product
 from support import formats
 from support.files import BadInput, publish, read_tensors, room_for
 
@@ -34,8 +35,8 @@ def fingerprint(unet):
 class Adapter:
     """What was learned: whole tensors by parameter name, LoRA pairs (A, B) by module name with the
     scale multiplied into B; learned words' vectors (n, D); `more`, {kind: {name: tensor}}, of
-    learners that were added to KINDS; the first clip's latents (C, F, h, w) or None; and meta, the
-    file's metadata (str to str): format, method, base, prompt, step and more."""
+    learners that were added to lora.KINDS; the first clip's latents (C, F, h, w) or None; and
+    meta, the file's metadata (str to str): format, method, base, prompt, step and more."""
 
     tensors: dict
     pairs: dict
@@ -46,9 +47,6 @@ class Adapter:
     more: dict = field(default_factory=dict)
 
 
-# {kind: apply(model, tensors, scale)} of learners of your own: their tensors are named "kind.…" in
-# the file, and come to `apply` without that, when the adapter is put to work.
-KINDS = {}
 FORMAT = "motion-adapter-3"
 
 
@@ -212,8 +210,3 @@ def move_whole(p, tensor, name, scale, before):
         p.data = p.data + scale * (tensor - base)
     before[name] = base
     return scale * (tensor - base).norm(), base.norm()
-
-
-def product(A, B, W):
-    """B·A in the shape of W, also of convolutions."""
-    return (B.flatten(1).float() @ A.flatten(1).float()).view(W.shape).to(W)

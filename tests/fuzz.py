@@ -395,10 +395,12 @@ def stocked(place):
     clip = made()
     scores.clip.tiny_clip = lambda device="cpu": clip
     gc.freeze()  # a collection in a copy would write to every page that it shares
-    yield
-    gc.unfreeze()
-    stock.use(tiny)
-    scores.clip.tiny_clip = made
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        stock.use(tiny)
+        scores.clip.tiny_clip = made
 
 
 def attempt(place, kind, number, seed, keep=None):
@@ -414,7 +416,10 @@ def campaign(place, plan, seed, say=print):
     """Run a plan, [(kind, number)]; returns {kind: Counter of outcomes} and the faults, in text."""
     counts, faults = {}, []
     for kind, number in plan:
-        case, outcomes, said = attempt(place, kind, number, seed)
+        try:
+            case, outcomes, said = attempt(place, kind, number, seed)
+        except KeyboardInterrupt:  # what was done till then is told
+            break
         counts.setdefault(kind, Counter()).update(outcomes)
         last = (said.splitlines() or [""])[-1][:160]
         line = f"{kind} {number} ({case.what[:100]}): {', '.join(outcomes)}: {last}"

@@ -5,7 +5,7 @@ import fuzz
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """What the cases spoil, and in this process what is the same for all of them."""
     place = tmp_path_factory.mktemp("fuzz") / "stock"

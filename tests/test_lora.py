@@ -258,7 +258,7 @@ def test_a_learner_of_a_new_kind_is_saved_loaded_scaled_and_resumed(hop, tmp_pat
         "vmc", "a test", train.METHODS["coupled"].function, train.METHODS["vmc"].own,
         {"motion": BiasPart("all", lr=0.01)}, {"loss": "mse"}, (16, 64, 64), 8.0))
     monkeypatch.setitem(train.TINY, "vmc", "")
-    monkeypatch.setitem(adapter_file.KINDS, "bias",
+    monkeypatch.setitem(lora.KINDS, "bias",
                         lambda model, tensors, scale: Bias(model, scale * tensors["number"].item()))
     learn("vmc", hop, tmp_path / "three", "--steps", 3)
     learn("vmc", hop, tmp_path / "two", "--steps", 2)
@@ -272,15 +272,14 @@ def test_a_learner_of_a_new_kind_is_saved_loaded_scaled_and_resumed(hop, tmp_pat
         other = model.load(TINY)
         adapter_file.apply_adapters(other, adapters[:1], [scale])
         torch.testing.assert_close(forward(other.unet), plain + scale * number)
-    monkeypatch.delitem(adapter_file.KINDS, "bias")
+    monkeypatch.delitem(lora.KINDS, "bias")
     with pytest.raises(BadInput, match="no learner known here"):
         adapter_file.read_adapter(tmp_path / "two" / "vmc.safetensors")
 
 
 @pytest.mark.parametrize("method", ("vmc", "newmove", "motiondirector"))
 def test_in_bf16_what_learns_stays_whole_and_the_rest_is_stored_in_it(method, hop, tmp_path):
-    more = ["--prior", "none"] if method == "newmove" else []
-    run = prepared(method, hop, tmp_path, "--precision", "bf16", *more)
+    run = prepared(method, hop, tmp_path, "--precision", "bf16")
     learned = lora.named(run.learners)
     assert {p.dtype for p in learned.values()} == {torch.float32}
     frozen = [p for n, p in run.model.unet.named_parameters() if n not in learned]
