@@ -219,10 +219,14 @@ def pairs(case):
 def settings(case):
     """Settings of a recipe, name=value."""
     method = case.r.choice(list(recipe.METHODS))
-    names, argv = list(recipe.METHODS[method].settings()), []
+    known, argv = recipe.METHODS[method].settings(), []
     for _ in range(case.r.choice((1, 1, 2))):
-        odd = stock.odd_value(case.r, case.place)
-        argv.append(f"{case.r.choice(names)}={case.r.choice((odd, odd, *stock.PATTERNS))}")
+        name, value = case.r.choice(list(known)), stock.odd_value(case.r, case.place)
+        if type(known[name]) in (int, float) and case.r.random() < 0.7:
+            value = case.r.choice(("0", "1", "2", "3", "0.5", "1e-9", "99", "1e5", "-1", "inf"))
+        elif case.r.random() < 0.5:
+            value = case.r.choice(stock.PATTERNS)
+        argv.append(f"{name}={value}")
     case.what = f"{method} {' '.join(a[:60] for a in argv)}"
     prior = ["--prior", case.place / "prior"] if recipe.METHODS[method].prior else []
     case.call(train.main, "--method", method, "--video", case.place / "clips/hop.mp4", *SHORT,
