@@ -78,7 +78,7 @@ FAST = ("--preview-every", 0, "--preview-steps", 2, "--frames", 4)
 def flags_of(method, video, out, *more):
     """Flags for a run of few frames without samples, with two prior clips where they are made."""
     flags = ["--method", method, *(("--video", video) if video else ()), "--out", out, *FAST, *more]
-    if train.METHODS[method].prior and "none" not in more:
+    if train.METHODS[method].prior and not {"--prior", "--weights"} & set(more):
         flags.append("prior_clips=2")
     return [str(flag) for flag in flags]
 

@@ -322,7 +322,7 @@ def test_words_that_the_tiny_model_has_never_met_are_named(adapter, tiny, capsys
     assert "never met" not in capsys.readouterr().err
     settled(tiny, "--style", "hopping über")
     line, = capsys.readouterr().err.strip().splitlines()
-    assert "never met hopping, über; it knows a, an, and" in line
+    assert "never met hopping, über; it knows a, about, an" in line
 
 
 # ------------------------------------------------------------------------------------------------

@@ -298,7 +298,7 @@ def test_prior_clips_from_a_folder_or_none_at_all(folder, hop, tmp_path, capsys)
 def test_every_method_resumes_to_the_bit(method, hop, tmp_path):
     """Stopped within each stage, and between them where there are two: weights and losses."""
     more = {"customize-a-video": ["first=2", "look_word.vectors=2"], "newmove": ["word.vectors=1"],
-            "dreambooth": ["--prior", "world"]}.get(method, [])
+            "dreambooth": ["--prior", "world", "prior_clips=2"]}.get(method, [])
     for out, steps in (("whole", (4,)), ("parts", (1, 2, 4))):
         for n in steps:
             resume = ["--resume"] * (n != steps[0])

@@ -171,7 +171,7 @@ def test_rare_tokens_keep_distinct_embeddings(tiny):
 
 
 def test_the_tiny_model_draws_what_is_asked(tiny):
-    """A floor well under its measured figures: see README for those."""
+    """A floor well under its measured figures: see docs/base.md for those."""
     s = world.sample_scenes(8, torch.Generator().manual_seed(77))
     from sampler import noise_like_shape
 
@@ -179,7 +179,7 @@ def test_the_tiny_model_draws_what_is_asked(tiny):
     videos = sampler.sample(tiny, world.captions(s), noise, list(range(8)), steps=20, guidance=4)
     right = instruments.accuracy(s, instruments.read(videos))
     print("on eight prompts:", right)
-    assert right["colour"] >= 0.6 and right["background"] >= 0.85 and right["motion"] >= 0.5
+    assert right["colour"] >= 0.75 and right["background"] >= 0.6 and right["motion"] >= 0.6
 
 
 def test_the_tiny_clip_has_no_part_twice():
