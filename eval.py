@@ -191,18 +191,22 @@ def is_list(value, fits):
 
 
 def is_word(value):
+    """A text that UTF-8 can hold."""
     return isinstance(value, str) and is_text(value)
 
 
 def is_count(value):
+    """Frames, or pixels of a side."""
     return type(value) is int and 0 < value <= 4096
 
 
 def is_rate(value):
+    """Frames a second."""
     return type(value) in (int, float) and 0.01 <= value <= 1000
 
 
 def is_scale(value):
+    """An adapter's strength."""
     return type(value) in (int, float)
 
 

@@ -420,13 +420,7 @@ def custom_diffusion(m, prior_weight=1.0):
 
     prior_weight: weight of the prior clips' loss
     """
-    z = m.noised(m.clip())
-    m.learn("motion", "word")
-    if m.run.prior:
-        new, old = m.predict(z, m.noised(m.prior()))
-        yield mse(*new) + prior_weight * mse(*old)
-    else:
-        yield mse(*m.predict(z))
+    yield from dreambooth(m, prior_weight)  # its step; what learns, and from what, is another
 
 
 @method("Textual Inversion (Gal et al. 2022), as NewMove adapts it", shape=(16, 384, 384),

@@ -354,6 +354,7 @@ LYCORIS = (r".*(\.(hada|lokr)_\w+|[._]b?oft_\w+|\.[ab][12]\.weight|\.(diff|diff_
 
 
 def read_lycoris(file):
+    """Refuses the kinds of LyCORIS that are no product of two thin matrices."""
     name = next(n for n in file.state if re.match(LYCORIS, n))
     file.refuse(f"has {name}, of a kind of LyCORIS (LoHa, LoKr, OFT, GLoRA, full, norms) that is "
                 "no pair of thin matrices", "merge it where it was made, or train a LoRA or LoCon")
