@@ -122,7 +122,8 @@ def kinds_of_layer(parameters):
     for name, p in parameters.items():
         owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets)", name)
         inner = re.search(r"\.(attn[12]|ff)\.", name)
-        kind = " ".join(m.group(1) for m in (owner, inner) if m) or "other"
+        parts = [n for n in name.split(".")[:-2] if not n.isdigit()]  # where the names are others
+        kind = " ".join(m.group(1) for m in (owner, inner) if m) or " ".join(parts) or "other"
         tensors, numbers = count.get(kind, (0, 0))
         count[kind] = tensors + 1, numbers + p.numel()
     return count

@@ -87,6 +87,9 @@ def is_text(arg):
 # Kinds of values, for `type=`
 
 
+MANY = 2**31  # what nothing is counted beyond
+
+
 def spoken(kind):
     """The same type, whose BadInput becomes the message of its flag."""
     @functools.wraps(kind, updated=())
@@ -99,7 +102,7 @@ def spoken(kind):
     return read
 
 
-def whole(low, high=math.inf):
+def whole(low, high=MANY):
     """A whole number within low … high."""
     return functools.partial(_number, int, "a whole number", low, high)
 
@@ -110,13 +113,13 @@ def real(low, high=math.inf):
 
 
 def _number(kind, what, low, high, text):
-    wanted = f"{what}, {low:g} or more" if high == math.inf else f"{what}, {low:g} to {high:g}"
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not low <= value <= high or math.isinf(value):
-        raise BadInput(f"{text[:40]}: wanted {wanted}.")
+    if not low <= value <= high or value == math.inf:
+        most = "or more" if high >= MANY and not value > high else f"to {high:g}"
+        raise BadInput(f"{text[:40]}: wanted {what}, {low:g} {most}.")
     return value
 
 

@@ -454,7 +454,7 @@ def report(run):
     trained = lora.named(run.learners)
     whole = sum(p.numel() for p in run.model.unet.parameters())
     count = sum(p.numel() for p in trained.values())
-    print(f"training: {count:,} parameters in {len(trained)} tensors (the UNet has {whole:,})")
+    print(f"training: {count:,} parameters in {len(trained)} tensors (the network has {whole:,})")
     for part, several in run.learners.items():
         mine = several[0].parameters()
         print(f"  {part}: {sum(p.numel() for p in mine.values()):,} in {len(mine)}"

@@ -289,7 +289,8 @@ def act(case):
     tempfile.tempdir = str(case.folder / "tmp")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # as Python has it
     code = 0
     try:
         machine.run(lambda: case.command(case.argv))

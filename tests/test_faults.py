@@ -1,5 +1,7 @@
 """Training under faults: killed, stopped, out of space or out of its folder at any moment, a run
 goes on at the first try, to the bit, with every sample; and what happened is told in one line."""
+import contextlib
+import fcntl
 import json
 import os
 import random
@@ -16,6 +18,7 @@ import torch
 from conftest import ROOT, end_of, fork
 from safetensors.torch import load_file
 
+import generate
 import train
 from support import runs
 from support.files import PART
@@ -116,6 +119,67 @@ def some(count, how_many, seed=0):
     if not how_many:
         return range(1, count + 1)
     return sorted({count, *random.Random(seed).sample(range(1, count), how_many - 1)})
+
+
+def like_windows():
+    """From now on, Windows' rules for files: nobody renames, replaces or removes a file that is
+    open or mapped, nor flushes one that is open for reading alone."""
+    flush = os.fsync
+
+    def is_open(path):
+        path, handles = os.path.realpath(path), "/proc/self/fd"
+        mapped = {line.split(maxsplit=5)[-1].rstrip("\n") for line in open("/proc/self/maps")}
+        for handle in os.listdir(handles):
+            with contextlib.suppress(OSError):
+                mapped.add(os.readlink(f"{handles}/{handle}"))
+        return path in mapped
+
+    def seen(event, args):
+        if event in ("os.rename", "os.remove"):
+            for path in args[:2] if event == "os.rename" else args[:1]:
+                if os.path.isfile(path) and is_open(path):
+                    raise PermissionError(13, "used by another process", str(path))
+
+    def fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        flush(handle)
+
+    sys.addaudithook(seen)
+    os.fsync, os.link = fsync, None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="asks Linux what is open")
+def test_windows_rules_for_files(place, whole, tmp_path):
+    """Stopped, gone on with, sampled from and run again, with files that were read before."""
+    out, adapter = tmp_path / "out", tmp_path / "out" / "vmc.safetensors"
+
+    def command():
+        like_windows()
+        train.main(flags(place, out, "--steps", 2))
+        train.main(flags(place, out, "--resume"))
+        for _ in range(2):
+            generate.main([str(a) for a in (
+                "--adapter", adapter, "--weights", place / "weights", "--prompt", "a star",
+                "--steps", 1, "--out", tmp_path / "videos", "--overwrite")])
+        train.main(flags(place, out, "--overwrite"))
+
+    assert end_of(fork(command, tmp_path / "out.says")) == 0, said(out)
+    check(out, whole[0])
+
+
+def test_windows_rules_are_those(tmp_path):
+    def command():
+        like_windows()
+        path = tmp_path / "a"
+        for forbidden in (lambda f: path.unlink(), lambda f: os.replace(path, tmp_path / "b"),
+                          lambda f: os.fsync(f.fileno())):
+            path.touch()
+            with open(path) as file, pytest.raises(OSError):
+                forbidden(file)
+        path.unlink()
+
+    assert end_of(fork(command)) == 0
 
 
 slow = pytest.mark.slow

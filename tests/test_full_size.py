@@ -64,7 +64,7 @@ def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
     done = run("train.py", "--video", clip, "--steps", 2, "--preview-every", 0,
                "--out", tmp_path / "run", *size)
     print(done.stdout)
-    assert "74,342,400 parameters in 96 tensors (the UNet has 1,411,233,860)" in done.stdout
+    assert "74,342,400 parameters in 96 tensors (the network has 1,411,233,860)" in done.stdout
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 2 and all(0 < line["loss"] < 2 and line["grad"] > 0 for line in log)
     print(log)

@@ -153,6 +153,8 @@ def main():
         about = "**A trial of the program, with hardly any training: this proves nothing.**"
     if args.quick or args.claims:
         to = args.out
+    if not args.quick:
+        lab.restore(args.out)
     todo = plan(claims, charts)
     left = {t: seconds_left(t, cells, args.out) for t, cells in todo.items()}
     print(f"{len(todo)} trials, {sum(map(len, todo.values()))} cells; left: "
@@ -161,6 +163,8 @@ def main():
         return
     if not args.register:
         work(todo, args.out, args.seed)
+    if to == lab.KEPT.parent and args.seed is None:
+        lab.keep(args.out)
     if args.seed is None:
         report(claims, args.out, to, about, charts)
 

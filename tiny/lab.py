@@ -6,8 +6,9 @@
 
 One motion that the base never saw, one seed of training: a trial. It is trained once, sampled from
 each start for prompts whose looks all differ from the clip's, and read by the world's instruments;
-what is done is kept under out/lab and skipped the next time. Figures are means over trials with a
-95 % interval by bootstrap over them, since the videos of one training run are not independent.
+what is done is kept under out/lab, its figures in docs/trials.json too, and skipped the next time.
+Figures are means over trials with a 95 % interval by bootstrap over them, since the videos of one
+training run are not independent.
 
 Axes: N videos, F frames.
 """
@@ -34,7 +35,7 @@ import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
 from support import adapter_file, media  # noqa: E402
-from support.files import read_json, slug, write_json  # noqa: E402
+from support.files import publish, read_json, slug, write_json  # noqa: E402
 from support.machine import default_precision, keep_memory  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
 from tiny import instruments, world  # noqa: E402
@@ -341,6 +342,46 @@ def measure(trial, out, cells=None):
 
 
 # ------------------------------------------------------------------------------------------------
+# Every trial that was measured, in one small file: so that a clone need not measure it again
+
+KEPT = ROOT / "docs" / "trials.json"
+
+
+def base_model():
+    """What tells the tiny model from another base."""
+    return adapter_file.fingerprint(model.load_unet(model.TINY))
+
+
+def restore(out):
+    """Put into `out` what KEPT holds of trials on this base model, but for those that are there."""
+    kept = read_json(KEPT) if KEPT.is_file() else {}
+    if kept.get("base") != base_model():
+        return
+    for name, cells in kept["trials"].items():
+        path = out / name / "figures.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = {c: {f: [v] for f, v in zip(kept["figures"], values)}
+                    for c, values in cells["cells"].items()}
+            write_json(path, rows | {"trial": {"seconds": cells["seconds"]}})
+
+
+def keep(out):
+    """Write KEPT from all that is in `out`: of each cell the means over its videos."""
+    trials = {}
+    for path in sorted(out.glob("*/figures.json")):
+        cells = read_json(path)
+        about = cells.pop("trial", {})
+        means = {c: [round(sum(row[f]) / len(row[f]), 4) for f in FIGURES if f in row]
+                 for c, row in cells.items()}
+        trials[path.parent.name] = {"seconds": about.get("seconds", 0), "cells": means}
+    rows = [f"{json.dumps(n)}: {json.dumps(t)}" for n, t in trials.items()]
+    head = json.dumps({"base": base_model(), "figures": list(FIGURES)})
+    with publish(KEPT) as part:
+        part.write_text(head[:-1] + ', "trials": {\n' + ",\n".join(rows) + "\n}}\n")
+
+
+# ------------------------------------------------------------------------------------------------
 # Many trials
 
 
@@ -435,6 +476,7 @@ def main():
     if args.quick:
         args.motions, args.seeds = 2, 1
     keep_memory()
+    restore(args.out)
     rows, methods = rows_of(args), {}
     bar = tqdm(total=sum(len(trials) for _, trials in rows), desc="trials")
     for name, trials in rows:
@@ -449,6 +491,8 @@ def main():
               "settings": {"motions": count, "seeds": args.seeds, "prompts": PROMPTS,
                            "more": args.settings}, "methods": methods}
     folder = args.write or args.out
+    if folder == KEPT.parent:
+        keep(args.out)
     write_json(folder / "results.json", result)
     (folder / "results.md").write_text(page(result))
     print(json.dumps({n: {c: f["agreement"] for c, f in m["cells"].items()}

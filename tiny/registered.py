@@ -17,7 +17,7 @@ RANDOM = tuple(f"novel:{i}" for i in range(4))
 MOTIONS = NAMED + RANDOM
 POSTURES = tuple(f"posture:{i}" for i in range(8))
 SEEDS = (0, 1)
-RATES_FROM = "novel:100 to novel:103"  # on which each method's rate and steps were chosen, once
+RATES_FROM = ("novel:100", "novel:101")  # on which tiny/rates.py chose rates, once
 MARGIN = 0.05  # of "no worse than", for shares and correlations
 LEVEL = 0.9  # of the base's looks: where methods are compared at an equal appearance score
 
@@ -373,4 +373,4 @@ background. Sides differ in one setting, or it is said why in more. “No worse 
 {MARGIN:g}, written “> {-MARGIN:g}”. “Equal looks”: of each method the kept step (every {KEEP} of
 {STEPS}) at which the mean share of videos that look as asked is nearest to {LEVEL:g} of the base's,
 as NewMove stops all methods at one appearance score. Each method's rate and steps were chosen once,
-on {RATES_FROM}, which are not measured here; they stand at the end of this page."""
+on {" and ".join(RATES_FROM)}, which are not measured here; they stand at the end of this page."""
