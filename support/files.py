@@ -46,6 +46,7 @@ def read_json(path):
                        "unet/, vae/, text_encoder/ and scheduler/, each with its config.")
     try:
         values = json.loads(path.read_text())
+        json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are no text
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):

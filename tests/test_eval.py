@@ -480,7 +480,8 @@ VOTE = {"chosen": "1", "other": "2"}
 
 
 @pytest.mark.parametrize("file,says", [
-    (b"", "not a JSON object"), ({}, "no list of votes"), ({"votes": []}, "no votes in"),
+    (b"", "not a JSON object"), (b'{"a": "\\ud800"}', "not a JSON object"),
+    ({}, "no list of votes"), ({"votes": []}, "no votes in"),
     ({"votes": [3]}, "vote 1"), ({"votes": [VOTE, VOTE | {"other": "?"}]}, "vote 2: '\\?' is not"),
     ({"votes": [VOTE | {"other": "1"}]}, "both sides are one's"),
     ({"votes": [VOTE | {"other": "3"}]}, "both sides are one's"),

@@ -560,6 +560,7 @@ VAE_FILE = TINY / "vae" / "diffusion_pytorch_model.safetensors"
     (["--prompt", "x", "--size", "60x64"], "multiples of 8"),
     (["--prompt", "x", "--size", "64"], "WIDTHxHEIGHT"),
     (["--prompt", "x", "--frames", "0"], "wanted a whole number, 1"),
+    (["--prompt", "x", "--steps", "9" * 400], "wanted a whole number, 1 to 2"),
     (["--prompt", "x", "--guidance", "nan"], "--guidance: nan: wanted"),
     (["--prompt", "x", "--seed", "-1"], "--seed: -1: wanted"),
     (["--prompt", "x", "--noise-prior", "2"], "wanted a number, 0 to 1"),

@@ -23,11 +23,11 @@ from tiny.lab import Trial  # noqa: E402
 
 # arm: the settings that get the rate, and the rates
 RATES = {
+    "newmove, one clip": (("motion.lr",), (3e-4, 1e-3, 3e-3)),
+    "newmove": (("motion.lr",), (3e-4, 1e-3, 3e-3)),
     "vmc": (("motion.lr",), (3e-4, 1e-3, 3e-3)),
     "motiondirector, one clip": (("motion.lr", "look.lr"), (1e-3, 3e-3, 1e-2)),
     "customize-a-video": (("motion.lr",), (1e-3, 3e-3, 1e-2)),
-    "newmove, one clip": (("motion.lr",), (3e-4, 1e-3, 3e-3)),
-    "newmove": (("motion.lr",), (3e-4, 1e-3, 3e-3)),
     "motiondirector": (("motion.lr", "look.lr"), (1e-3, 3e-3, 1e-2)),
     "coupled": (("motion.lr",), (1e-3, 3e-3, 1e-2)),
     "newmove, LoRA": (("motion.lr",), (1e-3, 3e-3, 1e-2)),
