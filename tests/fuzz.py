@@ -273,9 +273,10 @@ def run(case):
     said = (case.folder / "err").read_bytes().decode("utf-8", "replace").strip()
     outcomes = [judge(code, said, case.must)]
     after = files_of(case.folder)
-    mine = "out", "err", *[os.path.normpath(a) for a in case.argv if a and a[0] != "-"]
-    strange = [name for name in after.keys() | before.keys() if PART in name
-               or after.get(name) != before.get(name) and not name.startswith(mine)]
+    mine = "out", "err", *[os.path.normpath(a) for a in case.argv if a and a[:2] != "--"]
+    parents = {str(p) for name in mine for p in Path(name).parents}  # of an --out that is deep
+    strange = [name for name in after.keys() | before.keys() if PART in name or after.get(name)
+               != before.get(name) and not name.startswith(mine) and name not in parents]
     if strange:
         outcomes.append("stray")
         said += f" (stray: {strange[0]})"

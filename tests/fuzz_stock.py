@@ -339,7 +339,7 @@ def odd_value(r, place):
                 "ddpm", "dpm", "on", "off", "a star", "inverted", "noise", "fp32", "base", *files]
     odd = ["", " ", "-1", "-0.5", "1e9", "1e-9", "nan", "inf", "-inf", "9" * 400, "0x10", "1_0",
            "٣", "abc", "é", "a\nb", "\udcff", "--", "-", "-x", "x" * 5000, "../..", "/", "*", "%s",
-           "{}", "/dev/null", "/dev/zero", "/nowhere/x", "out", "4096x4096", "64X65", "64×64",
+           "{}", "/dev/null", "/dev/zero", "/proc/nowhere/x", "out", "4096x4096", "64X65", "64×64",
            "cuda:99", "meta", "world", "generated", "sks", "org/name", "https://x.org/a",
            str(place), files[6] + "#0", files[0] + "\n", "8x8"]
     return r.choice(r.choice((sensible, odd)))

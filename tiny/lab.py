@@ -42,7 +42,13 @@ from tiny import instruments, world  # noqa: E402
 
 LOOK = ("colour", "shape", "background")
 PROMPTS, STEPS, GUIDANCE = 8, 20, 4.0  # of every sample
-RANDOM = 12  # motions drawn at random, beside the six that have names
+# Motions that the base never saw: six with names and twelve drawn at random, in an order in which
+# the first few are of both kinds.
+MOTIONS = (
+    "zigzagging", "moving in a figure eight", "moving along a square", "hopping",
+    *(f"novel:{i}" for i in range(4)), "moving in a spiral", "tumbling",
+    *(f"novel:{i}" for i in range(4, 12)),
+)
 SEVERAL = 10  # clips, for methods that take several
 RESTING = ("growing", "shrinking", "spinning", "standing still")  # prior clips of other scenes
 RESTING_CLIPS = 16
@@ -412,10 +418,7 @@ def summary(trials):
 
 def rows_of(args):
     """[(name of the row, its trials)] that the flags ask for."""
-    motions = [*world.NOVEL, *(f"novel:{i}" for i in range(RANDOM))]
-    if args.motions:
-        motions = motions[:: max(1, len(motions) // args.motions)][: args.motions]
-    rows = []
+    motions, rows = MOTIONS[: args.motions], []
     for method in args.methods or METHODS:
         counts = (1, SEVERAL) if method in ("newmove", "motiondirector") else (1,)
         for clips in counts if args.several else (1,):

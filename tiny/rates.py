@@ -1,7 +1,7 @@
 """Each method's learning rate on the tiny model, chosen once, on motions that the laboratory leaves
 alone.
 
-    python tiny/rates.py                  # docs/rates.json; about an hour on one core
+    python tiny/rates.py                  # docs/rates.json; half an hour on one core
 
 Each is trained as in the laboratory at three rates, the middle one that of its recipe, and sampled
 from its own start. The best is the highest product of the mean agreement with the clip's path and
@@ -28,13 +28,6 @@ RATES = {
     "vmc": (("motion.lr",), (3e-4, 1e-3, 3e-3)),
     "motiondirector, one clip": (("motion.lr", "look.lr"), (1e-3, 3e-3, 1e-2)),
     "customize-a-video": (("motion.lr",), (1e-3, 3e-3, 1e-2)),
-    "motiondirector": (("motion.lr", "look.lr"), (1e-3, 3e-3, 1e-2)),
-    "coupled": (("motion.lr",), (1e-3, 3e-3, 1e-2)),
-    "newmove, LoRA": (("motion.lr",), (1e-3, 3e-3, 1e-2)),
-    "tune-a-video": (("motion.lr",), (3e-4, 1e-3, 3e-3)),
-    "dreambooth": (("motion.lr",), (3e-5, 1e-4, 3e-4)),
-    "custom-diffusion": (("motion.lr",), (3e-4, 1e-3, 3e-3)),
-    "textual-inversion": (("word.lr",), (3e-3, 1e-2, 3e-2)),
 }
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from tiny import lab
 from tiny.lab import Cell, Trial
 
-NAMED = ("zigzagging", "moving in a figure eight", "moving along a square", "hopping")
-RANDOM = tuple(f"novel:{i}" for i in range(4))
-MOTIONS = NAMED + RANDOM
+MOTIONS = lab.MOTIONS[:8]
+NAMED, RANDOM = MOTIONS[:4], MOTIONS[4:]
 POSTURES = tuple(f"posture:{i}" for i in range(8))
 SEEDS = (0, 1)
 RATES_FROM = ("novel:100", "novel:101")  # on which tiny/rates.py chose rates, once
@@ -372,5 +371,7 @@ start”, with the same noise on both sides; prompts differ from the clip in col
 background. Sides differ in one setting, or it is said why in more. “No worse than” has a margin of
 {MARGIN:g}, written “> {-MARGIN:g}”. “Equal looks”: of each method the kept step (every {KEEP} of
 {STEPS}) at which the mean share of videos that look as asked is nearest to {LEVEL:g} of the base's,
-as NewMove stops all methods at one appearance score. Each method's rate and steps were chosen once,
-on {" and ".join(RATES_FROM)}, which are not measured here; they stand at the end of this page."""
+as NewMove stops all methods at one appearance score. Rates of VMC, MotionDirector, Customize-A-Video
+and NewMove were chosen once by `tiny/rates.py`, on {" and ".join(RATES_FROM)}, which are not measured
+here (docs/rates.json, of the base model 3,600 steps younger); the baselines have their kin's, or what
+a few earlier trials left. All stand at the end of this page."""
