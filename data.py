@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from support.files import BadInput, say
+from support.files import BadInput, check_there, say
 from support.media import VIDEOS, find_pictures, fit, natural, read_picture, read_video
 from support.tokenizer import has_word, words_to_ids
 
@@ -48,7 +48,7 @@ def find_caption(video, prompt=None):
                 raise BadInput(f"{path} is empty; write the caption in it, or give --prompt.")
             return check_prompt(text.splitlines()[0], source=path), str(path)
     caption = re.sub(r"[\W_]+", " ", video.stem).strip()
-    if not re.search(r"[^\W\d_]", caption):
+    if not re.search(r"[^\W\d_]{3}", caption):  # no word
         say(f"warning: the caption of {video} is its name, {caption!r}, which says nothing; give "
             "--prompt, or a text file of the same name beside it")
     return check_prompt(caption or "a video", source=video), "the file's name"
@@ -69,6 +69,19 @@ class Clip:
     latents: torch.Tensor | None = None
 
 
+def check_clips(paths, prompts):
+    """The clips that the paths name, of which nothing is read. Raises BadInput for one that is not
+    there, and unless there is one caption for all, one a clip, or none."""
+    clips = find_clips(paths)
+    for clip in clips:
+        check_there(clip, "give a video file or a folder of pictures")
+    if clips and len(prompts or [None]) not in (1, len(clips)):
+        raise BadInput(f"--prompt: {len(prompts)} captions for {len(clips)} clips; give one for "
+                       "all, or one a clip; one caption is written in quotes: --prompt "
+                       f"\"{' '.join(prompts)}\"")
+    return clips
+
+
 def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, word=None,
                learned=None):
     """The clips that the paths name, with their captions, and where each caption is from.
@@ -77,10 +90,7 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, word
     lacks it; learned: {word: vectors}, for the captions' length; else as `read_video`. Raises
     BadInput.
     """
-    paths, prompts = find_clips(paths), prompts or [None]
-    if len(prompts) not in (1, len(paths)) and paths:
-        raise BadInput(f"--prompt: {len(prompts)} captions for {len(paths)} clips; give one for "
-                       "all, or one a clip.")
+    paths, prompts = check_clips(paths, prompts), prompts or [None]
     clips, sources, seen = [], [], set()
     for i, path in enumerate(paths):
         if path.resolve() in seen:

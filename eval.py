@@ -125,20 +125,23 @@ def parse(argv=None):
     add("--clip", help="an open_clip model such as ViT-H-14, or ViT-L-14-quickgelu for OpenAI's "
         "weights (default: the tiny CLIP)")
     add("--clip-weights", type=Path, help="its weights, a local file")
-    add("--motion-words", help="the words of the prompts that name the motion: the rest of each is "
-        "its appearance, for the appearance score")
+    add("--motion-words", type=str, help="the words of the prompts that name the motion: the rest "
+        "of each is its appearance, for the appearance score")
     add("--pick-weights", type=Path, help="PickScore's (CLIP ViT-H-14 in the hub's format)")
-    add("--sscd", type=Path, help="its authors' sscd_disc_mixup.torchscript.pt, for the copy score "
-        "(default: the CLIP's picture features)")
+    add("--sscd", type=Path, help="sscd_disc_mixup.torchscript.pt of its authors' "
+        "facebookresearch/sscd-copy-detection, for the copy score (default: the CLIP's picture "
+        "features)")
     add("--copy-threshold", type=real(-1, 1), help="of the share of copies (default: 0.25 for "
         "SSCD; else the 99th percentile of the run of the base model, where there is one)")
     add("--classifier", type=Path, help="a video classifier, (1, 3, F, H, W) to logits, for motion "
         "accuracy; made by torch.jit.script(net).save(FILE) (default: the tiny world's)")
     add("--motion-class", type=whole(0), help="the class wanted (default: the references')")
     add("--lpips", type=Path, help="a distance of two batches of pictures, for diversity; made by "
-        "torch.jit.trace(lpips.LPIPS(), (a, b)).save(FILE)")
+        "import torch, lpips; a = torch.zeros(16, 3, 256, 256); "
+        "torch.jit.trace(lpips.LPIPS(), (a, a)).save(FILE)")
     add("--trust-scripts", action="store_true", help="load --sscd, --classifier and --lpips: they "
-        "are TorchScript, which is a program and runs with your rights")
+        "are TorchScript, which is a program and runs with your rights (torch calls the format "
+        "deprecated, and still reads it)")
     add("--tracks", type=Path, help="tracks of other programs: FOLDER/video's folder/its name.npy, "
         "(P, F, 2) pixels (default: followed here)")
     add("--world", action=argparse.BooleanOptionalAction, help="read the tiny world's looks and "
@@ -154,8 +157,8 @@ def parse(argv=None):
     # people
     add("--user-study", action="store_true", help="write study.html too: blind pairs")
     add("--ratings", action="store_true", help="with 1 to 5 for motion, appearance and text")
-    add("--question", default="Which one moves more like the reference, and shows the prompt?",
-        help="what the study asks")
+    add("--question", type=str, help="what the study asks",
+        default="Which one moves more like the reference, and shows the prompt?")
     add("--votes", nargs="+", type=Path, help="count what a study's pages saved, and nothing else")
     add("--key", type=Path, help="the study's key (default: study-key.json beside the votes)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")

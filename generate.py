@@ -14,6 +14,7 @@ Axes: B videos, C channels, F frames, h w latent, H W picture.
 import support.signals  # isort: skip  # noqa: F401
 import itertools
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +25,14 @@ import data
 import sampler
 from model import TINY, load
 from support import adapter_file, dmt, machine, media, prompts, sets, videos
-from support.files import BadInput, check_folder_out, check_weights, read_size, say
+from support.files import (
+    BadInput,
+    check_folder_out,
+    check_there,
+    check_weights,
+    read_size,
+    say,
+)
 from support.flags import Parser, real, some_text, whole
 
 # ------------------------------------------------------------------------------------------------
@@ -36,6 +44,7 @@ def main(argv=None):
     args = parse(argv)
     check(args)
     machine.keep_memory()
+    machine.explain_load()
     device = machine.find_device(args.device)
     process, processes = machine.place(device)
     model = load(args.weights, device, args.precision or machine.default_precision(device))
@@ -127,8 +136,9 @@ def parse(argv=None):
     # what to make
     add("--prompt", type=some_text, help="what to show")
     add("--prompts", type=Path, help="a text file, one prompt a line, instead of --prompt")
-    add("--negative", help="what not to show (default: nothing; with --dmt its code's words)")
-    add("--style", help="words to end every prompt with: 'in watercolour'")
+    add("--negative", type=str, help="what not to show (default: nothing; with --dmt its code's "
+        "words)")
+    add("--style", type=str, help="words to end every prompt with: 'in watercolour'")
     add("--seed", type=whole(0, 2**63), default=0, help="first seed (default: 0)")
     add("--seeds", type=whole(1, 10**6), default=1, help="videos a prompt, from --seed on "
         "(default: 1)")
@@ -208,6 +218,10 @@ def check(args):
                        "give one for each.")
     check_weights(args.weights)
     check_weights(args.refine, "--refine")
+    for path in args.adapter:
+        check_there(re.sub(r"#\d+$", "", str(path)), "give a file that train.py wrote, or a LoRA")
+    for clip in filter(None, (args.dmt, args.init_video)):
+        check_there(clip, "give a video file or a folder of pictures")
     if args.save:
         check_folder_out(args.save.parent, "--save")
         if args.save.exists() or args.save.suffix in (".safetensors", ".pt", ".bin", ".ckpt"):

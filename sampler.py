@@ -328,11 +328,12 @@ def sample(model, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", 
 
 @contextmanager
 def bar(text, count, on_step):
-    """on_step, which also moves a bar of `count` steps on where there is a text for it."""
+    """on_step, which also moves a bar of `count` steps on where there is a text for it. The bar
+    appears after two seconds, and goes when all is done."""
     if text is None:
         yield on_step
         return
-    with tqdm(total=count, desc=text) as moving:
+    with tqdm(total=count, desc=text, delay=2, leave=False) as moving:
         def step(t, x):
             moving.update()
             if on_step:

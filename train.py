@@ -47,6 +47,7 @@ def main(argv=None):
     """One run of one method."""
     flags, recipe = parse(sys.argv[1:] if argv is None else argv)
     machine.keep_memory()
+    machine.explain_load()
     run = prepare(flags, recipe)
     optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
     with runs.Folder(flags, run) as folder:
@@ -122,7 +123,7 @@ def settle(flags, settings):
     if not flags.video and not flags.images:
         raise BadInput("no clip to learn from; give --video clip.mp4, or a folder of pictures.")
     check_weights(flags.weights)
-    recipe, clips = METHODS[flags.method], data.find_clips(flags.video)
+    recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
     count = len(clips or data.find_pictures(flags.images))
     kind = ("one clip" if count == 1 else "several clips") if clips else (
         "one picture" if count == 1 else "pictures")
@@ -649,6 +650,7 @@ def preview(run):
     learned."""
     flags, recipe, whole = run.flags, run.recipe, run.model
     whole.unet.eval()
+    bar = lambda text: None if run.process else text
     acting = [n for n in run.learners if not n.startswith("look")] or list(run.learners)
     like = (run.clips or run.images)[0].latents
     shape = (like.shape[1], like.shape[2] if run.clips else flags.frames, *like.shape[3:])
@@ -657,13 +659,13 @@ def preview(run):
         # The base's inversion is made once, before anything has learned.
         lora.switch(run.learners, (), acting if recipe.inverts == "tuned" else ())
         steps = recipe.inversion_steps or flags.preview_steps
-        run.inverted = sampler.invert(whole, like, steps)
+        run.inverted = sampler.invert(whole, like, steps, progress=bar("inverting for a sample"))
     if run.inverted is not None:
         start = sampler.blend_noise(run.inverted, start, recipe.noise_prior)
     words = lora.switch(run.learners, (), acting)
     prompt = " ".join([flags.preview_prompt, *words])
     return sampler.sample(whole, [prompt], start, [flags.seed], flags.preview_steps,
-                          recipe.guidance, recipe.sampler)[0]
+                          recipe.guidance, recipe.sampler, progress=bar("a sample"))[0]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import model
 import sampler
 from support import adapter_file, machine, media
 from support.files import BadInput, check_weights, read_json, slug, write_json
+from support.prompts import explain_strange_words
 from support.videos import make_videos, read_story, starts
 
 NOISE, START = "base, noise", "base, start"
@@ -30,6 +31,10 @@ def sample_folder(path, trained, place, args):
     if not result.is_file():
         raise BadInput(f"{path} holds no {result.name}: it has not been saved yet, or pictures "
                        "alone were learned from; give a folder of generate.py's.")
+    if not trained["flags"].get("weights"):
+        adapter = adapter_file.read_adapter(result)
+        taught = [adapter.meta.get("prompt", ""), *adapter.words]
+        explain_strange_words(" ".join(read_prompts(args)), " ".join(taught))
     found = {}
     for name, settings in plan_samples(path, trained, result, args).items():
         found[name] = place / ("result" if name == path.name else slug(name))

@@ -6,6 +6,7 @@
 import math
 import random
 from itertools import combinations
+from pathlib import Path
 
 from scores.page import embed, write_page
 from support.files import BadInput, read_json, say, write_json
@@ -16,10 +17,11 @@ STUDY = "save the votes again from the study's page"
 
 def study(out, runs, ratings, question):
     """Write study.html: every two runs' videos of one prompt and seed. Which is which stands in
-    study-key.json alone; the page shuffles pairs and sides for each visitor. Raises BadInput."""
+    study-key.json alone; the page shuffles pairs and sides for each visitor. Raises BadInput, above
+    all where what two trainings brought would not be compared."""
     chance, pairs, key = random.Random(), [], {}
     for a, b in combinations(runs, 2):
-        other = {(s.prompt, s.seed): s for s in b.samples}
+        other, before = {(s.prompt, s.seed): s for s in b.samples}, len(pairs)
         for one in a.samples:
             if (one.prompt, one.seed) not in other:
                 continue
@@ -29,6 +31,12 @@ def study(out, runs, ratings, question):
                 key[sides[-1]["id"]] = name
             sides.sort(key=lambda side: side["id"])
             pairs.append({"prompt": one.prompt, "sides": sides})
+        trained = [run.training.get("folder", run.path) for run in (a, b)]
+        if len(pairs) == before and trained[0] != trained[1] and (a.training or b.training):
+            names = " and ".join(Path(folder).name for folder in trained)
+            raise BadInput(f"--user-study: {names} have no prompt and seed in common to be "
+                           "compared by; give --prompts FILE, from which train.py's folders are "
+                           "all sampled.")
     if not pairs:
         raise BadInput("--user-study needs two runs with videos of the same prompts and seeds.")
     clips = [r for run in runs for r in run.references if r.shown]
@@ -49,8 +57,9 @@ def count_votes(paths, key=None):
     key = key or paths[0].parent / "study-key.json"
     for path in (*paths, key):
         if not path.is_file():
-            raise BadInput(f"{path} does not exist; give the votes.json that the study's page "
-                           "saved, and --key the study-key.json that was written with the page.")
+            raise BadInput(f"{path} does not exist, or is no file; give the votes.json that the "
+                           "study's page saved, and --key the study-key.json that was written with "
+                           "the page.")
     names, sessions = read_key(key), set()
     choices, ratings = {}, {}
     for path in paths:

@@ -187,6 +187,7 @@ def _unusable(name, tensor):
 
 
 HUB = r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)(?:/.*)?"
+OWNER, KNOWN = "cerspense/", ("zeroscope_v2_576w", "zeroscope_v2_XL")  # given without whose it is
 
 
 def check_weights(path, flag="--weights"):
@@ -198,8 +199,9 @@ def check_weights(path, flag="--weights"):
     if path.exists():
         raise BadInput(f"{flag} {path} is a file; give the folder in the hub's layout: unet/, "
                        "vae/, text_encoder/ and scheduler/.")
-    model = re.fullmatch(HUB, str(path))
-    if model and not path.is_absolute() and not path.parent.is_dir():
+    bare = str(path) in KNOWN
+    model = re.fullmatch(HUB, OWNER + str(path) if bare else str(path))
+    if model and (bare or not path.is_absolute() and not path.parent.is_dir()):
         folder = model[1].partition("/")[2]
         raise BadInput(f"{flag} {path} is not a folder here. A model of the Hugging Face hub is "
                        f"fetched by: hf download {model[1]} --local-dir {folder} (hf comes with "
@@ -207,6 +209,15 @@ def check_weights(path, flag="--weights"):
     if re.match(r"\w+:/", str(path)):
         raise BadInput(f"{flag} {path} is an address; download it, and give the folder.")
     raise BadInput(f"{flag} {path} is not a folder; check the path.")
+
+
+def check_there(path, instead):
+    """Raises BadInput where there is nothing at a path; instead: what to give, in words."""
+    if Path(path).exists():
+        return
+    if re.match(r"\w+:/", str(path)):
+        raise BadInput(f"{path} is an address; download it, and give the file.")
+    raise BadInput(f"{path} does not exist; {instead}.")
 
 
 LARGEST_SIDE = 4096  # pixels; sizes are judged here, before memory is asked for

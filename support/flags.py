@@ -3,11 +3,17 @@
 import argparse
 import difflib
 import functools
+import itertools
 import math
 import re
 import sys
 
 from support.files import BadInput
+
+# What other programs call what is written otherwise here.
+SIZES = ("--width", "--height", "--resolution")
+SETTINGS = {"--lr": "motion.lr=…", "--learning-rate": "motion.lr=…", "--rank": "motion.rank=…",
+            "--config": "motion.lr=… and others"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,20 +32,42 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """The flags. Ends the command for one that is not known, or a word that no flag takes."""
-        args = sys.argv[1:] if args is None else list(args)
+        self.given = args = sys.argv[1:] if args is None else list(args)
         for arg in args:
             if not is_text(arg):
                 self.error(f"{arg!r} is not UTF-8 text; type it again, or rename the file.")
         known, rest = self.parse_known_args(args, namespace)
         if rest:
             flags = [flag for flag in rest if flag.startswith("-")]
-            self.error(self.unknown(flags[0]) if flags else stray(args, rest[0]))
+            self.error(self.unknown(flags[0]) if flags else self.stray(rest[0]))
         return known
 
     def unknown(self, flag):
         """What to say of a flag that does not exist."""
-        name = flag.partition("=")[0]
-        return f"there is no {name}{meant(name, self._option_string_actions)} --help lists all."
+        name, known = flag.partition("=")[0], self._option_string_actions
+        if name in SIZES and "WIDTHxHEIGHT" in getattr(known.get("--size"), "help", ""):
+            return f"there is no {name}; give --size WIDTHxHEIGHT."
+        setting = f"{name[2:]}=…" if "." in name else SETTINGS.get(name)
+        if setting and "--method" in known:
+            return (f"there is no {name}; settings are name=value: {setting} (--method NAME --help "
+                    "lists a method's).")
+        near = [other for other in known if other not in ("-h", "--help")]
+        return f"there is no {name}{meant(name, near)} --help lists all."
+
+    def stray(self, word):
+        """What to say of a word that no flag takes: of a text, most likely it has no quotes."""
+        known, before = self._option_string_actions, self.given[: self.given.index(word)]
+        flags = [i for i, arg in enumerate(before) if arg.partition("=")[0] in known]
+        if not flags:
+            return f"{word!r} belongs to no flag; --help lists them."
+        name, _, text = self.given[flags[-1]].partition("=")
+        action, rest = known[name], self.given[flags[-1] + 1 :]
+        if getattr(action.type, "__wrapped__", None) not in TEXTS:
+            takes = "no value" if action.nargs == 0 else "one value"
+            return f"{word!r} belongs to no flag; {name} takes {takes}."
+        words = itertools.takewhile(lambda arg: not arg.startswith("--"), rest)
+        text = " ".join(filter(None, [text, *words]))
+        return f"{word!r} belongs to no flag; put a text in quotes: {name} \"{text}\""
 
     def error(self, message):
         """One line, and the end."""
@@ -50,28 +78,16 @@ class Parser(argparse.ArgumentParser):
             message = f"{flag} {wrong}{meant(wrong, choices)} Choose from {', '.join(choices)}."
         elif "expected" in message:
             flag = message.partition(":")[0]
-            message += f"; a value that begins with a dash is written {flag}=-…"
+            after = dict(zip(self.given, self.given[1:])).get(flag, "")
+            if after[:1] == "-" and after.partition("=")[0] not in self._option_string_actions:
+                message += f"; a value that begins with a dash is written {flag}=-…"
         self.exit(2, f"error: {' '.join(message.split())}\n")
 
 
 def meant(word, known):
     """'; did you mean …?' where a known name is near, else '.'."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.6)
+    near = difflib.get_close_matches(word, list(known), 1, 0.7)
     return f"; did you mean {near[0]}?" if near else "."
-
-
-def stray(args, word):
-    """What to say of a word that no flag takes: most likely a text without quotes."""
-    flags = [arg for arg in args[: args.index(word)] if arg.startswith("--")]
-    if not flags:
-        return f"{word!r} belongs to no flag; --help lists them."
-    rest = args[args.index(flags[-1]) + 1 :]
-    text = []
-    for arg in rest:
-        if arg.startswith("--"):
-            break
-        text.append(arg)
-    return f"{word!r} belongs to no flag; put a text in quotes: {flags[-1]} \"{' '.join(text)}\""
 
 
 def is_text(arg):
@@ -128,3 +144,6 @@ def some_text(value):
     if not value.strip():
         raise BadInput("is empty; write what to show in it.")
     return value
+
+
+TEXTS = (some_text, str)  # the types of flags that take words, which a shell splits

@@ -72,6 +72,18 @@ def keep_memory():
         pass
 
 
+def explain_load():
+    """Say in one line, where others keep the machine busy, what may be faster: threads wait for the
+    one that got no core."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows, and where no one knows
+        return
+    if load > os.cpu_count() and torch.get_num_threads() > 1:
+        say(f"note: the machine is busy (load {load:.0f}, {os.cpu_count()} cores); "
+            "OMP_NUM_THREADS=1 before the command may be faster")
+
+
 def send(tensor, device):
     """A tensor on the device, without waiting for it: a GPU reads it from pinned memory."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":

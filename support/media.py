@@ -47,7 +47,7 @@ def read_video(path, frames, size, fps, start=0.0, learn=True):
     """
     path = Path(path)
     source = read_folder(path, fps) if path.is_dir() else decode(path, start)
-    chosen, times = choose_frames(source, frames, fps, start, size)
+    chosen, times, shape = choose_frames(source, frames, fps, start, size)
     if len(chosen) < FEWEST_FRAMES:
         raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; wanted "
                        f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher "
@@ -61,21 +61,31 @@ def read_video(path, frames, size, fps, start=0.0, learn=True):
     if len(set(times)) < len(times):
         say(f"warning: {path} has fewer than {fps:g} frames a second, so frames repeat; "
             "a lower --fps avoids that")
+    side, cut = lost(shape, size)
+    if cut > 0.2:
+        say(f"warning: {cut:.0%} of the {side} of {path} is cut off; a --size of its shape "
+            "keeps it")
     if (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
         say(f"warning: {path} hardly moves; there is little motion to learn from it")
     return video
 
 
 def choose_frames(source, frames, fps, start, size):
-    """The pictures (3, *size) nearest in time to start, start + 1/fps, … while the clip lasts, and
-    their times, from a source of (seconds, function that makes the picture (H, W, 3) uint8).
-    Nothing is held of what is not chosen, and nothing read after the last."""
+    """The pictures (3, *size) nearest in time to start, start + 1/fps, … while the clip lasts,
+    their times, and the shape (H, W, 3) that they had, from a source of (seconds, function that
+    makes the picture, uint8). Nothing is held of what is not chosen, and nothing read after the
+    last."""
     wanted = start + np.arange(frames) / fps
-    chosen, times, seen = [], [], []
+    chosen, times, seen, shape = [], [], [], None
 
     def take(time, make):
-        again = times and times[-1] == time
-        chosen.append(chosen[-1] if again else fit(make(), size))
+        nonlocal shape
+        if not times or times[-1] != time:
+            picture = make()
+            shape, last = picture.shape, fit(picture, size)
+        else:
+            last = chosen[-1]
+        chosen.append(last)
         times.append(time)
 
     before = None
@@ -85,12 +95,12 @@ def choose_frames(source, frames, fps, start, size):
             goal = wanted[len(chosen)]
             take(*(before if before and goal - before[0] <= now[0] - goal else now))
         if len(chosen) == frames:
-            return chosen, times
+            return chosen, times, shape
         before = now
     spacing = np.median(np.diff(seen)) if len(seen) > 1 else 1 / fps
     while before and len(chosen) < frames and wanted[len(chosen)] < seen[-1] + 0.75 * spacing:
         take(*before)  # the last frame, too, is shown for a while
-    return chosen, times
+    return chosen, times, shape
 
 
 def decode(path, start=0.0):
@@ -238,6 +248,12 @@ def fit(picture, size):
         x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)
     top, left = (h - H) // 2, (w - W) // 2
     return x[0, :, top : top + H, left : left + W] / 127.5 - 1
+
+
+def lost(shape, size):
+    """The side of a picture (H, W, …) that `fit` cuts, and the share of it that is lost."""
+    wide = shape[1] / shape[0] * size[0] / size[1]  # than `size`, so many times
+    return ("width", 1 - 1 / wide) if wide > 1 else ("height", 1 - wide)
 
 
 # ------------------------------------------------------------------------------------------------

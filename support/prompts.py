@@ -1,4 +1,6 @@
-"""Prompts: from flags and files, and the words in them that the tiny model cannot read.
+"""Prompts: from flags and files, and what of them, and of clips, the tiny model knows nothing of.
+
+Axes: F frames, H W picture.
 """
 import re
 
@@ -48,6 +50,23 @@ def explain_strange_words(text, taught=""):
     if strange:
         say(f"note: the tiny model has never met {', '.join(strange)}; it knows {', '.join(known)}"
             " and what it was taught with an adapter")
+
+
+def explain_training(run):
+    """Say, a line each, what of a run's captions, preview prompt and clips the tiny model knows
+    nothing of."""
+    words = " ".join(part.text for part in run.recipe.parts.values() if hasattr(part, "text"))
+    captions = " ".join(clip.prompt for clip in (*run.clips, *run.images))
+    strange, _ = strange_words(captions, words)
+    if strange:
+        say(f"note: the tiny model has never met {', '.join(strange)} of the captions; such a word "
+            "may be learned from the clip, if it names the motion")
+    explain_strange_words(run.flags.preview_prompt, f"{captions} {words}")
+    for clip in run.clips:
+        apart = clip.video.amax(0) - clip.video.amin(0)  # (F, H, W): red, green and blue of 2
+        if (apart < 0.2).float().mean() > 0.99:
+            say(f"warning: {clip.path} has no colour, and with the tiny model motions of grey "
+                "things did not come over; give a coloured one")
 
 
 def _words(text):

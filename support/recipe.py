@@ -128,9 +128,10 @@ class Recipe:
         """The recipe with one setting changed, from its text."""
         known = self.settings()
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = [other for other in known if other.endswith(f".{name}")] or (
+                difflib.get_close_matches(name, known, 1))
             raise BadInput(f"{name}: {self.name} has no such setting; it has {', '.join(known)}."
-                           + (f" Did you mean {near[0]}?" if near else ""))
+                           + (f" Did you mean {' or '.join(near)}?" if near else ""))
         value = parse_value(name, text, known[name])
         part, _, field = name.rpartition(".")
         if part:

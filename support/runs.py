@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import time
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import lora
-from support import adapter_file, machine, media
+from support import adapter_file, machine, media, prompts
 from support.files import (
     PART,
     BadInput,
@@ -40,8 +41,10 @@ BIG = 2**30  # bytes of state, from where it is saved ten times less often
 
 def check_out(flags):
     """Settle the folder before anything is loaded: a run in it is never replaced unasked, and what
-    is not ours is never touched. Raises BadInput."""
+    is not ours is never touched; `flags.numbered` then says whether it is another than was asked
+    for. Raises BadInput."""
     check_folder_out(flags.out)
+    flags.numbered = False
     out = flags.out if flags.out.name not in ("", "..") else flags.out.resolve()
     if flags.resume:
         return check_resume(flags)
@@ -57,7 +60,8 @@ def check_out(flags):
         if number == 1 and not ours:
             raise BadInput(f"--out {out} holds other files ({', '.join(strange[:3])}); give a new "
                            "or empty folder.")
-    if number > 1:
+    flags.numbered = number > 1
+    if flags.numbered:
         say(f"{out} holds a run already, so this one goes to {flags.out}; --resume goes on with "
             "the one there, --overwrite replaces it")
 
@@ -189,10 +193,14 @@ class Folder:
     def stop_at(self, line):
         """Stops the program at a NaN, before it reaches the weights."""
         where = "; ".join(f"timestep {s['t']}, clip {s['clip']}" for s in line["seen"])
-        kept = "there is no saved state yet" if self.step is None else (
-            f"the state of step {self.step} is kept")
         raise BadInput(f"loss {line['loss']}, gradient {line['grad']} at step {line['step']}, "
-                       f"{where}; {kept}. Lower the rate (motion.lr=…), or give --precision fp32.")
+                       f"{where}; {self.kept()}. Lower the rate (motion.lr=…), or give "
+                       "--precision fp32.")
+
+    def kept(self):
+        """What there is to go on from, in words."""
+        return "there is no saved state yet" if self.step is None else (
+            f"the state of step {self.step} is kept")
 
     # -- saving
 
@@ -209,8 +217,8 @@ class Folder:
         trained = lora.named(self.run.learners)
         for name, p in trained.items():
             if not torch.isfinite(p).all():
-                raise BadInput(f"{name} is not finite at step {step}; the last saved state is "
-                               "kept. Lower the rate (motion.lr=…).")
+                raise BadInput(f"{name} is not finite at step {step}; {self.kept()}. Lower the "
+                               "rate (motion.lr=…).")
         self.paths = self.save_adapters(self.path, step)
         keep = self.flags.keep_every
         if keep and step % keep == 0:
@@ -254,7 +262,8 @@ class Folder:
         before = state["flags"] | state["settings"] | state["identity"]
         now = plain(self.flags) | self.run.recipe.settings() | self.identity
         free = {"steps", "resume", "preview_every", "preview_steps", "preview_prompt", "device",
-                "out", "checkpointing", "keep_every", "overwrite", "help", "own_lines", "batch"}
+                "out", "checkpointing", "keep_every", "overwrite", "help", "own_lines", "batch",
+                "numbered"}
         changed = [f"{k} was {str(before.get(k))[:60]}, is {str(v)[:60]}" for k, v in now.items()
                    if k not in free and repr(before.get(k)) != repr(v)]
         if changed:
@@ -316,7 +325,9 @@ class Folder:
         if self.steps:
             self.steps.close()  # so that this has a line of its own
         if signal and step < self.run.recipe.steps:
-            say(f"stopped and saved at step {step}; add --resume to the same command to go on")
+            where = f" --out {quoted(self.path)}" if self.flags.numbered else ""
+            say(f"stopped and saved at step {step}; add --resume{where} to the same command to go "
+                "on")
             return
         if signal:
             say(f"stopped at step {step}, the last: all is done and saved")
@@ -325,8 +336,14 @@ class Folder:
                 print(f"adapter: {path}")
             if self.flags.preview_every:
                 print(f"samples: {self.path / 'samples'} (the clip | before training | now)")
-            base = f" --weights {self.flags.weights}" if self.flags.weights else ""
-            print(f"next: python generate.py --adapter {self.paths[0]}{base} --prompt \"…\"")
+            base = f" --weights {quoted(self.flags.weights)}" if self.flags.weights else ""
+            print(f"next: python generate.py --adapter {quoted(self.paths[0])}{base} --prompt "
+                  "\"…\"")
+
+
+def quoted(path):
+    """A path as a shell reads it."""
+    return shlex.quote(str(path))
 
 
 def metadata(run):
@@ -469,3 +486,5 @@ def report(run):
     print(f"on: {width}x{height}, up to {flags.frames} frames at {flags.fps:g} fps, "
           f"{flags.device}, {flags.precision}, seed {flags.seed}"
           + (", activations computed again" if run.model.unet.checkpointing else ""), flush=True)
+    if not flags.weights:
+        prompts.explain_training(run)

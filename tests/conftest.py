@@ -14,11 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
+import sampler  # noqa: E402
 import train  # noqa: E402
 from support import machine, media  # noqa: E402
 from tiny import world  # noqa: E402
@@ -67,6 +69,19 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars that samples and inversions would show if they took long: {name: steps}."""
+    shown = {}
+
+    def bar(total, desc, **more):
+        shown[desc] = total
+        return tqdm(total=total, desc=desc, **more)
+
+    monkeypatch.setattr(sampler, "tqdm", bar)
+    return shown
 
 
 # ------------------------------------------------------------------------------------------------

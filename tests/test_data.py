@@ -138,6 +138,19 @@ def test_pictures_are_cropped_and_never_stretched():
     assert media.fit(tall, (30, 30)).min() > 0.99  # only the white middle is left
 
 
+@pytest.mark.parametrize("height,width,says", [
+    (64, 112, "43% of the width"), (112, 64, "43% of the height"), (64, 76, None)])
+def test_a_crop_of_more_than_a_fifth_is_told_once(height, width, says, tmp_path, capsys):
+    clip = counting_clip(tmp_path / "c.mp4", size=(height, width))
+    media.read_video(clip, 16, (64, 64), 8, learn=False)
+    assert not capsys.readouterr().err
+    media.read_video(clip, 16, (64, 64), 8)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == bool(says) and (not says or says in said[0] and "--size" in said[0])
+    media.read_video(clip, 16, (height, width // 8 * 8), 8)
+    assert not capsys.readouterr().err
+
+
 def first_picture(path):
     return next(make for _, make in media.decode(path))()
 
@@ -315,6 +328,13 @@ def test_views_are_functions_of_a_video_and_a_generator():
         seen = draw(view, 1)
         assert seen.shape == (3, frames, 32, 32) and seen.abs().max() <= 1
         assert torch.equal(seen, draw(view, 1)) and not torch.equal(seen, draw(view, 2))
+
+
+@pytest.mark.parametrize("name,warns", [("9_00", True), ("a1b2-x", True), ("vid_3", False),
+                                        ("ein Ball rollt", False), ("мяч", False)])
+def test_a_name_without_a_word_is_no_caption(name, warns, tmp_path, capsys):
+    data.find_caption(tmp_path / f"{name}.mp4")
+    assert ("which says nothing" in capsys.readouterr().err) == warns
 
 
 @pytest.mark.parametrize("prompt", ["../../etc/passwd", "/etc/passwd", "🦈 sharks", "a\0b", "-rf x",

@@ -31,6 +31,7 @@ def test_a_command_of_the_readme_is_understood(script, flags, tmp_path, monkeypa
     for name in ("out/eight-vmc", "out/eight-motiondirector"):  # which earlier commands leave
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "hop.mp4").touch()
     parse = {"train": train.parse, "generate": generate.parse, "eval": eval.parse}[script]
     parse([arg.replace("zeroscope_v2_576w", str(ROOT)) for arg in shlex.split(flags)])
 

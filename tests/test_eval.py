@@ -476,6 +476,26 @@ def test_a_study_is_blind_and_its_votes_are_counted(tmp_path, capsys):
     assert "one: motion 1.00 of 5 (4 ratings)" in said and "two: text 4.00 of 5" in said
 
 
+def test_a_study_that_would_not_compare_two_trainings_is_refused(tmp_path, capsys):
+    """They sampled other prompts; with the same ones they are compared, and a word that the
+    tiny model has never met is told."""
+    _, videos = clips(1, ("hopping",))
+    media.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
+    trained = [tmp_path / "one", tmp_path / "two"]
+    for folder, prompt in zip(trained, ("a star hopping", "a ring hopping")):
+        write_trained(folder, tmp_path / "clip.mp4", prompt, steps=(1,), noise_prior=0.0)
+    with pytest.raises(BadInput, match="one and two .*in common.*--prompts FILE"):
+        score(*trained, "--user-study")
+    assert not list(tmp_path.rglob("study*"))
+    (tmp_path / "prompts.txt").write_text("a frog moving left")
+    capsys.readouterr()
+    score(*trained, "--user-study", "--prompts", tmp_path / "prompts.txt")
+    strange = [line for line in capsys.readouterr().err.splitlines() if "never met" in line]
+    assert len(strange) == 2 and all("never met frog;" in line for line in strange)
+    key = json.loads((trained[0] / "study-key.json").read_text())
+    assert set(key.values()) == {"one: base, noise", "one", "two: base, noise", "two"}
+
+
 VOTE = {"chosen": "1", "other": "2"}
 
 
@@ -661,6 +681,7 @@ def test_an_empty_log_has_no_curve_and_a_run_that_was_not_saved_is_told(tmp_path
     ((".", "--out", "file/x"), "is a file"),
     ((".", "--clip-weights", "x"), "Give --clip too"),
     ((), "give folders to score"), (("--votes", "none.json"), "none.json does not exist"),
+    (("--votes", "."), "does not exist, or is no file"),
     ((".", "--keyframes", "3"), "two or more"), ((".", "--prompts", "none.txt"), "does not exist"),
 ])
 def test_mistakes_are_told(flags, says, tmp_path, monkeypatch):

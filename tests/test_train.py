@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ from types import SimpleNamespace
 import av
 import pytest
 import torch
-from conftest import ROOT, TINY, complain, end_of, flags_of, fork, learn
+from conftest import ROOT, TINY, complain, end_of, flags_of, fork, learn, prepared
 from safetensors.torch import load_file
 
+import generate
 import lora
 import losses
 import model
@@ -122,6 +124,47 @@ def test_the_first_sample_shows_the_untrained_model(trained):
         assert ((before - now).abs().mean() < 2) == same
 
 
+def test_bars_show_what_a_sample_takes_in_the_first_process_alone(hop, bars, tmp_path):
+    run = prepared("vmc", hop, tmp_path / "out", "inversion_steps=3", "sampling_steps=2")
+    run.process, run.inverted = 1, None
+    train.preview(run)
+    assert not bars
+    run.process, run.inverted = 0, None
+    train.preview(run)
+    assert bars == {"inverting for a sample": 3, "a sample": 2}
+
+
+def test_what_the_tiny_model_knows_nothing_of_is_told(hop, tmp_path, capsys):
+    """Words of the captions and of the preview prompt, a line each, and a clip without colours."""
+    grey = media.read_video(hop, 16, (64, 64), 8).mean(0, keepdim=True).expand(3, -1, -1, -1)
+    media.write_video(tmp_path / "grey.mp4", grey, 8)
+    texts = "--prompt", "a frog hopping", "--preview-prompt", "a red frog hopping on the moon"
+    prepared("textual-inversion", tmp_path / "grey.mp4", tmp_path / "a", *texts)  # sks is learned
+    words, preview, colour = capsys.readouterr().err.splitlines()
+    assert "never met frog, hopping of the captions" in words
+    assert "never met moon; it knows" in preview
+    assert "grey.mp4 has no colour" in colour
+    prepared("textual-inversion", hop, tmp_path / "b", "--prompt", "a thing moving left")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("load,threads,told", [(1e3, 4, True), (1e3, 1, False), (0, 4, False),
+                                               (None, 4, False)])
+def test_a_busy_machine_is_told(load, threads, told, hop, tmp_path, monkeypatch, capsys):
+    if load is None:  # Windows
+        monkeypatch.delattr(os, "getloadavg")
+    else:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for main in (train.main, generate.main):
+        capsys.readouterr()
+        wrong = ["--device", "toaster", "--out", str(tmp_path / "out")]  # found after it
+        clip = ["--video", str(hop)] if main == train.main else ["--prompt", "x"]
+        with pytest.raises(BadInput, match="toaster"):
+            main([*clip, *wrong])
+        assert ("OMP_NUM_THREADS=1" in capsys.readouterr().err) == told
+
+
 # ------------------------------------------------------------------------------------------------
 # Exactness
 
@@ -211,6 +254,24 @@ def test_a_signal_saves_says_how_to_go_on_and_resumes_exactly(number, code, hop,
     learn("vmc", hop, tmp_path / "whole", "--steps", done + 2)
     assert losses_of(out) == losses_of(tmp_path / "whole")
     assert same_weights(out, tmp_path / "whole")
+
+
+def test_a_numbered_run_that_is_stopped_says_how_to_go_on_there(hop, tmp_path, capsys,
+                                                                 monkeypatch):
+    """What it says leads to the folder that it went to, not to the finished run's; and a shell
+    reads the paths of what is said."""
+    one = tmp_path / "my run"
+    learn("vmc", hop, one, "--steps", 1)
+    command = shlex.split(re.search("next: (.*)", capsys.readouterr().out)[1])
+    assert command[command.index("--adapter") + 1] == str(one / "vmc.safetensors")
+    before, step = contents(one), runs.log_line
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(runs, "log_line", lambda *args: (
+            os.kill(os.getpid(), signal.SIGINT), step(*args))[1])
+        learn("vmc", hop, one, "--steps", 3)
+    more = re.search("add (.*) to the same command", capsys.readouterr().err)[1]
+    learn("vmc", hop, one, "--steps", 3, *shlex.split(more))
+    assert len(losses_of(tmp_path / "my run-2")) == 3 and contents(one) == before
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -306,7 +367,8 @@ def test_infinity_that_comes_with_the_last_step_is_not_saved(hop, tmp_path, monk
     complain(vmc(hop, tmp_path / "a", "--steps", 1, "motion.lr=1e38"), "wanted 0 to", capsys)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.param_groups[0]["params"][
         0].data.fill_(float("inf")))
-    complain(vmc(hop, tmp_path / "b", "--steps", 1), "is not finite at step 1", capsys)
+    complain(vmc(hop, tmp_path / "b", "--steps", 1),
+             "is not finite at step 1; there is no saved state", capsys)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -447,7 +509,6 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
 
 
 @pytest.mark.parametrize("argv,says", [
-    ("--video FOLDER/none.mp4", "does not exist"),
     ("", "--video"),
     ("--video VIDEO --method magic", "Choose from"),
     ("--video VIDEO --weights FOLDER", "is missing"),
@@ -468,11 +529,12 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--images FOLDER/p.png", "from pictures alone"),
     ("--video VIDEO --method motiondirector --images FOLDER/p.png", "nothing from pictures"),
     ("--method customize-a-video --images FOLDER/p.png", "from pictures alone"),
-    ("--video VIDEO --method newmove --prompt a b", "captions for 1 clips"),
-    ("--video VIDEO --method newmove --prior /nowhere", "does not exist"),
+    ("--video VIDEO --method newmove --prior FOLDER/no", "does not exist"),
     # settings: what a recipe lacks, another kind, out of range
     ("--video VIDEO look.rank=4", "look.rank: vmc has no such setting; it has steps, .*stride"),
     ("--video VIDEO motion.lrr=4", "Did you mean motion.lr?"),
+    ("--video VIDEO lr=4", "Did you mean motion.lr?"),
+    ("--video VIDEO --method motiondirector lr=4", "Did you mean look.lr or motion.lr?"),
     ("--video VIDEO --method newmove prior-weight=1", "Did you mean prior_weight?"),
     ("--video VIDEO stride=1.5", "wanted a whole number"),
     ("--video VIDEO motion.lr=fast", "wanted a number"),
@@ -509,6 +571,27 @@ def test_mistakes_end_in_one_line_and_two_and_leave_nothing(argv, says, folder, 
     shutil.copy(folder / "thing.png", tmp_path / "p.png")
     argv = argv.replace("FOLDER", str(tmp_path)).replace("VIDEO", str(hop)).split()
     complain([*argv, "--frames", 4, "--out", tmp_path / "out"], says, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv,says", [
+    ("--video FOLDER/none.mp4", "none.mp4 does not exist"),
+    ("--video https://example.com/hop.mp4", "hop.mp4 is an address; download it"),
+    ("--video VIDEO --prompt a b", '2 captions for 1 clips.* in quotes: --prompt "a b"$'),
+    ("--video VIDEO --method vmc motiondirector", "'motiondirector' .*; --method takes one value"),
+    ("--video VIDEO --reverse yes", "'yes' belongs to no flag; --reverse takes no value"),
+    ("--video VIDEO --width 64", "no --width; give --size WIDTHxHEIGHT"),
+    ("--video VIDEO --lr 1e-4", "no --lr; settings are name=value: motion.lr=…"),
+    ("--video VIDEO --rank=4", "no --rank; settings are name=value: motion.rank=…"),
+    ("--video VIDEO --config x.yaml", "no --config; settings are name=value"),
+    ("--video VIDEO --motion.lr 1e-4", "no --motion.lr; settings are name=value: motion.lr=…"),
+    ("--video VIDEO --hepl", r"there is no --hepl\. --help lists all"),
+])
+def test_what_flags_alone_tell_is_answered_before_anything_is_loaded(argv, says, hop, tmp_path,
+                                                                     monkeypatch, capsys):
+    monkeypatch.setattr(model, "load", lambda *args, **more: pytest.fail("loaded"))
+    argv = argv.replace("FOLDER", str(tmp_path)).replace("VIDEO", str(hop)).split()
+    complain([*argv, "--out", tmp_path / "out"], says, capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -370,8 +370,8 @@ sampled in {lab.STEPS} steps at guidance {lab.GUIDANCE:g}, from noise unless a s
 start”, with the same noise on both sides; prompts differ from the clip in colour, shape and
 background. Sides differ in one setting, or it is said why in more. “No worse than” has a margin of
 {MARGIN:g}, written “> {-MARGIN:g}”. “Equal looks”: of each method the kept step (every {KEEP} of
-{STEPS}) at which the mean share of videos that look as asked is nearest to {LEVEL:g} of the base's,
-as NewMove stops all methods at one appearance score. Rates of VMC, MotionDirector, Customize-A-Video
-and NewMove were chosen once by `tiny/rates.py`, on {" and ".join(RATES_FROM)}, which are not measured
-here (docs/rates.json, of the base model 3,600 steps younger); the baselines have their kin's, or what
-a few earlier trials left. All stand at the end of this page."""
+{STEPS}) at which the mean share of videos that look as asked is nearest to {LEVEL:g} of the
+base's, as NewMove stops all methods at one appearance score. Rates of VMC, MotionDirector,
+Customize-A-Video and NewMove were chosen once by `tiny/rates.py`, on {" and ".join(RATES_FROM)},
+which are not measured here (docs/rates.json, of the base model 3,600 steps younger); the baselines
+have their kin's, or what a few earlier trials left. All stand at the end of this page."""
