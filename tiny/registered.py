@@ -373,5 +373,6 @@ background. Sides differ in one setting, or it is said why in more. “No worse 
 {STEPS}) at which the mean share of videos that look as asked is nearest to {LEVEL:g} of the
 base's, as NewMove stops all methods at one appearance score. Rates of VMC, MotionDirector,
 Customize-A-Video and NewMove were chosen once by `tiny/rates.py`, on {" and ".join(RATES_FROM)},
-which are not measured here (docs/rates.json, of the base model 3,600 steps younger); the baselines
-have their kin's, or what a few earlier trials left. All stand at the end of this page."""
+which are not measured here, and of the base model 3,600 steps younger (docs/rates.json; of two that
+came out alike the recipe's, from earlier trials, stayed); the baselines have their kin's, or what
+earlier trials left. They stand at the end of this page."""
