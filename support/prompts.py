@@ -65,8 +65,8 @@ def explain_training(run):
     for clip in run.clips:
         apart = clip.video.amax(0) - clip.video.amin(0)  # (F, H, W): red, green and blue of 2
         if (apart < 0.2).float().mean() > 0.99:
-            say(f"warning: {clip.path} has no colour, and with the tiny model motions of grey "
-                "things did not come over; give a coloured one")
+            say(f"warning: {clip.path} has no colour, and motions of grey things come over "
+                "about half as well to the tiny model; a coloured one is better")
 
 
 def _words(text):
