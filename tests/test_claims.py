@@ -101,15 +101,21 @@ def test_verdict(low, high, above, wanted):
 def test_trials_are_kept_in_one_file_for_the_base_they_were_measured_on(tmp_path, monkeypatch):
     trial, cell = Trial("vmc", "hopping"), Cell(start="own")
     values = {name: [i / 8, 0.5] for i, name in enumerate(lab.FIGURES)}
-    write_json_in(trial.folder(tmp_path / "a"), {cell.name: values, "trial": {"seconds": 7}})
+    cells = [*lab.FROM_NOISE, *lab.FROM_OWN]
+    write_json_in(trial.folder(tmp_path / "a"),
+                  {c.name: values for c in cells} | {"trial": {"seconds": 7}})
     monkeypatch.setattr(lab, "KEPT", tmp_path / "trials.json")
     lab.keep(tmp_path / "a")
     lab.restore(tmp_path / "b")
     read = judging.Figures(tmp_path / "b")
     for i, name in enumerate(lab.FIGURES):
         assert read.of(trial, cell, name) == pytest.approx((i / 8 + 0.5) / 2, abs=1e-3)
-    assert read.of(trial, Cell(), "agreement") is None
-    assert lab.measure(trial, tmp_path / "b", [cell])[cell.name]  # and is not trained again
+    assert read.of(trial, Cell(step=50), "agreement") is None
+    again = lab.measure(trial, tmp_path / "b")  # and is not trained again
+    assert again.keys() == {"trial", *(c.name for c in cells)} and again["trial"]["seconds"] == 7
+    drawn = lab.panel({"vmc": {"cells": lab.summary([again])}}).series
+    assert [s.name for s in drawn] == ["base", "vmc"] and drawn[1].points[0][0] == 100 * sum(
+        values["all three"]) / 2
     monkeypatch.setattr(lab, "base_model", lambda: "another")
     lab.restore(tmp_path / "c")
     assert not (tmp_path / "c").exists()

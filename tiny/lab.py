@@ -39,6 +39,7 @@ from support.files import publish, read_json, slug, write_json  # noqa: E402
 from support.machine import default_precision, keep_memory  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
 from tiny import instruments, world  # noqa: E402
+from tiny.charts import Panel, Series, chart  # noqa: E402
 
 LOOK = ("colour", "shape", "background")
 PROMPTS, STEPS, GUIDANCE = 8, 20, 4.0  # of every sample
@@ -315,12 +316,19 @@ def pans(videos, reading):
     return instruments.camera_shift(pixels, background) <= -1
 
 
-def starts_of(trial, out):
-    """The cells of the methods' table: base and tuned, from noise and from the method's start."""
-    cells = [Cell(tuned=False), Cell()]
-    if float(adapter_file.read_adapter(file_of(trial, out)).meta["noise_prior"]):
-        cells += [Cell(tuned=False, start="own"), Cell(start="own")]
-    return cells
+FROM_NOISE = [Cell(tuned=False), Cell()]
+FROM_OWN = [Cell(tuned=False, start="own"), Cell(start="own")]
+
+
+def starts_of(trial, out, done):
+    """The cells of the methods' table: base and tuned, from noise and from the method's start. Of a
+    trial whose adapter is not here any more, those that are done."""
+    known = lambda cells: all(cell.name in done for cell in cells)
+    if not file_of(trial, out).is_file() and known(FROM_NOISE):
+        return FROM_NOISE + FROM_OWN * known(FROM_OWN)
+    learn(trial, out)
+    own = float(adapter_file.read_adapter(file_of(trial, out)).meta["noise_prior"])
+    return FROM_NOISE + FROM_OWN * bool(own)
 
 
 def measure(trial, out, cells=None):
@@ -328,9 +336,9 @@ def measure(trial, out, cells=None):
     cells asked for, or those of the table with a sheet of their videos."""
     path, rows = trial.folder(out) / "figures.json", []
     done = read_json(path) if path.is_file() else {}
-    if not done or any(cell.name not in done for cell in cells or ()):
+    if any(cell.name not in done for cell in cells or ()):
         learn(trial, out)
-    asked = cells or starts_of(trial, out)
+    asked = cells or starts_of(trial, out, done)
     for cell in asked:
         if cell.name not in done:
             for other in filter(None, (cell.look, cell.motion)):
@@ -461,6 +469,19 @@ def page(result):
     return "\n".join([*lines, ""])
 
 
+def panel(methods):
+    """Motion against appearance: each method from its own start, or from noise where it has none,
+    with the interval of its agreement; and the base from noise."""
+    points = {}
+    for name, row in methods.items():
+        cells = row["cells"]
+        points.setdefault("base", cells[FROM_NOISE[0].name])
+        points[name] = cells.get(FROM_OWN[1].name, cells[FROM_NOISE[1].name])
+    series = [Series(name, [(100 * c["all three"][0], *c["agreement"])], False)
+              for name, c in points.items()]
+    return Panel("what methods learn", "videos that look as asked, %", "agreement", series)
+
+
 def main():
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(
@@ -493,9 +514,10 @@ def main():
     result = {"command": " ".join(["python tiny/lab.py", *sys.argv[1:]]), "commit": commit(),
               "settings": {"motions": count, "seeds": args.seeds, "prompts": PROMPTS,
                            "more": args.settings}, "methods": methods}
-    folder = args.write or args.out
+    folder = (args.write or args.out).resolve()
     if folder == KEPT.parent:
         keep(args.out)
+        chart(ROOT / "assets" / "results.svg", [panel(methods)])
     write_json(folder / "results.json", result)
     (folder / "results.md").write_text(page(result))
     print(json.dumps({n: {c: f["agreement"] for c, f in m["cells"].items()}
