@@ -734,6 +734,8 @@ def load_vae(folder, device="cpu", dtype=torch.float32):
 
 def load_text(folder, device="cpu", dtype=torch.float32):
     """The text encoder of a hub-layout folder. Raises BadInput."""
+    import open_clip  # noqa: F401  (before `_load` is on "meta", where older torchvisions break)
+
     convert = lambda state, text: {f"tower.{n}": t for n, t in hub.text_from_hub(state).items()}
     return _load(TextEncoder, TextConfig, Path(folder) / "text_encoder", device, dtype, convert)
 
