@@ -127,6 +127,8 @@ def test_a_claim_agrees_only_where_all_of_it_does():
     assert said("agrees", "too close to call") == "too close to call"
     assert said("agrees", "too close to call", "disagrees") == "disagrees"
     assert said("disagrees", "not measured") == "not measured"
+    assert said("disagrees so far", "agrees") == "disagrees so far"
+    assert said("agrees", "too close to call so far") == "too close to call so far"
 
 
 def test_interval_has_the_width_that_the_runs_give():
@@ -162,11 +164,24 @@ def test_differences_are_paired_and_clustered_by_run(tmp_path):
     assert judging.judge(other, judging.Figures(tmp_path))["verdict"] == "disagrees"
 
 
-def test_no_verdict_before_all_runs_are_measured(tmp_path):
+@pytest.mark.parametrize("left_out, wanted", [
+    (0, "agrees"), (1, "agrees so far"), (8, "agrees so far"), (9, "not measured")])
+def test_a_verdict_says_whether_all_runs_are_measured(tmp_path, left_out, wanted):
     measure = Measure("agreement", Side("vmc"), None)
-    fill(tmp_path, "vmc", Cell(), lambda run: 1.0, leave_out=1)
+    fill(tmp_path, "vmc", Cell(), lambda run: 1.0, leave_out=left_out)
     record = judging.judge(measure, judging.Figures(tmp_path))
-    assert (record["runs"], record["wanted"], record["verdict"]) == (15, 16, "not measured")
+    assert (record["runs"], record["wanted"]) == (16 - left_out, 16)
+    assert record["verdict"] == wanted
+
+
+def test_what_is_measured_needs_no_training(tmp_path):
+    trial, other = (Trial("vmc", "hopping", seed) for seed in (0, 1))
+    todo = {trial: [Cell(), Cell(start="own")], other: [Cell(look=trial)]}
+    write_json_in(trial.folder(tmp_path), {c.name: {} for c in todo[trial]})
+    left = claims.missing(todo, tmp_path)
+    assert left == {other: todo[other]} and not claims.missing(todo, tmp_path, seed=0)
+    # `other` is to be trained, and `trial` again: its figures are here, its adapter is not.
+    assert claims.seconds_of(left, tmp_path) == {other: 2 * claims.TRAINING + claims.SAMPLING}
 
 
 def test_equal_looks_picks_the_step_nearest_to_the_level(tmp_path):

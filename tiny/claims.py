@@ -8,8 +8,9 @@
 
 What is compared, and what decides, is in tiny/registered.py and was written down before the first
 result. "Agrees" is said only where the whole 95 % interval of every measurement lies on the paper's
-side, "disagrees" where that of any lies wholly on the other. Trials are kept under out/lab, where
-tiny/lab.py has its own, and what is done is skipped the next time; stop it whenever you like.
+side, "disagrees" where that of any lies wholly on the other; "so far" where some of the runs are
+still to be made. Trials are kept under out/lab, where tiny/lab.py has its own, their figures in
+docs/trials.json too; what is done is skipped the next time, so stop it whenever you like.
 """
 import argparse
 import sys
@@ -63,40 +64,52 @@ def plan(claims, charts=True):
     for side in dict.fromkeys(sides + (shown() if charts else [])):
         for number, trial in enumerate(trials_of(side.arm).values()):
             rows.setdefault((number, trial), {})[side.cell_for(trial)] = True
-            for other in (side.cell_for(trial).look, side.cell_for(trial).motion):
-                if other:
-                    rows.setdefault((number, other), {})
     todo = {}
-    for _, trial in sorted(rows, key=lambda row: row[0]):
-        todo.setdefault(trial, {})
-    for (_, trial), cells in rows.items():
-        todo[trial] |= cells
+    for (_, trial), cells in sorted(rows.items(), key=lambda row: row[0][0]):
+        todo.setdefault(trial, {}).update(cells)
     return {trial: list(cells) for trial, cells in todo.items()}
 
 
-def seconds_left(trial, cells, out):
-    """An estimate of what a trial still takes, from others of its method where there are any."""
+def missing(todo, out, seed=None):
+    """What is not measured yet of a plan, or of its trials of one seed: {trial: cells}."""
+    left = {}
+    for trial, cells in todo.items():
+        path = trial.folder(out) / "figures.json"
+        known = read_json(path) if path.is_file() else {}
+        cells = [cell for cell in cells if cell.name not in known]
+        if cells and seed in (None, trial.seed):
+            left[trial] = cells
+    return left
+
+
+def seconds_of(left, out):
+    """{trial: an estimate of what it still takes}: its cells, and the training of itself and of all
+    that joins it, unless that is done or counted before."""
+    counted, seconds = set(), {}
+    for trial, cells in left.items():
+        joined = [other for cell in cells for other in (cell.look, cell.motion)]
+        needed = {trial, trial.borrows, *joined} - {None} - counted
+        counted |= needed
+        seconds[trial] = SAMPLING * len(cells) + sum(training_of(one, out) for one in needed)
+    return seconds
+
+
+def training_of(trial, out):
+    """Seconds that training it still takes, from others of its method where there are any."""
     if trial.method == "base" or (trial.folder(out) / "seconds.json").is_file():
-        training = 0
-    else:
-        done = [read_json(p)["seconds"] for p in out.glob(f"{trial.method}-*/seconds.json")]
-        training = sorted(done)[len(done) // 2] if done else TRAINING
-    path = trial.folder(out) / "figures.json"
-    known = read_json(path) if path.is_file() else {}
-    return training + SAMPLING * sum(cell.name not in known for cell in cells)
+        return 0
+    done = [read_json(p)["seconds"] for p in out.glob(f"{trial.method}-*/seconds.json")]
+    return sorted(done)[len(done) // 2] if done else TRAINING
 
 
-def work(todo, out, seed=None):
+def work(left, out):
     """Train and sample what is not done yet."""
-    mine = {t: cells for t, cells in todo.items() if seed is None or t.seed == seed}
-    left = {trial: seconds_left(trial, cells, out) for trial, cells in mine.items()}
-    bar = tqdm(total=sum(left.values()), unit="s", unit_scale=True, desc="claims")
-    for trial in [t for t in mine if left[t]]:
+    seconds = seconds_of(left, out)
+    bar = tqdm(total=sum(seconds.values()), unit="s", unit_scale=True, desc="claims")
+    for trial, cells in left.items():
         bar.set_postfix_str(trial.folder(out).name)
-        lab.learn(trial, out)
-        if mine[trial]:
-            lab.measure(trial, out, mine[trial])
-        bar.update(left[trial])
+        lab.measure(trial, out, cells)
+        bar.update(seconds[trial])
     if not (out / "phi.json").is_file():
         judging.measure_phi(out)
 
@@ -156,13 +169,14 @@ def main():
     if not args.quick:
         lab.restore(args.out)
     todo = plan(claims, charts)
-    left = {t: seconds_left(t, cells, args.out) for t, cells in todo.items()}
+    left = missing(todo, args.out, args.seed)
+    hours = sum(seconds_of(left, args.out).values()) / 3600
     print(f"{len(todo)} trials, {sum(map(len, todo.values()))} cells; left: "
-          f"{sum(map(bool, left.values()))} trials, about {sum(left.values()) / 3600:.1f} hours")
+          f"{len(left)} trials, about {hours:.1f} hours of a core")
     if args.plan:
         return
     if not args.register:
-        work(todo, args.out, args.seed)
+        work(left, args.out)
     if to == lab.KEPT.parent and args.seed is None:
         lab.keep(args.out)
     if args.seed is None:

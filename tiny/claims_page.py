@@ -21,6 +21,13 @@ def number(record):
     return f"{record['mean']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
 
 
+def runs(record):
+    """How many are measured, where that is not all."""
+    if record["runs"] in (0, record["wanted"]):
+        return ""
+    return f" ({record['runs']} of {record['wanted']} runs)"
+
+
 def page(result):
     """docs/claims.md."""
     lines = ["# The papers' claims on the tiny world", "", result["about"], "",
@@ -28,7 +35,7 @@ def page(result):
              "|---|---|---|---|---|"]
     for key, row in result["claims"].items():
         claim = CLAIMS[int(key)]
-        ours = "<br>".join(f"{measure.figure} {number(one)}".strip()
+        ours = "<br>".join(f"{measure.figure} {number(one)}{runs(one)}".strip()
                            for measure, one in zip(claim.measures, row["measures"]))
         lines.append(f"| {key} | {claim.text} ({claim.source}) | {claim.figures} | {ours} | "
                      f"{row['verdict']} |")

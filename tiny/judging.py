@@ -27,6 +27,9 @@ def at(side, step):
     return replace(side, cell=replace(side.cell, step=step), equal=False)
 
 
+SO_FAR = " so far"  # of a verdict from half of the runs or more, but not all
+
+
 class Figures:
     """What was measured, read once. Values are means over the prompts of a trial."""
 
@@ -92,8 +95,9 @@ def judge(measure, figures):
     if values:
         middle, low, high = lab.interval(values)
         record |= {"mean": middle, "low": low, "high": high, "differences": values}
-        if len(values) == wanted:
+        if len(values) >= wanted / 2:  # one of the two seeds of training
             record["verdict"] = verdict(low, high, measure.above)
+            record["verdict"] += SO_FAR * (len(values) < wanted)
     if measure.more and measure.more.equal and values:
         record["at"] = [str(figures.at_equal_looks(s)) for s in (measure.more, measure.less)]
     return record
@@ -101,11 +105,12 @@ def judge(measure, figures):
 
 def together(records):
     """A claim's verdict from those of its measurements."""
-    said = {r["verdict"] for r in records}
-    for one in ("not measured", "disagrees", "too close to call"):
-        if one in said:
-            return one
-    return "agrees"
+    said = [r["verdict"] for r in records]
+    so_far = SO_FAR * any(v.endswith(SO_FAR) for v in said)
+    said = [v.removesuffix(SO_FAR) for v in said]
+    if "not measured" in said:
+        return "not measured"
+    return next((v for v in ("disagrees", "too close to call") if v in said), "agrees") + so_far
 
 
 # Measurements that are no plain difference of two sides

@@ -355,9 +355,10 @@ was written down before the first result. Each measurement is a mean difference 
 {len(RANDOM)} random ones, none of which the base ever saw, × {len(SEEDS)} seeds of training ×
 {lab.PROMPTS} prompts), with a 95 % interval by bootstrap over pairs, since the videos of one run
 are not independent. A positive number speaks for the paper; *agrees* wants the whole interval of
-every measurement above its margin, *disagrees* that of any below it. Nothing corrects for the
-number of claims. The tiny model is hundreds of times smaller than the papers', so a disagreement
-may be the world's, the base's or ours as well as the paper's."""
+every measurement above its margin, *disagrees* that of any below it; *so far* that one of the two
+seeds is measured and not yet all of the other. Nothing corrects for the number of claims. The tiny
+model is hundreds of times smaller than the papers', so a disagreement may be the world's, the
+base's or ours as well as the paper's."""
 
 
 def preamble():
