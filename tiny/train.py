@@ -248,6 +248,68 @@ def word_directions():
     return {tokenizer.words_to_ids(w)[-1]: code[i] for i, w in enumerate(words)}, frame
 
 
+class Clip(nn.Module):
+    """open_clip's CLIP of CLIP_CONFIG, and what only its training needs: a linear head that reads
+    the scene from the text, and the frame of `word_directions`."""
+
+    def __init__(self):
+        super().__init__()
+        self.clip = open_clip.model.CLIP(**CLIP_CONFIG)
+        self.head = nn.Linear(64, 5 * world.FRAMES + 8 + 6 + 5)
+        self.directions, frame = word_directions()
+        self.register_buffer("frame", frame, persistent=False)
+
+    def keep_text(self, kept):
+        """Take a text encoder's weights, which learn no more."""
+        self.clip.load_state_dict(kept, strict=False)
+        for name, p in self.clip.named_parameters():
+            p.requires_grad_(name not in kept)
+
+    def read(self, ids):
+        """The text encoder's states (B, N, 64), and CLIP's features (B, 64)."""
+        clip, layers = self.clip, self.clip.transformer.resblocks
+        mask = clip.attn_mask[: ids.shape[1], : ids.shape[1]]
+        x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
+        for layer in layers[:-1]:
+            x = layer(x, attn_mask=mask)
+        last = clip.ln_final(layers[-1](x, attn_mask=mask))
+        return clip.ln_final(x), end_of(last, ids) @ clip.text_projection
+
+    def word_loss(self, states, ids):
+        """Along the frame, every state is the sum of the words of the thing read so far; those of
+        the background, after "on", do not count."""
+        on = tokenizer.words_to_ids("on")[0]
+        goal, thing = torch.zeros_like(states), ((ids == on).cumsum(1) == 0)[..., None]
+        for token, vector in self.directions.items():
+            read = (((ids == token)[..., None] & thing).cumsum(1) > 0).float()
+            goal = goal + read * vector.to(goal)
+        return (((states - goal) @ self.frame.T) ** 2).mean()
+
+    def scene_loss(self, text, scenes):
+        """How badly the head reads the scene, its path above all, from text (B, 64)."""
+        path, reach = world.trajectory(scenes), scenes.reach[:, None]
+        goal = [(path.x - scenes.x[:, None]) / reach, (path.y - scenes.y[:, None]) / reach,
+                3 * (path.size - 1), path.angle / 2, path.pan / 24,
+                F.one_hot(scenes.colour, 8), F.one_hot(scenes.shape, 6),
+                F.one_hot(scenes.background, 5)]
+        return F.mse_loss(self.head(text.float()), torch.cat(goal, 1).to(text.device))
+
+    def contrast(self, image, text, texts):
+        """CLIP's loss of features (B, 64); equal captions are not each other's negatives."""
+        image, words = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        logits = self.clip.logit_scale.exp() * image @ words.T
+        number = {t: i for i, t in enumerate(texts)}
+        number = torch.tensor([number[t] for t in texts])
+        same = (number[:, None] == number).float().to(logits.device)
+        same = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+
+def end_of(states, ids):
+    """Of states (B, N, D) those at the end of the text, (B, D)."""
+    return states[torch.arange(len(ids)), ids.argmax(1)]
+
+
 def train_clip(args):
     """Frames against captions (Radford et al. 2021, Fig. 3). Two things are added, or the UNet
     would read next to nothing. Frames do not show motion, so a linear head that exists only here
@@ -257,71 +319,35 @@ def train_clip(args):
 
     With --keep-text the text encoder stays as it is, for the UNet's sake, and the rest learns."""
     torch.manual_seed(1)
-    clip = open_clip.model.CLIP(**CLIP_CONFIG)
-    head = nn.Linear(64, 5 * world.FRAMES + 8 + 6 + 5)
-    both = nn.ModuleDict({"clip": clip, "head": head}).to(args.device)
-    directions, frame = word_directions()
-    frame, on = frame.to(args.device), tokenizer.words_to_ids("on")[0]
-    layers = clip.transformer.resblocks
+    both = Clip().to(args.device)
     if args.keep_text:
-        kept = model.load_text(args.out, args.device).tower.state_dict()
-        clip.load_state_dict(kept, strict=False)
-        for name, p in clip.named_parameters():
-            p.requires_grad_(name not in kept)
-
-    def read_text(ids):
-        """The text encoder's states (B, N, 64), and CLIP's features (B, 64)."""
-        mask = clip.attn_mask[: ids.shape[1], : ids.shape[1]]
-        x = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
-        for layer in layers[:-1]:
-            x = layer(x, attn_mask=mask)
-        last = clip.ln_final(layers[-1](x, attn_mask=mask))
-        end = ids.argmax(1)
-        return clip.ln_final(x), last[torch.arange(len(ids)), end] @ clip.text_projection
-
-    def word_loss(states, ids):
-        """Along the frame, every state is the sum of the words of the thing read so far; those of
-        the background, after "on", do not count."""
-        goal, thing = torch.zeros_like(states), ((ids == on).cumsum(1) == 0)[..., None]
-        for token, vector in directions.items():
-            read = (((ids == token)[..., None] & thing).cumsum(1) > 0).float()
-            goal = goal + read * vector.to(goal)
-        return (((states - goal) @ frame.T) ** 2).mean()
-
-    def scene_loss(text, scenes):
-        path, reach = world.trajectory(scenes), scenes.reach[:, None]
-        goal = [(path.x - scenes.x[:, None]) / reach, (path.y - scenes.y[:, None]) / reach,
-                3 * (path.size - 1), path.angle / 2, path.pan / 24,
-                F.one_hot(scenes.colour, 8), F.one_hot(scenes.shape, 6),
-                F.one_hot(scenes.background, 5)]
-        return F.mse_loss(head(text.float()), torch.cat(goal, 1).to(args.device))
+        both.keep_text(model.load_text(args.out, args.device).tower.state_dict())
 
     def loss_of(step):
-        g = generator("clip", step)
+        g, loss = generator("clip", step), 0
         pictures = args.keep_text or step % 3 == 0  # two steps in three are text alone, and cheap
         scenes = world.sample_scenes(BATCH["clip"] * (1 if pictures else 2), g)
         texts = world.captions(scenes, g)
         ids = tokenizer.tokenize(texts)[:, :24].to(args.device)  # causal: the rest changes nothing
         with autocast(args):
-            states, text = read_text(ids)
-        loss = 0
+            states, text = both.read(ids)
         if not args.keep_text:
-            ends = states[torch.arange(len(ids)), ids.argmax(1)]
-            loss = 10 * (scene_loss(text, scenes) + scene_loss(ends, scenes))
-            loss = loss + word_loss(states.float(), ids)
-        return loss + contrast(text, texts, frames_of(scenes, g)) if pictures else loss
+            ends = end_of(states, ids)
+            loss = 10 * (both.scene_loss(text, scenes) + both.scene_loss(ends, scenes))
+            loss = loss + both.word_loss(states.float(), ids)
+        if pictures:
+            with autocast(args):
+                image = both.clip.encode_image(frames_of(scenes, g).to(args.device))
+            loss = loss + both.contrast(image, text, texts)
+        return loss
 
-    def contrast(text, texts, frames):
-        with autocast(args):
-            image = clip.encode_image(frames.to(args.device))
-        image, words = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        logits = clip.logit_scale.exp() * image @ words.T
-        number = {t: i for i, t in enumerate(texts)}
-        number = torch.tensor([number[t] for t in texts])
-        same = (number[:, None] == number).float().to(args.device)
-        same = same / same.sum(1, keepdim=True)  # equal captions are not each other's negatives
-        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+    run("clip", both, loss_of, export_clip(args), args, no_decay=("embedding",),
+        file="clip-kept" if args.keep_text else "clip")
 
+
+def export_clip(args):
+    """The function that writes the text encoder, unless it is kept, and the rest of CLIP: the last
+    text layer, the projections, the pictures."""
     def export(state):
         state = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
         last = f"transformer.resblocks.{CLIP_CONFIG['text_cfg']['layers'] - 1}."
@@ -329,12 +355,10 @@ def train_clip(args):
         text = {n: t for n, t in state.items() if n.startswith(stem) and not n.startswith(last)}
         if not args.keep_text:
             write_part(args.out, "text_encoder", TEXT_CONFIG, hub.text_to_hub(text), "model")
-        # What the text encoder does not hold: the last text layer, the projections, the pictures.
         rest = {n: t for n, t in state.items() if n not in text}
         write_part(args.out, "clip", CLIP_CONFIG, rest, "model", "open_clip_config.json")
 
-    run("clip", both, loss_of, export, args, no_decay=("embedding",),
-        file="clip-kept" if args.keep_text else "clip")
+    return export
 
 
 # ------------------------------------------------------------------------------------------------
