@@ -446,10 +446,11 @@ def commit():
 def page(result):
     """docs/results.md from docs/results.json."""
     settings = result["settings"]
+    seeds = f"{settings['seeds']} seed{'s' * (settings['seeds'] > 1)}"
     lines = ["# What the methods learn on the tiny world", "",
              f"Written by `{result['command']}` at commit {result['commit']}; "
-             f"{settings['motions']} motions that the base never saw × {settings['seeds']} seeds "
-             f"of training × {PROMPTS} prompts whose looks all differ from the clip's; {STEPS} "
+             f"{settings['motions']} motions that the base never saw × {seeds} of training × "
+             f"{PROMPTS} prompts whose looks all differ from the clip's; {STEPS} "
              f"steps, guidance {GUIDANCE:g}. *Agreement* is the correlation with the clip's exact "
              "path, 0 where the amplitude is wrong or the thing is lost; *gain* what the tuned "
              "model has over the base from the same start, trial by trial; *looks* the share of "
