@@ -177,11 +177,12 @@ def test_a_verdict_says_whether_all_runs_are_measured(tmp_path, left_out, wanted
 def test_what_is_measured_needs_no_training(tmp_path):
     trial, other = (Trial("vmc", "hopping", seed) for seed in (0, 1))
     todo = {trial: [Cell(), Cell(start="own")], other: [Cell(look=trial)]}
-    write_json_in(trial.folder(tmp_path), {c.name: {} for c in todo[trial]})
+    write_json_in(trial.folder(tmp_path),
+                  {c.name: {} for c in todo[trial]} | {"trial": {"seconds": 41}})
     left = claims.missing(todo, tmp_path)
     assert left == {other: todo[other]} and not claims.missing(todo, tmp_path, seed=0)
     # `other` is to be trained, and `trial` again: its figures are here, its adapter is not.
-    assert claims.seconds_of(left, tmp_path) == {other: 2 * claims.TRAINING + claims.SAMPLING}
+    assert claims.seconds_of(left, tmp_path) == {other: 2 * 41 + claims.SAMPLING}
 
 
 def test_equal_looks_picks_the_step_nearest_to_the_level(tmp_path):

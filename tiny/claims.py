@@ -98,7 +98,7 @@ def training_of(trial, out):
     """Seconds that training it still takes, from others of its method where there are any."""
     if trial.method == "base" or (trial.folder(out) / "seconds.json").is_file():
         return 0
-    done = [read_json(p)["seconds"] for p in out.glob(f"{trial.method}-*/seconds.json")]
+    done = [read_json(p)["trial"]["seconds"] for p in out.glob(f"{trial.method}-*/figures.json")]
     return sorted(done)[len(done) // 2] if done else TRAINING
 
 
@@ -110,8 +110,6 @@ def work(left, out):
         bar.set_postfix_str(trial.folder(out).name)
         lab.measure(trial, out, cells)
         bar.update(seconds[trial])
-    if not (out / "phi.json").is_file():
-        judging.measure_phi(out)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import train
 from losses import debias
 from tiny import lab, registered, world
 from tiny.charts import Panel, Series
-from tiny.judging import at, kept_steps, latents, mean, phi_list
+from tiny.judging import at, kept_steps, latents, mean
 from tiny.lab import Cell
 from tiny.registered import ARMS, CLAIMS, CURVES, Side, own
 
@@ -121,8 +121,6 @@ def latents_chart(figures):
     which they vary most, in order of frames."""
     names, panels = [(m, look) for m in registered.NAMED[:2] for look in range(2)], []
     for title, change in (("before φ", lambda z: z), ("after φ", debias)):
-        if not phi_list(figures)[0]:
-            break
         points = torch.cat([change(latents(*name))[0].transpose(0, 1).flatten(1)
                             for name in names])
         points = points - points.mean(0)

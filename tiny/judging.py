@@ -10,7 +10,7 @@ import torch
 
 import model
 from losses import debias
-from support.files import read_json, write_json
+from support.files import read_json
 from tiny import lab, registered, world
 from tiny.lab import Cell
 from tiny.registered import ARMS, Side, trials_of
@@ -134,7 +134,8 @@ def encoder():
     return model.load(precision="fp32")
 
 
-def measure_phi(out):
+@functools.cache
+def phi_values():
     """One number a motion: by how much φ lowers log(distance of looks / distance of motions)."""
     motions = registered.NAMED + registered.RANDOM
     clips = {(m, look): latents(m, look) for m in motions for look in range(3)}
@@ -147,14 +148,12 @@ def measure_phi(out):
                      - apart((motion, k), (other, k)) for k in range(3)]
             log[name] = sum(pairs).item() / 3
         values.append(log["before"] - log["after"])
-    write_json(out / "phi.json", {"values": values})
+    return values
 
 
 def phi_list(figures):
-    """What `measure_phi` wrote."""
-    path = figures.out / "phi.json"
-    values = read_json(path)["values"] if path.is_file() else []
-    return values, len(registered.NAMED + registered.RANDOM)
+    """What needs no training is measured when it is asked for."""
+    return phi_values(), len(phi_values())
 
 
 HALVING = [Side("base"), *(Side(registered.CAV, Cell(step=s)) for s in (150, 200, 250, 0))]
