@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import data
 import train  # noqa: F401  (fills METHODS)
-from support.files import write_json
+from support.files import read_json, write_json
 from support.recipe import METHODS
 from tiny import claims, instruments, judging, lab, registered, world
 from tiny.lab import Cell, Trial
@@ -116,9 +116,14 @@ def test_trials_are_kept_in_one_file_for_the_base_they_were_measured_on(tmp_path
     drawn = lab.panel({"vmc": {"cells": lab.summary([again])}}).series
     assert [s.name for s in drawn] == ["base", "vmc"] and drawn[1].points[0][0] == 100 * sum(
         values["all three"]) / 2
-    monkeypatch.setattr(lab, "base_model", lambda: "another")
+    some = trial.folder(tmp_path / "c") / "figures.json"  # a cell is here, of a trial that has more
+    write_json_in(some.parent, {cells[0].name: {"agreement": [0.25]}})
     lab.restore(tmp_path / "c")
-    assert not (tmp_path / "c").exists()
+    assert read_json(some)[cells[0].name] == {"agreement": [0.25]}
+    assert all(cell.name in read_json(some) for cell in cells)
+    monkeypatch.setattr(lab, "base_model", lambda: "another")
+    lab.restore(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_claim_agrees_only_where_all_of_it_does():

@@ -367,17 +367,18 @@ def base_model():
 
 
 def restore(out):
-    """Put into `out` what KEPT holds of trials on this base model, but for those that are there."""
+    """Put into `out` what KEPT holds of trials on this base model and `out` does not."""
     kept = read_json(KEPT) if KEPT.is_file() else {}
     if kept.get("base") != base_model():
         return
     for name, cells in kept["trials"].items():
         path = out / name / "figures.json"
-        if not path.is_file():
+        rows = {c: {f: [v] for f, v in zip(kept["figures"], values)}
+                for c, values in cells["cells"].items()} | {"trial": {"seconds": cells["seconds"]}}
+        here = read_json(path) if path.is_file() else {}
+        if rows.keys() - here.keys():
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = {c: {f: [v] for f, v in zip(kept["figures"], values)}
-                    for c, values in cells["cells"].items()}
-            write_json(path, rows | {"trial": {"seconds": cells["seconds"]}})
+            write_json(path, rows | here)
 
 
 def keep(out):
