@@ -65,8 +65,8 @@ def draw(panel, left):
         height = at(x0, y)[1]
         out.append(text(left - 6, height + 4, f"{y:.3g}", end))
         out.append(f'<path d="M{left} {height:.1f}h{WIDE}" stroke="#eee"/>')
-    for i, series in enumerate(panel.series):
-        colour = COLOURS[i % len(COLOURS)]
+    named = [(COLOURS[i % len(COLOURS)], s) for i, s in enumerate(panel.series) if s.points]
+    for i, (colour, series) in enumerate(named):
         places = [at(*p[:2]) for p in series.points]
         if series.joined:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)

@@ -87,23 +87,24 @@ def methods_chart(figures):
         series = []
         for arm in ("base", *arms):
             side = own(arm)
-            x = mean(figures.side(side, "all three"))
+            x = 100 * mean(figures.side(side, "all three"))
             series.append(Series(arm, point(figures, x, side, "agreement"), False))
-        panels.append(Panel(title, "looks as asked", "agreement", series))
+        panels.append(Panel(title, "videos that look as asked, %", "agreement", series))
     return panels
 
 
 def curves_chart(figures):
     """Over training steps, the LoRA's scale, and α."""
     panels = []
-    for figure in ("agreement", "all three"):
+    looks = ("all three", "videos that look as asked"), ("copy", "looks copied from clips")
+    for figure, title in (("agreement", "agreement"), *looks):
         series = []
         for arm in CURVES:
             points = []
             for step in kept_steps(arm):
                 points += point(figures, step or registered.STEPS, at(own(arm), step), figure)
             series.append(Series(arm, points))
-        panels.append(Panel(figure, "training steps", figure, series))
+        panels.append(Panel(title, "training steps", "", series))
     scales, alphas = [], []
     for figure in ("agreement", "steady"):
         rows = [point(figures, s, Side(registered.MD1, Cell(scale=s)), figure)
