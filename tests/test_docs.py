@@ -13,7 +13,10 @@ import write  # noqa: E402
 import eval  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
+from support.files import read_json  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
+from tiny.claims_page import number as number_of  # noqa: E402
+from tiny.judging import SO_FAR  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^python (train|generate|eval)\.py (.*)$", README, re.MULTILINE)
@@ -46,3 +49,20 @@ def test_every_setting_says_what_it_means():
     for recipe in METHODS.values():
         for name in recipe.settings():
             assert recipe.meaning(name) != "see the docstring", f"{recipe.name}: {name}"
+
+
+def test_the_readme_says_of_the_claims_what_was_measured():
+    """`README.md` was brought up to date after `python tiny/claims.py`."""
+    claims = read_json(ROOT / "docs" / "claims.json")["claims"]
+    section = README.split("## Do the papers' claims hold?")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \| (.*) \|$", section, re.MULTILINE)
+    assert 5 <= len(rows) <= 10
+    for number, measured, verdict in rows:
+        said = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", measured)
+        true = [number_of(record) for record in claims[number]["measures"]]
+        assert verdict == claims[number]["verdict"] and said and set(said) <= set(true), number
+    verdicts = [row["verdict"].removesuffix(SO_FAR) for row in claims.values()]
+    for count, verdict in re.findall(r"(\d+) (agree|disagree|are too close to call|are not "
+                                     r"measured)\b", section):
+        verdict = verdict.removeprefix("are ").replace("agree", "agrees")
+        assert verdicts.count(verdict) == int(count), verdict
