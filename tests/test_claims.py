@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import data
-import train  # noqa: F401  (fills METHODS)
+import train
 from support.files import read_json, write_json
 from support.recipe import METHODS
 from tiny import claims, instruments, judging, lab, registered, world
@@ -103,7 +103,7 @@ def test_trials_are_kept_in_one_file_for_the_base_they_were_measured_on(tmp_path
     values = {name: [i / 8, 0.5] for i, name in enumerate(lab.FIGURES)}
     cells = [*lab.FROM_NOISE, *lab.FROM_OWN]
     write_json_in(trial.folder(tmp_path / "a"),
-                  {c.name: values for c in cells} | {"trial": {"seconds": 7}})
+                  {c.name: values for c in cells} | {"trial": {"method": "vmc", "seconds": 7}})
     monkeypatch.setattr(lab, "KEPT", tmp_path / "trials.json")
     lab.keep(tmp_path / "a")
     lab.restore(tmp_path / "b")
@@ -121,6 +121,9 @@ def test_trials_are_kept_in_one_file_for_the_base_they_were_measured_on(tmp_path
     lab.restore(tmp_path / "c")
     assert read_json(some)[cells[0].name] == {"agreement": [0.25]}
     assert all(cell.name in read_json(some) for cell in cells)
+    with monkeypatch.context() as other:  # the recipe has changed since; then the base
+        other.setitem(train.TINY, "vmc", "steps=301")
+        lab.restore(tmp_path / "d")
     monkeypatch.setattr(lab, "base_model", lambda: "another")
     lab.restore(tmp_path / "d")
     assert not (tmp_path / "d").exists()

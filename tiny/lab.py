@@ -367,14 +367,19 @@ def base_model():
 
 
 def restore(out):
-    """Put into `out` what KEPT holds of trials on this base model and `out` does not."""
+    """Put into `out` what KEPT holds of trials on this base model and `out` does not, but for
+    methods whose line in `train.TINY` has changed."""
     kept = read_json(KEPT) if KEPT.is_file() else {}
     if kept.get("base") != base_model():
         return
+    stale = {method for method, line in train.TINY.items() if kept["tiny"].get(method) != line}
     for name, cells in kept["trials"].items():
+        if cells["method"] in stale:
+            continue
         path = out / name / "figures.json"
         rows = {c: {f: [v] for f, v in zip(kept["figures"], values)}
-                for c, values in cells["cells"].items()} | {"trial": {"seconds": cells["seconds"]}}
+                for c, values in cells["cells"].items()}
+        rows["trial"] = {name: cells[name] for name in ("method", "seconds")}
         here = read_json(path) if path.is_file() else {}
         if rows.keys() - here.keys():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -389,9 +394,10 @@ def keep(out):
         about = cells.pop("trial", {})
         means = {c: [round(sum(row[f]) / len(row[f]), 4) for f in FIGURES if f in row]
                  for c, row in cells.items()}
-        trials[path.parent.name] = {"seconds": about.get("seconds", 0), "cells": means}
+        about = {"method": about.get("method", "base"), "seconds": about.get("seconds", 0)}
+        trials[path.parent.name] = about | {"cells": means}
     rows = [f"{json.dumps(n)}: {json.dumps(t)}" for n, t in trials.items()]
-    head = json.dumps({"base": base_model(), "figures": list(FIGURES)})
+    head = json.dumps({"base": base_model(), "tiny": train.TINY, "figures": list(FIGURES)})
     with publish(KEPT) as part:
         part.write_text(head[:-1] + ', "trials": {\n' + ",\n".join(rows) + "\n}}\n")
 
