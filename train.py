@@ -460,8 +460,8 @@ BY_DATA = {
 TINY = {
     "vmc": "steps=300 motion.lr=1e-3 sampling_steps=20 guidance=4",
     "motiondirector": "motion.lr=3e-3 look.lr=3e-3 inversion_steps=0 guidance=4",
-    "newmove": "steps=300 motion.lr=1e-3 word.lr=1e-3 subject.lr=1e-3 subject_word.lr=1e-3 "
-               "first=150 sampler=ddim prior=world guidance=4",
+    "newmove": "steps=200 motion.lr=1e-3 word.lr=1e-3 subject.lr=1e-3 subject_word.lr=1e-3 "
+               "first=100 sampler=ddim prior=world prior_clips=16 guidance=4",
     "customize-a-video": "steps=300 first=100 motion.lr=3e-3 look.lr=1e-3 look_word.lr=1e-3 "
                          "guidance=4",
     "coupled": "motion.lr=3e-3 inversion_steps=0 guidance=4",

@@ -72,6 +72,17 @@ def test_the_laboratory_is_as_large_as_it_says():
             settings_of(trial)
 
 
+def test_train_takes_every_arm(hop, tmp_path, monkeypatch):
+    """That what is registered can be trained: no flag or setting is refused."""
+    monkeypatch.setattr(lab, "write_clips", lambda folder, *clips: str(hop))
+    for arm in registered.ARMS:
+        trial = trials_of(arm)["posture:0" if "posture" in arm else "novel:0", 0]
+        if trial.method != "base":
+            trial.borrows and monkeypatch.setattr(lab, "file_of", lambda *of: hop)
+            train.parse(["--method", trial.method, *lab.flags_of(trial, tmp_path, tmp_path),
+                         *trial.settings])
+
+
 def test_the_page_says_what_is_registered():
     page = (ROOT / "docs" / "claims.md").read_text()
     assert registered.preamble() in page and all(str(m) in page for _, m in MEASURES)

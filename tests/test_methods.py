@@ -71,7 +71,7 @@ def test_the_data_and_the_base_change_a_recipe_as_one_would_type(method, what, s
     flags, recipe = train.parse(flags_of(method, hop, tmp_path, "--weights", TINY, *what))
     assert settings.items() <= recipe.settings().items() and recipe.parts["motion"].lr == 5e-6
     flags, recipe = train.parse(flags_of(method, hop, tmp_path, *what))
-    assert recipe.steps == 300 and flags.own_lines[-1] == train.TINY["newmove"]
+    assert recipe.steps == 200 and flags.own_lines[-1] == train.TINY["newmove"]
 
 
 # ------------------------------------------------------------------------------------------------
