@@ -164,21 +164,22 @@ def main():
         about = "**A trial of the program, with hardly any training: this proves nothing.**"
     if args.quick or args.claims:
         to = args.out
+    out = args.out / lab.base_model()
     if not args.quick:
-        lab.restore(args.out)
+        lab.restore(out)
     todo = plan(claims, charts)
-    left = missing(todo, args.out, args.seed)
-    hours = sum(seconds_of(left, args.out).values()) / 3600
+    left = missing(todo, out, args.seed)
+    hours = sum(seconds_of(left, out).values()) / 3600
     print(f"{len(todo)} trials, {sum(map(len, todo.values()))} cells; left: "
           f"{len(left)} trials, about {hours:.1f} hours of a core")
     if args.plan:
         return
     if not args.register:
-        work(left, args.out)
+        work(left, out)
     if to == lab.KEPT.parent and args.seed is None:
-        lab.keep(args.out)
+        lab.keep(out)
     if args.seed is None:
-        report(claims, args.out, to, about, charts)
+        report(claims, out, to, about, charts)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def judge(measure, figures):
     if values:
         middle, low, high = lab.interval(values)
         record |= {"mean": middle, "low": low, "high": high, "differences": values}
-        if len(values) >= wanted / 2:  # one of the two seeds of training
+        if len(values) >= wanted / 2:  # of which a seed is one half
             record["verdict"] = verdict(low, high, measure.above)
             record["verdict"] += SO_FAR * (len(values) < wanted)
     if measure.more and measure.more.equal and values:

@@ -6,7 +6,8 @@
 
 One motion that the base never saw, one seed of training: a trial. It is trained once, sampled from
 each start for prompts whose looks all differ from the clip's, and read by the world's instruments;
-what is done is kept under out/lab, its figures in docs/trials.json too, and skipped the next time.
+what is done is kept under out/lab, a folder for each base model, its figures in docs/trials.json
+too, and skipped the next time.
 Figures are means over trials with a 95 % interval by bootstrap over them, since the videos of one
 training run are not independent.
 
@@ -74,11 +75,11 @@ class Trial:
     keep: int = 0  # adapters are kept every so many steps
 
     def folder(self, out):
-        """Where it is kept: a name that no other trial has."""
+        """Where it is kept: a name that no other trial has, nor the same one of another recipe."""
+        about = repr((self, train.TINY.get(self.method)))
+        number = hashlib.sha256(about.encode()).hexdigest()[:8]
         name = f"{self.method}-{slug(self.motion)}-{self.clips}"
-        if self != Trial(self.method, self.motion, self.seed, self.clips):
-            name += "-" + hashlib.sha256(repr(self).encode()).hexdigest()[:8]
-        return out / f"{name}-seed{self.seed}"
+        return out / f"{name}-{number}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -367,19 +368,15 @@ def base_model():
 
 
 def restore(out):
-    """Put into `out` what KEPT holds of trials on this base model and `out` does not, but for
-    methods whose line in `train.TINY` has changed."""
+    """Put into `out` what KEPT holds of trials on this base model and `out` does not."""
     kept = read_json(KEPT) if KEPT.is_file() else {}
     if kept.get("base") != base_model():
         return
-    stale = {method for method, line in train.TINY.items() if kept["tiny"].get(method) != line}
     for name, cells in kept["trials"].items():
-        if cells["method"] in stale:
-            continue
         path = out / name / "figures.json"
         rows = {c: {f: [v] for f, v in zip(kept["figures"], values)}
                 for c, values in cells["cells"].items()}
-        rows["trial"] = {name: cells[name] for name in ("method", "seconds")}
+        rows["trial"] = {"seconds": cells["seconds"]}
         here = read_json(path) if path.is_file() else {}
         if rows.keys() - here.keys():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -394,10 +391,9 @@ def keep(out):
         about = cells.pop("trial", {})
         means = {c: [round(sum(row[f]) / len(row[f]), 4) for f in FIGURES if f in row]
                  for c, row in cells.items()}
-        about = {"method": about.get("method", "base"), "seconds": about.get("seconds", 0)}
-        trials[path.parent.name] = about | {"cells": means}
+        trials[path.parent.name] = {"seconds": about.get("seconds", 0), "cells": means}
     rows = [f"{json.dumps(n)}: {json.dumps(t)}" for n, t in trials.items()]
-    head = json.dumps({"base": base_model(), "tiny": train.TINY, "figures": list(FIGURES)})
+    head = json.dumps({"base": base_model(), "figures": list(FIGURES)})
     with publish(KEPT) as part:
         part.write_text(head[:-1] + ', "trials": {\n' + ",\n".join(rows) + "\n}}\n")
 
@@ -508,13 +504,14 @@ def main():
     if args.quick:
         args.motions, args.seeds = 2, 1
     keep_memory()
-    restore(args.out)
+    out = args.out / base_model()
+    restore(out)
     rows, methods = rows_of(args), {}
     bar = tqdm(total=sum(len(trials) for _, trials in rows), desc="trials")
     for name, trials in rows:
         measured = []
         for trial in trials:
-            measured.append(measure(trial, args.out))
+            measured.append(measure(trial, out))
             bar.update()
         seconds = sorted(m["trial"]["seconds"] for m in measured)[len(measured) // 2]
         methods[name] = {"cells": summary(measured), "seconds": seconds}
@@ -524,7 +521,7 @@ def main():
                            "more": args.settings}, "methods": methods}
     folder = (args.write or args.out).resolve()
     if folder == KEPT.parent:
-        keep(args.out)
+        keep(out)
         chart(ROOT / "assets" / "results.svg", [panel(methods)])
     write_json(folder / "results.json", result)
     (folder / "results.md").write_text(page(result))
