@@ -124,7 +124,8 @@ def settle(flags, settings):
         raise BadInput("no clip to learn from; give --video clip.mp4, or a folder of pictures.")
     check_weights(flags.weights)
     recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
-    count = len(clips or data.find_pictures(flags.images))
+    pictures = data.find_pictures(flags.images)
+    count = len(clips or pictures)
     kind = ("one clip" if count == 1 else "several clips") if clips else (
         "one picture" if count == 1 else "pictures")
     lines = [BY_DATA.get((flags.method, kind), "")]
@@ -153,6 +154,8 @@ def settle(flags, settings):
     if flags.prior not in (None, "none") and recipe.prior is None:
         raise BadInput(f"--prior: {flags.method} takes no prior clips; newmove, dreambooth and "
                        "custom-diffusion do.")
+    if flags.prior not in (None, "none", "folder", "world", "generated"):
+        data.check_clips([flags.prior], None)
     made = {"generated": {"prior_clips", "prior_prompt"}, "world": {"prior_clips"}}
     for name in {"prior_clips", "prior_prompt"} - made.get(flags.prior, set()):
         if recipe.own.get(name) != plain.own.get(name):  # as run.json has it, it does no harm

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from support.files import BadInput, publish, say
+from support.files import BadInput, check_there, publish, say
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -182,6 +182,7 @@ def find_pictures(paths):
     """The picture files that the paths name: files, or folders of them. Raises BadInput."""
     found = []
     for path in map(Path, paths):
+        check_there(path, "give a picture, or a folder of pictures")
         inside = sorted(path.iterdir(), key=natural) if path.is_dir() else [path]
         pictures = [p for p in inside if p.suffix.lower() in PICTURES]
         if not pictures:

@@ -529,7 +529,6 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--images FOLDER/p.png", "from pictures alone"),
     ("--video VIDEO --method motiondirector --images FOLDER/p.png", "nothing from pictures"),
     ("--method customize-a-video --images FOLDER/p.png", "from pictures alone"),
-    ("--video VIDEO --method newmove --prior FOLDER/no", "does not exist"),
     # settings: what a recipe lacks, another kind, out of range
     ("--video VIDEO look.rank=4", "look.rank: vmc has no such setting; it has steps, .*stride"),
     ("--video VIDEO motion.lrr=4", "Did you mean motion.lr?"),
@@ -577,6 +576,8 @@ def test_mistakes_end_in_one_line_and_two_and_leave_nothing(argv, says, folder, 
 @pytest.mark.parametrize("argv,says", [
     ("--video FOLDER/none.mp4", "none.mp4 does not exist"),
     ("--video https://example.com/hop.mp4", "hop.mp4 is an address; download it"),
+    ("--video VIDEO --method newmove --images FOLDER/no.png", "no.png does not exist; give a pict"),
+    ("--video VIDEO --method newmove --prior FOLDER/no", "no does not exist; give a video file or"),
     ("--video VIDEO --prompt a b", '2 captions for 1 clips.* in quotes: --prompt "a b"$'),
     ("--video VIDEO --method vmc motiondirector", "'motiondirector' .*; --method takes one value"),
     ("--video VIDEO --reverse yes", "'yes' belongs to no flag; --reverse takes no value"),
