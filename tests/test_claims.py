@@ -202,6 +202,11 @@ def test_what_is_measured_needs_no_training(tmp_path):
     assert left == {other: todo[other]} and not claims.missing(todo, tmp_path, seed=0)
     # `other` is to be trained, and `trial` again: its figures are here, its adapter is not.
     assert claims.seconds_of(left, tmp_path) == {other: 2 * 41 + claims.SAMPLING}
+    third = Trial("vmc", "hopping", keep=50)  # joined by the same one, which is trained once
+    assert claims.seconds_of(left | {third: [Cell(look=trial)]}, tmp_path)[third] == (
+        41 + claims.SAMPLING)
+    write_json(trial.folder(tmp_path) / "seconds.json", {"seconds": 41})  # its adapter is here
+    assert claims.seconds_of(left, tmp_path) == {other: 41 + claims.SAMPLING}
 
 
 def test_equal_looks_picks_the_step_nearest_to_the_level(tmp_path):
