@@ -83,7 +83,7 @@ def check_clips(paths, prompts):
 
 
 def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, word=None,
-               learned=None):
+               learned=None, learn=True):
     """The clips that the paths name, with their captions, and where each caption is from.
 
     prompts: one caption for all, or one a clip, or None; word: put at the end of a caption that
@@ -100,7 +100,7 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, word
         if word and not has_word(caption, word):
             caption, source = f"{caption} {word}", f"{source}, and --word"
         check_prompt(caption, learned, path)
-        video = read_video(path, frames, size, fps, start)
+        video = read_video(path, frames, size, fps, start, learn)
         clips.append(Clip(video.flip(1) if reverse else video, caption, path))
         sources.append(source)
     return clips, sources
@@ -122,7 +122,7 @@ def load_images(paths, prompt, size, word=None, learned=None):
 def load_prior(folder, frames, size, fps):
     """The clips of a folder that is kept beside the clip to learn from, with their captions.
     Raises BadInput."""
-    return load_clips([folder], None, frames, size, fps)[0]
+    return load_clips([folder], None, frames, size, fps, learn=False)[0]
 
 
 def find_clips(paths):
