@@ -1,5 +1,6 @@
 # The README's two commands. `make demo` learns a motion from the bundled clip and shows it in
-# another thing, and goes on where it was stopped; `make test` runs every test that needs no GPU.
+# another thing, and goes on where it was stopped; `make test` runs every test that needs neither a
+# GPU nor many minutes (those: pytest -m slow).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

@@ -30,7 +30,7 @@ from support.flags import Parser, is_text, real, whole
 @dataclass
 class Sample:
     """A video (3, F, H, W) in [-1, 1] with its prompt, its seed, and the rate it is measured at;
-    `shown` where the page may hold it. The rest is filled in by scores/figures.py."""
+    `shown` where the page may hold it. `figures` and `features` are filled in when it is scored."""
 
     video: torch.Tensor
     prompt: str

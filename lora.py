@@ -4,7 +4,7 @@
 
 A set of layers is a pattern over parameter names. A `Part` of a method says which of them learn,
 and how: in full, or by a LoRA (Hu et al. 2021), a pair of thin matrices beside each layer,
-W·x + s·B·A·x; a `Word` is a part too. `learner` makes what learns from it; support/adapters.py
+W·x + s·B·A·x; a `Word` is a part too. `learner` makes what learns from it; support/adapter_file.py
 keeps in a file what it holds in the end.
 """
 import re

@@ -2,10 +2,11 @@
 
     python -m pytest tests/test_losses.py
 
-All take the predicted and the true noise, pred and eps (B, C, F, h, w), and give one number; where
-the formula is one of clean clips too (VMC Eq. 15), so may be the denoised and the true clip. What
-else a formula needs it takes by name, and leaves the rest: `a` is ᾱ at the clip's timestep, shaped
-to multiply them; `stride` the frames between the two of a residual; `anchor` and `beta` are of the
+All take the predicted and the true noise, pred and eps (B, C, F, h, w), and give one number; of a
+network that says v, as the tiny one does, they get v in place of ε. Where the formula is one of
+clean clips too (VMC Eq. 15), so may be the denoised and the true clip. What else a formula needs it
+takes by name, and leaves the rest: `a` is ᾱ at the clip's timestep, shaped to multiply them;
+`stride` the frames between the two of a residual; `anchor` and `beta` are of the
 appearance-debiased loss.
 
 Axes: B clips, C channels, F frames, h w latent; n counts frames, c is the frame stride.
@@ -51,7 +52,8 @@ def residual_l2(pred, eps, stride=1, **_):
 
 
 def residual_l2_weighted(pred, eps, a, stride=1, **_):
-    """(1 − ᾱ)/ᾱ · ‖δε − δε̂‖² (VMC Eq. 16): the residuals of x̂0, by Tweedie's formula.
+    """(1 − ᾱ)/ᾱ · ‖δε − δε̂‖² (VMC Eq. 16): the residuals of x̂0, by Tweedie's formula. This is
+    so of ε alone: where the network says v, ask for align=epsilon.
 
     On ZeroScope's schedule the weight reaches 214 and 63 % of it lies at t ≥ 900.
     """

@@ -433,8 +433,8 @@ class UNet(nn.Module):
 
     @property
     def checkpointing(self):
-        """Whether layers' activations are computed again in the backward pass: a third of the
-        memory, a third more time."""
+        """Whether layers' activations are computed again in the backward pass: a third to
+        half of the memory, a third more time."""
         return self.mid_block.checkpointing
 
     @checkpointing.setter

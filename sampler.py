@@ -152,15 +152,13 @@ def noise_like_shape(shape, seeds):
     return torch.stack(rows)
 
 
-def timestep_weights(kind, T, alpha=0.5):
-    """Probabilities (T,) of the training timesteps.
-
-    'uniform', or NewMove's 'coarse', f(t) = (1 − α·cos(πt/T))/T, which favours high noise, where
-    motion is decided (NewMove Sec. 3.2, α = 0.5: three times as likely at T as at 0).
+def timestep_weights(T, alpha=0.5):
+    """Probabilities (T,) of the training timesteps, f(t) = (1 − α·cos(πt/T))/T, which favour high
+    noise, where motion is decided (NewMove Sec. 3.2, Eq. 3, α = 0.5: three times as likely at T as
+    at 0); α = 0 is uniform.
     """
     t = torch.arange(T, dtype=torch.float64)
-    coarse = 1 - alpha * torch.cos(torch.pi * t / T)
-    weights = {"uniform": torch.ones_like(t), "coarse": coarse}[kind]
+    weights = 1 - alpha * torch.cos(torch.pi * t / T)
     return weights / weights.sum()
 
 
@@ -209,7 +207,7 @@ def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0,
 
 
 def ddpm(schedule, predict, x, steps, seeds=None, on_step=None):
-    """Ancestral sampling (Ho et al. 2020, Eq. 6 and 7), with the small of the two variances."""
+    """Ancestral sampling (Ho et al. 2020, Eq. 6 and 7), with the smaller of the two variances."""
     S, generators = schedule, step_generators(seeds, True)
     for t in S.timesteps(steps):
         a, s = S.alpha_bar[t].item(), t - S.num_train_timesteps // steps

@@ -297,7 +297,7 @@ def vmc(m, loss="residual-cosine", align="output", stride=1):
     """
     z = m.noised(m.clip())  # x_t = √ᾱ·x0 + √(1−ᾱ)·ε
     m.learn("motion")
-    pred, true = m.predict(z, align=align)  # ε̂ and ε
+    pred, true = m.predict(z, align=align)  # ε̂ and ε, or v̂ and v
     m.note(unseen_by_cosine(pred, true))
     yield LOSSES[loss](pred, true, stride=stride, a=m.alpha_bar(z))
 
@@ -338,8 +338,10 @@ def newmove(m, alpha=0.5, loss="mse", augment="augmented", prior_weight=0.5, fir
     and how frames read the text are tuned in full, mostly at high noise, where motion is decided
     (Eq. 3); clips of other motions, at half the weight, keep the model from forgetting. Both go
     through the network as one batch; rate, weight, clipping, 24 frames a second and no dropout are
-    the published code's. With --images a subject joins after the motion, "a X* man doing the V*
-    sign": each example is drawn from either (its supplement, Sec. 2).
+    the published code's, which also begins each example at a random frame and repeats the last of
+    short clips, where here each begins at --start and keeps its length. The paper stops at an
+    appearance score of 0.265, here appearance_stop=0.265. With --images a subject joins after the
+    motion, "a X* man doing the V* sign": each example is drawn from either (supplement, Sec. 2).
 
     alpha: α of Eq. 3: how much likelier high noise is; 0 is uniform
     loss: what is minimised, one of losses.LOSSES
@@ -451,6 +453,7 @@ BY_DATA = {
     ("motiondirector", "several clips"): "steps=500 motion.weight_decay=1e-4 "
                                          "look.weight_decay=1e-4 noise_prior=0",
     ("coupled", "several clips"): "steps=500 motion.weight_decay=1e-4 noise_prior=0",
+    # Pictures are not mirrored, as the published code does to half of them.
     ("motiondirector", "one picture"): "steps=300 motion.layers=none look.per_clip=off "
                                        "look.weight_decay=1e-4 noise_prior=0",
     ("motiondirector", "pictures"): "steps=1000 motion.layers=none look.per_clip=off "
@@ -535,7 +538,7 @@ class Example:
         if view:
             video = view(clip.video, self.g)
             x0 = self.model.encode(video[None], self.g)
-        weights = sampler.timestep_weights("coarse", S.num_train_timesteps, alpha)
+        weights = sampler.timestep_weights(S.num_train_timesteps, alpha)
         t = int(sampler.draw_timesteps(weights, 1, self.g))
         noise = torch.randn(x0.shape, generator=self.g)
         noise = machine.send(noise, device)

@@ -24,7 +24,7 @@ from support.recipe import METHODS  # noqa: E402
 OUT = ROOT / "out" / "pictures"
 CLIP = ROOT / "assets" / "eight.mp4"
 PROMPTS = ROOT / "assets" / "prompts.txt"
-BASE_PROMPTS = (  # one a kind of motion that the base knows by name
+BASE_PROMPTS = (  # of kinds of motion that the base knows, the last without a name
     "a red star moving left on a grey background",
     "a blue ring moving right on a green checkered background",
     "a yellow cross moving up on a purple wavy background",

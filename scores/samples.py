@@ -11,9 +11,9 @@ import torch
 import data
 import model
 import sampler
-from support import adapter_file, machine, media
+from support import adapter_file, machine, media, sets
 from support.files import BadInput, check_weights, read_json, slug, write_json
-from support.prompts import explain_strange_words
+from support.prompts import explain_strange_words, read_lines
 from support.videos import make_videos, read_story, starts
 
 NOISE, START = "base, noise", "base, start"
@@ -68,7 +68,7 @@ def sampling(trained, path, args, scale=1.0, init=None):
     prompts, videos = read_prompts(args) or [flags["preview_prompt"]], []
     for number, prompt in enumerate(prompts):
         for seed in range(args.seeds):
-            videos.append([f"{number:03d}-{slug(prompt)}-seed{seed}.mp4", prompt, seed])
+            videos.append([sets.video_name(number, prompt, seed), prompt, seed])
     written = path.stat()
     return story | {
         "adapter": [str(path)], "scale": [scale], "init": init, "weights": flags.get("weights"),
@@ -82,11 +82,7 @@ def read_prompts(args):
     """The lines of --prompts, checked; [] without. Raises BadInput."""
     if not args.prompts:
         return []
-    lines = args.prompts.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    prompts = [data.check_prompt(line.strip()) for line in lines if line.strip()]
-    if not prompts:
-        raise BadInput(f"{args.prompts} holds no prompts; write one a line.")
-    return prompts
+    return [data.check_prompt(line) for line in read_lines(args.prompts)]
 
 
 def is_made(folder, settings):

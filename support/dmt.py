@@ -24,7 +24,7 @@ def defaults(timesteps, tiny):
     """Its settings of sampling, for a schedule of so many timesteps; inversion takes nearly each.
 
     The tiny model knows none of the negative words, is guided as always, and inverts in as many
-    steps as it samples in (0): each of its 700 would take a CPU half a minute.
+    steps as it samples in (0): all of its 700 would take a CPU half a minute.
     """
     published = {"steps": 50, "guidance": 10.0, "sampler": "ddim", "inverts": "tuned",
                  "negative": NEGATIVE, "inversion_steps": timesteps - 1}

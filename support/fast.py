@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 LARGE = 2**20  # numbers in a tensor, from where memory counts for more than the calls
-MOST_BLOCKS = 65_535  # of a CUDA grid, on which the fused kernels lay batch × heads
+MOST_BLOCKS = 65_535  # of a CUDA grid along one axis
 
 
 def _again(f, *inputs):
@@ -59,7 +59,8 @@ def scaled_dot_product_attention(q, k, v):
 
     On a CPU the fused kernel is slower than two matrix products for the sequences met here, its
     backward several times so, and is kept for those whose scores would need much memory. On CUDA it
-    fails where batch × heads pass the grid (PyTorch #146704), so it goes in parts there.
+    fails where the batch passes the grid (PyTorch #146704); it goes in parts of which even batch ×
+    heads do not.
     """
     if q.device.type == "cpu" and k.shape[-2] <= 1024:
         return _again(_plain_attention, q, k, v)

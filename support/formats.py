@@ -3,8 +3,8 @@
     tensors, pairs = read_foreign(read_tensors("x.safetensors"), {}, unet, "x.safetensors")
 
 A LoRA that is half applied looks like one that learned little. So every tensor and every number of
-a file is used, or the file is refused with one line that says what was not understood. FORMATS has
-one entry a format: does it fit, and read.
+a file is used, or the file is refused with one line that says what was not understood; those of a
+text encoder are skipped, and it is said. FORMATS has one entry a format: does it fit, and read.
 
 A layer's change is s·B·A: A is (r, in, *kernel), B (out, r, 1, …), s usually alpha/r.
 """

@@ -23,8 +23,8 @@ from support.files import BadInput, say
 # ------------------------------------------------------------------------------------------------
 # The device
 
-# Bytes that a training step at full size keeps for the backward pass, for each pixel of the latents
-# of all clips in a batch (emulated by benchmarks/memory.py: see docs/speed.md).
+# The most bytes that a training step at full size keeps for the backward pass, for each pixel of
+# the latents of all clips in a batch (emulated by benchmarks/memory.py: see docs/speed.md).
 ACTIVATIONS = 530_000
 
 

@@ -107,6 +107,7 @@ def decode(path, start=0.0):
     """Yields (seconds since the first frame, function that makes the picture) of a video file, from
     the key frame before `start` seconds on. The pictures (H, W, 3) uint8 are upright, with square
     pixels. Raises BadInput."""
+    path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path} does not exist; give a video file or a folder of pictures.")
     if path.suffix.lower() in PICTURES:

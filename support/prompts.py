@@ -38,7 +38,7 @@ def strange_words(text, taught=""):
     from tiny import world  # needed here alone
 
     parts = [*world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *world.BASE, *world.SPEEDS,
-             *getattr(world, "UNNAMED_WORDS", ()), world.caption("orange", background="grey"),
+             *world.UNNAMED_WORDS, world.caption("orange", background="grey"),
              world.caption()]
     known = _words(" ".join(parts))
     return sorted(_words(text) - known - _words(taught)), sorted(known)

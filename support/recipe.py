@@ -26,7 +26,7 @@ MEANING = {
     "guidance": "classifier-free guidance of a sample",
     "network_dropout": "dropout of the temporal convolutions while training",
     "prior": "clips that keep the model from forgetting, unless --prior names a folder: generated "
-             "by the base model, of the tiny world, or none",
+             "by the base model, of the tiny world, or none; folder warns that none is named",
     "prior_clips": "how many of them are made",
     "prior_prompt": "the caption of generated ones; empty for the clip's without its word",
     "appearance_stop": "stop where a preview's CLIP score with the caption of the looks falls to "
@@ -57,7 +57,7 @@ RANGE = {
     "prior_weight": (0, 1000), "first": (0, 10**7),
 }
 CHOICES = {"inverts": ("tuned", "base"), "sampler": ("ddim", "ddpm", "dpm"),
-           "timesteps": ("uniform", "coarse"), "align": ("output", "epsilon", "x0"),
+           "align": ("output", "epsilon", "x0"),
            "augment": ("none", "augmented", "recoloured"), "loss": LOSSES}
 # Settings that do something only where another is not 0.
 NEEDS = {"clip": "appearance_stop", "clip_weights": "appearance_stop", "inverts": "noise_prior",

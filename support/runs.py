@@ -205,7 +205,7 @@ class Folder:
     # -- saving
 
     def is_time_to_save(self, step):
-        """Every hundredth step; where the state is large, every thousandth."""
+        """Every hundredth step, where the state is large every thousandth; and by --keep-every."""
         every = 1000 if self.size() > BIG else 100
         keep = self.flags.keep_every
         return step > 0 and step != self.step and (step % every == 0 or keep and step % keep == 0)

@@ -12,7 +12,7 @@ import data
 import train
 from support.files import read_json, write_json
 from support.recipe import METHODS
-from tiny import claims, instruments, judging, lab, registered, world
+from tiny import claims, claims_page, instruments, judging, lab, registered, world
 from tiny.lab import Cell, Trial
 from tiny.registered import CLAIMS, Measure, Side, trials_of
 
@@ -138,6 +138,14 @@ def test_trials_are_kept_in_one_file_for_the_base_they_were_measured_on(tmp_path
     monkeypatch.setattr(lab, "base_model", lambda: "another")
     lab.restore(tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+def test_a_side_that_is_to_be_small_is_shown_itself():
+    small = Measure("agreement", None, Side("vmc"), -0.3)
+    record = {"measure": str(small), "mean": -0.18, "low": -0.25, "high": 0.0}
+    assert claims_page.number(record) == "0.18 [0.00, 0.25]"
+    record["measure"] = str(Measure("agreement", Side("vmc"), Side("base")))
+    assert claims_page.number(record) == "-0.18 [-0.25, 0.00]"
 
 
 def test_a_claim_agrees_only_where_all_of_it_does():

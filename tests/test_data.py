@@ -305,7 +305,7 @@ def test_clips_with_their_captions(tmp_path, capsys):
     load = lambda *a, **k: data.load_clips(*a, 8, (64, 64), 8, **k)
     clips, sources = load([tmp_path], None, word="sks")
     assert [c.prompt for c in clips] == ["9 00 sks", "a red ball, SKS"]
-    assert sources == ["the file's name, and --word", str(tmp_path / "a ball.txt")]
+    assert sources == ["the file's name, and word.text", str(tmp_path / "a ball.txt")]
     said = capsys.readouterr().err
     assert "9_00.mp4 is its name, '9 00', which says nothing" in said and "twice" not in said
     back, _ = load([first, first], ["one", "two"], reverse=True)

@@ -45,6 +45,15 @@ def test_the_readme_is_short_and_its_files_are_there():
         assert (ROOT / path).exists(), path
 
 
+def test_the_readmes_own_method_learns(hop, tmp_path, monkeypatch):
+    code, = re.findall(r"```python\n(@method.*?)```", README, re.DOTALL)
+    monkeypatch.setitem(METHODS, "mine", None)  # and gone when the test is over
+    exec(code, dict(vars(train)))
+    train.main(["--method", "mine", "--video", str(hop), "--frames", "4", "--steps", "2",
+                "--preview-every", "0", "--out", str(tmp_path / "out"), "weight=0.5"])
+    assert (tmp_path / "out" / "mine.safetensors").is_file()
+
+
 def test_every_setting_says_what_it_means():
     for recipe in METHODS.values():
         for name in recipe.settings():

@@ -246,7 +246,7 @@ def test_a_samples_noise_does_not_depend_on_its_batch():
 
 def test_coarse_timesteps_have_the_papers_density():
     """α = 0.5: relative density 0.5 at t = 0 and 1.5 at 999, mean 600.9, P(t ≥ 500) 0.659."""
-    w = sampler.timestep_weights("coarse", 1000, 0.5)
+    w = sampler.timestep_weights(1000, 0.5)
     t = torch.arange(1000).double()
     assert w.sum().item() == pytest.approx(1)
     assert 1000 * w[0].item() == pytest.approx(0.5, abs=1e-3)
@@ -255,7 +255,7 @@ def test_coarse_timesteps_have_the_papers_density():
     assert w[500:].sum().item() == pytest.approx(0.659, abs=1e-3)
     drawn = sampler.draw_timesteps(w, 200_000, torch.Generator().manual_seed(0)).double()
     assert drawn.mean().item() == pytest.approx(600.9, abs=2.5)
-    assert sampler.draw_timesteps(sampler.timestep_weights("uniform", 1000), 200_000,
+    assert sampler.draw_timesteps(sampler.timestep_weights(1000, 0), 200_000,
                                   torch.Generator().manual_seed(0)).double().mean() < 503
 
 

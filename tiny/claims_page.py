@@ -15,10 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def number(record):
-    """A measurement's mean with its interval."""
+    """A measurement's mean with its interval; of one side that is to be small, the side itself."""
     if "mean" not in record:
         return "–"
-    return f"{record['mean']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+    mean, low, high = (record[name] for name in ("mean", "low", "high"))
+    if " < " in record["measure"]:
+        mean, low, high = 0 - mean, 0 - high, 0 - low
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def runs(record):
@@ -67,7 +70,9 @@ def arms():
     lines = ["## The arms", "", "| arm | what is trained |", "|---|---|"]
     for arm, values in ARMS.items():
         settings = " ".join(f"`{s}`" for s in values.get("settings", ())).replace("|", "\\|")
-        more = ", ".join(f"{k} {v}" for k, v in values.items() if k not in ("settings", "method"))
+        more = [f"{k} {v}" for k, v in values.items() if k not in ("settings", "method")]
+        one = next(iter(registered.trials_of(arm).values()))
+        more = ", ".join(more + [f"look of {one.borrows.method}"] * bool(one.borrows))
         lines.append(f"| {arm} | {values['method']} {settings} {more} |")
     lines += ["", "Figures:", "", *(f"- *{k}*: {v}" for k, v in lab.FIGURES.items()), "",
               "Rates and steps that the tiny model has beside the methods' own:", ""]
@@ -81,7 +86,7 @@ def point(figures, x, side, figure):
 
 
 def methods_chart(figures):
-    """Motion against appearance, each method from its own start; and over its kept steps."""
+    """Motion against appearance, each method from its own start."""
     panels = []
     for title, arms in (("ten clips", registered.TEN), ("one clip", registered.ONE)):
         series = []

@@ -108,8 +108,8 @@ def largest_blob(mask):
 
 
 def _templates():
-    """All shapes at ten angles each, drawn by the renderer at one area: (K, GRID²) coverage, the
-    shape's index (K,) and its angle in radians (K,)."""
+    """All shapes at ten angles each, round ones at one, drawn by the renderer at one area: (K,
+    GRID²) coverage, the shape's index (K,) and its angle in radians (K,)."""
     area = (world._distance_maps() < 0).float().mean((1, 2, 3)) * (2 * world.EXTENT) ** 2
     masks, shapes, angles = [], [], []
     for index, name in enumerate(world.SHAPES):

@@ -117,7 +117,7 @@ def together(records):
 
 
 def latents(motion, look):
-    """Clean latents (F, C·h·w) of a motion in one of three looks, all from the same place."""
+    """Clean latents (1, C, F, h, w) of a motion in one of three looks, all from the same place."""
     scene = world.scenes_of(motion, 1, torch.Generator().manual_seed(0))
     colour, shape, ground = ((0, 1, 1), (4, 3, 2), (7, 5, 4))[look]
     index = lambda i: torch.tensor([i])

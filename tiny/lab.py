@@ -1,6 +1,6 @@
 """The laboratory: what the methods learn on the tiny world, over many motions, with intervals.
 
-    python tiny/lab.py                    # every method: docs/results.json, docs/results.md
+    python tiny/lab.py --write docs       # every method: docs/results.json, docs/results.md
     python tiny/lab.py --methods vmc --motions 2 --seeds 1       # a look at a part of it
     python tiny/lab.py --quick            # minutes; proves nothing
 

@@ -1,7 +1,7 @@
 """How much hold a set of layers has on motion: the loss at high noise while one clip is learned.
 
-    python tiny/leverage.py                              # four clips, three sets of layers
-    python tiny/leverage.py --weights DIR --novel 8      # of another model, on eight random motions
+    python tiny/leverage.py                           # four clips, three sets of layers
+    python tiny/leverage.py --weights DIR --novel 8   # of another model, eight random ones beside
 
 What moves where is decided at high noise. So a set of layers that is to learn a motion must be able
 to lower the loss there on a clip of it, and that is seen in seconds, before any sampling. Each step

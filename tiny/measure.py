@@ -4,8 +4,8 @@
     python tiny/measure.py --weights DIR --prompts 96
 
 What things look like and how they move is read off the videos by `instruments`; the prompts that
-only say "moving" show how far the model's paths differ from seed to seed. Prints a table, and
-writes it with a contact sheet to out/measure-base. How much hold layers have on motion is
+only say "moving" show how far the model's paths differ from seed to seed. Prints its figures, and
+writes them with a contact sheet to out/measure-base. How much hold layers have on motion is
 `leverage.py`'s to measure.
 
 Axes: N videos, F frames.

@@ -45,12 +45,13 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "lab", help="where trials are")
     args = parser.parse_args()
     keep_memory()
+    out = args.out / lab.base_model()
     todo = [(arm, rate, motion) for arm, (_, rates) in RATES.items() for rate in rates
             for motion in registered.RATES_FROM]
     found, mean = {}, lambda values: sum(values) / len(values)
     for arm, rate, motion in tqdm(todo, desc="rates"):
         trial, cell = trial_of(arm, rate, motion), registered.own(arm).cell
-        figures = lab.measure(trial, args.out, [cell])[cell.name]
+        figures = lab.measure(trial, out, [cell])[cell.name]
         row = found.setdefault(arm, {}).setdefault(f"{rate:g}", {"agreement": [], "all three": []})
         for name in row:
             row[name].append(round(mean(figures[name]), 3))

@@ -2,7 +2,7 @@
 classifier of motions that scores it.
 
     python tiny/train.py                       # all stages, from scratch or from where they stopped
-    python tiny/train.py clips --steps 40000   # go on with the last stage alone
+    python tiny/train.py clips --steps 40000   # go on with the clips alone
 
 Each stage writes its result to tiny/weights, in the hub's layout and fp16, and its state to
 tiny/work, from which it resumes. Every random draw comes from (stage, step), and the world is
@@ -439,8 +439,9 @@ class Course(nn.Module):
     attention to average frames, and hardly tells it which frame is which; then nothing that a
     method writes into queries, keys and values moves anything. So, while clips are learned,
     - half of them come with their course: how near a column and how near a row of pixels is to the
-      thing, frame by frame, put by a linear map into the values of each temporal attention, each
-      left out in part. All that follows learns to draw a thing of any look where the values say;
+      thing, frame by frame, put by a linear map into the values of the first attention of each
+      temporal transformer but the earliest, each left out in part. All that follows learns to draw
+      a thing of any look where the values say;
     - the tokens that these attentions read shall hold waves over frames, over columns and rows, and
       their products, along fixed directions. Nearness can be made of these by a matrix: by to_v.
     """

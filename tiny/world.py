@@ -5,7 +5,7 @@
     python tiny/world.py --clip seven.mp4 --motion novel:7    # of a motion drawn from seed 7
 
 A scene is a thing (colour, shape) that moves (motion, speed) in front of a background. Rendering is
-exact, antialiased, batched and a function of the scene alone; a scene of a function of its seed.
+exact, antialiased, batched and a function of the scene alone; a scene is one of its seed.
 
 Some motions have names. Beside them is a continuum of motions that have none: random paths, growth,
 turning and flattening, of which captions only say "moving". As real models do, a model of this
@@ -89,7 +89,7 @@ def sample_scenes(n, generator, motions=BASE, speeds=True, unnamed=0.0):
     kinds = torch.tensor([MOTIONS.index(m) for m in motions])
     motion = kinds[pick(len(motions))]
     shape, background = pick(len(SHAPES)), pick(len(BACKGROUNDS))
-    # A circle does not show that it spins or tumbles, nor a plain wall that the camera pans.
+    # A circle does not show that it spins, nor a plain wall that the camera pans.
     turning = is_motion(motion, "spinning")
     shape = torch.where(turning & is_shape(shape, *ROUND), 1 + pick(3), shape)
     panning = is_motion(motion, "standing still while the camera pans")
@@ -430,14 +430,14 @@ def captions(scenes, generator=None, motion=True):
     return out
 
 
-def sheet(path, frames=FRAMES):
+def sheet(path):
     """A contact sheet: one row a motion, every second frame; some random ones at the end."""
     from PIL import Image
 
     g = torch.Generator().manual_seed(0)
     rows = []
     for motion in (*MOTIONS, *(f"novel:{i}" for i in range(4)), "posture:0", "posture:1"):
-        video = render(scenes_of(motion, 1, g), frames)[0, :, ::2]
+        video = render(scenes_of(motion, 1, g))[0, :, ::2]
         rows.append(video.permute(2, 1, 3, 0).flatten(1, 2))  # (H, F·W, 3)
     pixels = ((torch.cat(rows) + 1) * 127.5).round().byte().numpy()
     Image.fromarray(pixels).save(path)
