@@ -359,7 +359,7 @@ def render(results):
         "chooses by the free memory of the card. *Published* is what the authors state, on their "
         "own base models.", "",
         "| command | frames × height × width | kept | computed again | "
-        + " | ".join(f"{card} GB card" for card in CARDS) + " | published |",
+        + " | ".join(f"{card} GiB card" for card in CARDS) + " | published |",
         "|---|---|---|---|" + "---|" * len(CARDS) + "---|"]
     done = set()
     for row in rows:

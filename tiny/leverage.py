@@ -12,55 +12,24 @@ motion that is learned must carry over to them.
 Axes: B clips, C channels, F frames, h w latent.
 """
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import model  # noqa: E402
+from lora import Part  # noqa: E402
 from support.machine import keep_memory  # noqa: E402
 from tiny import world  # noqa: E402
 
-TEMPORAL = r"(transformer_in|.*\.temp_attentions\..*)\."
-SETS = {  # name: pattern over parameter names, rank of a LoRA (0: the layers in full)
-    "q k v": (r".*temp_attentions\..*\.attn[12]\.to_[qkv]\.weight", 0),
-    "attention and feed-forward, LoRA": (
-        rf"{TEMPORAL}.*(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))\.weight", 32),
-    "all temporal": (r"transformer_in\..*|.*temp_(attentions|convs)\..*", 0),
+SETS = {
+    "q k v": Part("temporal-attention-qkv"),
+    "attention and feed-forward, LoRA": Part("temporal-attention-ff", rank=32),
+    "all temporal": Part("temporal"),
 }
 FREE = torch.tensor(world.UNNAMED)
 LOW = 0.75  # timesteps lie in the highest quarter of the schedule
-
-
-class LowRank(nn.Module):
-    """W + B·A (Hu et al. 2021): B starts at zero, so it changes nothing at first."""
-
-    def __init__(self, weight, rank):
-        super().__init__()
-        out, width = weight.shape
-        self.a = nn.Parameter(torch.randn(rank, width) / rank)
-        self.b = nn.Parameter(torch.zeros(out, rank))
-
-    def forward(self, weight):
-        return weight + self.b @ self.a
-
-
-def train_only(unet, pattern, rank):
-    """The parameters to learn: those that match, or a LoRA beside each."""
-    chosen = [n for n, _ in unet.named_parameters() if re.fullmatch(pattern, n)]
-    if not rank:
-        return [unet.get_parameter(n).requires_grad_(True) for n in chosen]
-    parameters = []
-    for name in chosen:
-        owner = unet.get_submodule(name.rpartition(".")[0])
-        low_rank = LowRank(owner.weight, min(rank, *owner.weight.shape))
-        parametrize.register_parametrization(owner, "weight", low_rank)
-        parameters += list(low_rank.parameters())
-    return parameters
 
 
 def encode(parts, scenes, briefly=False):
@@ -90,7 +59,7 @@ def held_out(parts, *encoded):
     return sum(loss_at(parts, latents, text, 10**6 + i).item() for i in range(4)) / 4
 
 
-def measure(weights, scenes, pattern, rank, rate, steps):
+def measure(weights, scenes, part, rate, steps):
     """Held-out losses (2, 2) of the first of five scenes, before and after learning its clip, and
     of the other four."""
     torch.manual_seed(0)
@@ -99,7 +68,9 @@ def measure(weights, scenes, pattern, rank, rate, steps):
     others = encode(parts, scenes[torch.arange(1, 5)])
     losses = lambda: [held_out(parts, *clip), held_out(parts, *others)]
     before = losses()
-    parameters = train_only(parts.unet, pattern, rank)
+    parameters = list(part.learner(parts, seed=0).parameters().values())
+    for p in parameters:
+        p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.01)
     for step in range(steps):
         loss_at(parts, *clip, step).backward()
@@ -138,7 +109,7 @@ def main():
     for chosen in args.sets:
         for rate in args.rates:
             rows = torch.stack([
-                measure(args.weights, five(name, i), *SETS[chosen], rate, args.steps)
+                measure(args.weights, five(name, i), SETS[chosen], rate, args.steps)
                 for i, name in enumerate(motions)])  # (motions, clip and others, before and after)
             for what, row in zip(("the clip", "other looks"), rows.mean(0).tolist()):
                 print(f"{chosen}, {rate:.0e}: {what} {row[0]:.4f} → {row[1]:.4f} "
