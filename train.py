@@ -558,13 +558,13 @@ class Example:
 
     def learns(self, part):
         """Whether there is a learner of this part that has something to learn."""
-        return any(one.parameters() for one in self.run.learners.get(part, ()))
+        return any(one.parameters() for one in self.parts.get(part, ()))
 
     def learn(self, *parts, beside=()):
         """Let these parts learn and act, those `beside` them act, and all others rest, until the
         next call: a statement, since layers that are computed again in the backward pass must find
         things as they were. Of learners that each clip has, this clip's."""
-        if not any(one.parameters() for part in parts for one in self.parts.get(part, ())):
+        if not any(map(self.learns, parts)):
             raise BadInput(f"{' and '.join(parts)}: nothing to learn with these settings, and step "
                            f"{self.step} would teach it; choose its layers.")
         self.words = lora.switch(self.run.learners, parts, beside, self.index)
