@@ -203,7 +203,9 @@ def test_other_containers_and_pixels(name, more, tmp_path):
 def test_gif(tmp_path):
     frames = [Image.new("RGB", (32, 32), (20 * i,) * 3) for i in range(8)]
     frames[0].save(tmp_path / "c.gif", save_all=True, append_images=frames[1:], duration=120)
-    assert media.read_video(tmp_path / "c.gif", 8, (32, 32), 8).shape[1] == 8
+    video = media.read_video(tmp_path / "c.gif", 8, (32, 32), 8)
+    shown = (video.mean((0, 2, 3)) + 1) * 127.5
+    assert (shown / 20).round().tolist() == list(range(8))
 
 
 def cut(path, keep):
@@ -330,6 +332,15 @@ def test_views_are_functions_of_a_video_and_a_generator():
         seen = draw(view, 1)
         assert seen.shape == (3, frames, 32, 32) and seen.abs().max() <= 1
         assert torch.equal(seen, draw(view, 1)) and not torch.equal(seen, draw(view, 2))
+    still = video[:, :1].expand(3, 5, 32, 32)
+    slope = torch.linspace(-0.5, 0.5, 32).expand(3, 5, 32, 32)
+    for seed in range(20):
+        for view in (data.augmented, data.recoloured):  # all frames alike
+            seen = draw(lambda _, g, view=view: view(still, g), seed)
+            assert torch.allclose(seen, seen[:, :1].expand_as(seen))
+        seen = draw(lambda _, g: data.augmented(slope, g), seed)
+        assert (seen.diff(dim=3) >= 0).all() and seen[..., -1].mean() > seen[..., 0].mean()
+        assert draw(lambda _, g: data.crop(slope, g), seed).diff(dim=3).amax() < 0.7 / 31
 
 
 @pytest.mark.parametrize("name,warns", [("9_00", True), ("a1b2-x", True), ("vid_3", False),

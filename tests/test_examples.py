@@ -57,9 +57,9 @@ def test_an_example_applies_learns_and_acts(copy, name, method, keys):
     again = load_file(copy / "resumed" / f"{method}.safetensors")
     assert all(torch.equal(t, again[n]) for n, t in tensors.items())
     videos = {}
-    for scale in ("0", "1", "8"):
+    for scale in ("0", "8"):
         run(copy, sys.executable, "generate.py", "--adapter", f"four/{method}.safetensors",
             "--scale", scale, "--prompt", "a red star moving", "--steps", "2", "--init", "noise",
             "--out", scale)
         videos[scale] = next((copy / scale).glob("*.mp4")).read_bytes()
-    assert len(set(videos.values())) > 1 and videos["0"] != videos["8"]
+    assert videos["0"] != videos["8"]

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -112,7 +111,7 @@ def test_other_starts_and_samplers(more, adapter, tmp_path):
 
 
 def test_another_clip_than_the_adapters_can_start_it(adapter, clip, tmp_path):
-    """The same clip gives the same start, another one another."""
+    """Another clip, another start."""
     still = tmp_path / "still.mp4"
     frame = media.read_video(clip, 16, (64, 64), 8)[:, :1]
     media.write_video(still, frame.expand(3, 16, 64, 64), 8)
@@ -144,7 +143,7 @@ def test_a_video_is_the_same_whatever_is_made_beside_it(tmp_path):
     assert len(many) == 4 and one["000-a-blue-ring-seed1.mp4"] == many["001-a-blue-ring-seed1.mp4"]
 
 
-def test_in_one_batch_a_video_differs_in_its_last_bits(tiny):
+def test_in_one_batch_a_video_is_the_same_but_for_its_last_bits(tiny):
     """What a GPU's --batch does: sums are rounded otherwise, by 1e-4 of a picture's range at most.
     """
     texts, seeds = ["a red star"] * 4, [6, 7, 8, 9]
@@ -152,33 +151,6 @@ def test_in_one_batch_a_video_differs_in_its_last_bits(tiny):
     many = sampler.sample(tiny, texts, noise, seeds, steps=3, method="ddpm")
     one = sampler.sample(tiny, texts[:1], noise[1:2], seeds[1:2], steps=3, method="ddpm")
     assert (many[1] - one[0]).abs().max() <= 1e-4
-
-
-def test_a_fresh_adapter_changes_nothing_and_a_trained_one_loads_exactly(tiny, tmp_path):
-    """What was in memory and what is read back make the same video, to the bit."""
-    noise = sampler.noise_like_shape((8, 4, 8, 8), [0])
-    video = lambda: sampler.sample(tiny, ["a red star"], noise, [0], steps=2, guidance=2)
-    plain, fresh = video(), lora.Whole(tiny.unet, "temporal-attention-qkv")
-    originals = {n: p.detach().clone() for n, p in fresh.chosen.items()}
-    save = lambda name: adapter_file.save_adapter(tmp_path / name, [fresh], method="vmc",
-                                          base=adapter_file.fingerprint(tiny.unet))
-    load = lambda name: adapter_file.apply_adapters(
-        tiny, [adapter_file.read_adapter(tmp_path / name)])
-    save("fresh.safetensors")
-    try:
-        load("fresh.safetensors")
-        assert torch.equal(video(), plain)
-        for p in fresh.chosen.values():
-            p.data = p.data * 1.1
-        in_memory = video()
-        save("t.safetensors")
-        for n, p in fresh.chosen.items():
-            p.data = originals[n].clone()
-        load("t.safetensors")
-        assert torch.equal(video(), in_memory) and not torch.equal(in_memory, plain)
-    finally:
-        for n, p in fresh.chosen.items():
-            p.data = originals[n]
 
 
 def test_a_merged_model_is_kept_in_both_layouts(adapter, tmp_path):
@@ -215,14 +187,12 @@ def test_two_processes_make_what_one_does(adapter, tmp_path):
 
 
 def test_help_names_every_flag():
-    started = time.time()
     printed = run("generate.py", "--help").stdout
     assert "python generate.py --prompt" in printed
-    assert time.time() - started < 20  # about two on an idle machine, most of it torch's import
     code = (ROOT / "generate.py").read_text()
     for name in vars(generate.parse([])):
-        assert f"--{name.replace('_', '-')}" in printed
-        assert f"args.{name}" in code or f'"{name}":' in code, f"nothing reads --{name}"
+        assert re.search(rf"--{name.replace('_', '-')}\b(?!-)", printed), name
+        assert re.search(rf"args\.{name}\b", code) or f'"{name}":' in code, f"nothing reads {name}"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -43,10 +43,7 @@ def count(parameters):
 
 @pytest.mark.parametrize("layers,rank,numbers", [
     ("spatial-self-attention-ff", 32, 8_785_920),  # MotionDirector's spatial path
-    ("spatial-self-attention-ff", 1, 274_560),
     ("temporal-attention-ff", 32, 12_472_320),  # and its temporal one
-    ("temporal-attention-ff", 2, 779_520),
-    ("temporal-attention-ff", 4, 1_559_040),
     ("spatial-attention", 1, 207_488),  # Customize-A-Video's S-LoRA
     ("temporal-attention", 4, 831_488),  # and its T-LoRA
     ("coupled", 32, 8_785_920 + 12_472_320),
@@ -137,9 +134,10 @@ def test_a_fresh_lora_changes_nothing_and_a_merged_one_equals_it(whole, layers, 
     for scale in (0.0, 1.0):
         merged = model.load(TINY)
         adapter_file.apply_adapters(merged, [adapter], [scale])
-        want = beside if scale else plain
-        assert relative(forward(merged.unet), want) < 1e-5
-    assert torch.equal(forward(merged.unet), plain) or scale
+        if scale:
+            assert relative(forward(merged.unet), beside) < 1e-5
+        else:
+            assert torch.equal(forward(merged.unet), plain)
 
 
 def test_lora_by_hand():

@@ -28,9 +28,28 @@ def test_a_stride_longer_than_the_clip_is_refused(stride):
 
 
 def test_residual_cosine_by_hand():
-    """Residuals (3, 4), (1, 0) against (4, 3), (0, 2): cosines 24/25 and 0, so 1 − 12/25."""
+    """Residuals (3, 4), (1, 0) against (4, 3), (0, 2): cosines 24/25 and 0, so 1 − 12/25. At a
+    stride of two (4, 4) against (4, 5): cosine 36/√(32·41)."""
     eps, pred = clip((0, 0), (3, 4), (4, 4)), clip((0, 0), (4, 3), (4, 5))
     assert losses.residual_cosine(pred, eps).item() == pytest.approx(13 / 25)
+    want = 1 - 36 / (32 * 41) ** 0.5
+    assert losses.residual_cosine(pred, eps, stride=2).item() == pytest.approx(want)
+    assert losses.residual_l2(pred, eps, stride=2).item() == pytest.approx(1 / 2)
+
+
+def test_the_official_cosine_by_hand():
+    """One channel; absolute residuals (3, 4) against (4, 3) along time, whatever their signs."""
+    eps, pred = clip((0,), (3,), (-1,)), clip((0,), (-4,), (-7,))
+    assert losses.residual_cosine_official(pred, eps).item() == pytest.approx(1 / 25)
+
+
+def test_motiondirectors_loss_by_hand():
+    """ε̂ − ε is 1, 2, 0 over frames: mean square 5/3. Debiased with β = 2 and frame 1, √5·x − 4:
+    ‖·‖² is 5·5 − 8√5·3 + 48 over 3."""
+    pred, eps = clip((2,), (4,), (3,)), clip((1,), (2,), (3,))
+    debiased = (25 - 24 * 5**0.5 + 48) / 3
+    assert losses.appearance_debiased(pred, eps, 1, 2).item() == pytest.approx(debiased)
+    assert losses.motiondirector(pred, eps, 1, 2).item() == pytest.approx(5 / 3 + debiased)
 
 
 def test_residual_l2_by_hand():

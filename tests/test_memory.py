@@ -46,6 +46,15 @@ def test_a_step_waits_for_the_card_once(narrow, method, settings, capsys):
     assert row["waits"] == ["_to_copy"]
 
 
+def test_checkpointing_holds_less(narrow, capsys):
+    steps = {}
+    for way in ("off", "on"):
+        with memory.Card() as card:
+            steps[way] = memory.training(card, "vmc", (4, 64, 64), narrow, "--checkpointing",
+                                         way)["step"]
+    assert steps["on"] < 0.9 * steps["off"]
+
+
 def test_the_emulation_counts_waits_and_bytes():
     with memory.Card() as card:
         x = torch.zeros(1000).to("meta")  # from memory that is not pinned
@@ -105,8 +114,8 @@ def make_run(whole, recipe):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['command']} {r['shape']}")
 def test_every_command_has_room_on_a_card_of_24_gb(row):
-    """As `--checkpointing auto` settles it there; and on 12 GB, VMC, MotionDirector and sampling at
-    their own shapes."""
+    """By the figures of docs/speed.json, as `--checkpointing auto` settles it there; and on 12 GB,
+    VMC, MotionDirector and sampling at their own shapes."""
     assert memory.fits(row, ROWS, 24)
     small = {"train.py --method vmc": [8, 320, 576], "generate.py": [24, 320, 576],
              "train.py --method motiondirector": [16, 384, 384]}

@@ -1,15 +1,16 @@
 """The nine methods of train.py: their numbers, what learns, from what, beside what."""
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import TINY, flags_of, learn, prepared
 from safetensors.torch import load_file, save_file
 
-import data
 import lora
 import model
+import sampler
 import train
 from support import adapter_file, formats, priors, tokenizer
 from support.files import BadInput
@@ -63,15 +64,28 @@ def test_recipes_have_the_papers_numbers(method, numbers):
 @pytest.mark.parametrize("method,what,settings", [
     ("newmove", ("--images", "thing.png"), {"steps": 6000, "subject.layers": "spatial"}),
     ("newmove", (), {"steps": 1000}),
+    ("motiondirector", (), {"steps": 150, "noise_prior": 0.5, "look.weight_decay": 0.01}),
+    ("motiondirector", ("--video", "videos"), {
+        "steps": 500, "noise_prior": 0, "look.weight_decay": 1e-4, "motion.weight_decay": 1e-4}),
+    ("coupled", ("--video", "videos"), {
+        "steps": 500, "noise_prior": 0, "motion.weight_decay": 1e-4}),
+    ("motiondirector", ("--images", "thing.png"), {
+        "steps": 300, "motion.layers": "none", "look.per_clip": False, "look.weight_decay": 1e-4}),
+    ("motiondirector", ("--images", "thing.png", "again.png"), {
+        "steps": 1000, "motion.layers": "none", "look.per_clip": False}),
 ])
 def test_the_data_and_the_base_change_a_recipe_as_one_would_type(method, what, settings, hop,
                                                                  folder, tmp_path, capsys):
     """At full size; with the tiny model its own line comes after that of the data."""
-    what = [folder / w if w.endswith("png") else w for w in what]
-    flags, recipe = train.parse(flags_of(method, hop, tmp_path, "--weights", TINY, *what))
-    assert settings.items() <= recipe.settings().items() and recipe.parts["motion"].lr == 5e-6
-    flags, recipe = train.parse(flags_of(method, hop, tmp_path, *what))
-    assert recipe.steps == 200 and flags.own_lines[-1] == train.TINY["newmove"]
+    shutil.copy(folder / "thing.png", folder / "again.png")
+    clip = None if method == "motiondirector" and "--images" in what else hop
+    what = [w if w.startswith("--") else folder / w for w in what]
+    flags, recipe = train.parse(flags_of(method, clip, tmp_path, "--weights", TINY, *what))
+    assert settings.items() <= recipe.settings().items()
+    assert train.METHODS[method].parts["motion"].lr == recipe.parts["motion"].lr
+    flags, recipe = train.parse(flags_of(method, clip, tmp_path, *what))
+    assert flags.own_lines[-1] == train.TINY[method]
+    assert recipe.but(train.TINY[method]).parts == recipe.parts
 
 
 # ------------------------------------------------------------------------------------------------
@@ -92,21 +106,135 @@ def test_every_method_teaches_what_it_says_and_nothing_else(method, hop, tmp_pat
             "dreambooth": "--prior=world"}.get(method, "--seed=0")
     run = prepared(method, hop, tmp_path, more)
     everything = dict(run.model.unet.named_parameters()) | lora.named(run.learners)
-    taught = iter(TEACHES[method])
+    taught, ran = iter(TEACHES[method]), set()
+    for name, module in run.model.unet.named_modules():
+        if re.fullmatch(r"transformer_in|.*\.temp_(attentions|convs)\.\d+", name):
+            module.register_forward_hook(lambda *_, name=name: ran.add(name))
     for step in range(2 if method == "customize-a-video" else 1):
         for _, loss in losses_of(run, step):
             loss.backward()
             parts = next(taught)
+            # Looks are learned past all temporal layers.
+            assert not ran if parts == ["look"] else {"transformer_in"} < ran
+            ran.clear()
             got = {n for n, p in everything.items() if p.grad is not None}
             ids = {id(p) for p in parameters_of(run, *parts)}
             assert got and got <= {n for n, p in everything.items() if id(p) in ids}
             for part in parts:
                 assert any(p.grad is not None for p in parameters_of(run, part))
-            if parts == ["look"]:
-                assert not [n for n in got if "temp_" in n or "transformer_in" in n]
             for p in everything.values():
                 p.grad = None
     assert next(taught, None) is None
+
+
+def mean_square(x):
+    return x.square().mean().item()
+
+
+def debiased(x, beta, anchor=1):
+    return (beta**2 + 1) ** 0.5 * x - beta * x[:, :, anchor : anchor + 1]
+
+
+def cosines(pred, true):
+    apart = [(x[:, :, 2:] - x[:, :, :-2]).transpose(1, 2).flatten(2) for x in (pred, true)]
+    return torch.cosine_similarity(*apart, dim=-1).mean().item()
+
+
+FORMULAS = {  # method: settings, and its losses of (pred, true), … in words of its paper
+    "vmc": (["stride=2"], lambda e: [1 - cosines(*e[0])]),
+    "motiondirector": (["beta=2", "spatial=1"], lambda e: [
+        mean_square(e[0][0] - e[0][1]),
+        mean_square(e[1][0] - e[1][1]) + mean_square(debiased(e[1][0] - e[1][1], 2))]),
+    "newmove": (["prior_weight=0.25", "alpha=0.3"], lambda e: [
+        mean_square(e[0][0] - e[0][1]) + 0.25 * mean_square(e[1][0] - e[1][1])]),
+    "dreambooth": (["prior_weight=0.25", "--prior=world"], lambda e: [
+        mean_square(e[0][0] - e[0][1]) + 0.25 * mean_square(e[1][0] - e[1][1])]),
+    "custom-diffusion": (["prior_weight=3"], lambda e: [
+        mean_square(e[0][0] - e[0][1]) + 3 * mean_square(e[1][0] - e[1][1])]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_loss_is_what_the_paper_writes(method, hop, tmp_path, monkeypatch):
+    """Of predictions that are not true; the anchor is frame 1. NewMove's timesteps alone are
+    coarse, those of its prior clips too."""
+    plain = [], lambda e: [mean_square(e[0][0] - e[0][1])]
+    settings, wanted = FORMULAS.get(method, plain)
+    run = prepared(method, hop, tmp_path, *settings)
+    m, said, alphas, weights = train.Example(run, 0, 0), [], [], sampler.timestep_weights
+    monkeypatch.setattr(sampler, "timestep_weights", lambda T, alpha: (
+        alphas.append(alpha), weights(T, alpha))[1])
+
+    def predict(*noised, align="output"):
+        pairs = [torch.randn(2, *z.x.shape, generator=m.g).unbind() for z in noised]
+        said.extend(pairs)
+        m.log.append({})  # what is noted of a prediction
+        return pairs[0] if len(pairs) == 1 else pairs
+
+    m.predict, m.pick = predict, lambda z: 1
+    got = [loss.item() for loss in run.recipe.function(m, **run.recipe.keywords)]
+    assert got == pytest.approx(wanted(said), rel=1e-5)
+    assert set(alphas) == {0.3 if method == "newmove" else 0}
+
+
+def test_predictions_are_compared_as_asked(hop, tmp_path):
+    """ε̂ = √ᾱ·v̂ + √(1−ᾱ)·x and x̂0 = √ᾱ·x − √(1−ᾱ)·v̂, against the noise and the clip."""
+    run = prepared("vmc", hop, tmp_path, "--precision", "fp32")
+    m = train.Example(run, 0, 0)
+    z = m.noised(m.clip())
+    m.learn("motion")
+    a = run.model.schedule.alpha_bar[z.t].item()
+    v, true = (x.detach() for x in m.predict(z))
+    x0, eps = a**0.5 * z.x - (1 - a) ** 0.5 * v, a**0.5 * v + (1 - a) ** 0.5 * z.x
+    torch.testing.assert_close(true, a**0.5 * z.noise - (1 - a) ** 0.5 * z.x0)
+    for align, pred, true in (("epsilon", eps, z.noise), ("x0", x0, z.x0)):
+        got = m.predict(z, align=align)
+        torch.testing.assert_close(got[0].detach(), pred, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[1], true)
+
+
+def test_a_sample_starts_where_the_method_says_and_leaves_looks_out(hop, tmp_path, monkeypatch):
+    """MotionDirector's: from the base's inversion, with nothing that was learned, and noise."""
+    run, seen = prepared("motiondirector", hop, tmp_path, "noise_prior=0.3"), {}
+    acting = lambda: {n for n, several in run.learners.items() if any(one.on for one in several)}
+    inverted = torch.randn(8, 4, 8, 8)
+
+    def invert(whole, latents, steps, **more):
+        seen["inverting"] = acting()
+        return inverted
+
+    def sample(whole, prompts, start, *more, **rest):
+        seen.update(sampling=acting(), start=start)
+        return torch.zeros(1, 3, 4, 64, 64)
+
+    monkeypatch.setattr(sampler, "invert", invert)
+    monkeypatch.setattr(sampler, "sample", sample)
+    train.preview(run)
+    noise = sampler.noise_like_shape((8, 4, 8, 8), [0])
+    want = 0.3**0.5 * inverted + 0.7**0.5 * noise
+    torch.testing.assert_close(seen["start"], want)
+    assert seen["inverting"] == set() and seen["sampling"] == {"motion"}
+
+
+def test_the_loop_clips_and_decays_as_the_recipe_says(hop, tmp_path, monkeypatch):
+    norms, modes, step = [], [], torch.optim.AdamW.step
+
+    def watched(self):
+        everything = [p.grad.square().sum() for g in self.param_groups for p in g["params"]]
+        norms.append(sum(everything).sqrt().item())
+        assert {g["weight_decay"] for g in self.param_groups} == {0.2}
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    unet = model.UNet.forward
+    monkeypatch.setattr(model.UNet, "forward", lambda self, *a, **k: (
+        modes.append(self.training), unet(self, *a, **k))[1])
+    learn("vmc", hop, tmp_path, "--steps", 2, "clip_grad=1e-3", "motion.weight_decay=0.2")
+    assert norms == pytest.approx([1e-3] * 2, rel=1e-2) and all(modes)
+    modes.clear()
+    learn("newmove", hop, tmp_path / "n", "--steps", 1, "--prior", "none",
+          "motion.weight_decay=0.2", "clip_grad=1e9")
+    assert norms[-1] > 1e-3 and not any(modes)
 
 
 def test_motiondirectors_paths_share_noise_and_the_look_acts_but_rests(folder, tmp_path):
@@ -379,4 +507,4 @@ def test_views_are_what_the_methods_say(hop, tmp_path, monkeypatch):
         seen.clear()
         list(losses_of(run, step))
         assert seen == frames
-    assert data.VIEWS["augmented"] is data.augmented
+    assert METHODS["newmove"].keywords["augment"] == "augmented"

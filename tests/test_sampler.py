@@ -255,8 +255,9 @@ def test_coarse_timesteps_have_the_papers_density():
     assert w[500:].sum().item() == pytest.approx(0.659, abs=1e-3)
     drawn = sampler.draw_timesteps(w, 200_000, torch.Generator().manual_seed(0)).double()
     assert drawn.mean().item() == pytest.approx(600.9, abs=2.5)
-    assert sampler.draw_timesteps(sampler.timestep_weights(1000, 0), 200_000,
-                                  torch.Generator().manual_seed(0)).double().mean() < 503
+    drawn = sampler.draw_timesteps(sampler.timestep_weights(1000, 0), 200_000,
+                                   torch.Generator().manual_seed(0)).double()
+    assert drawn.mean().item() == pytest.approx(499.5, abs=2.5)
 
 
 def test_the_noise_of_the_steps_is_not_the_starts():

@@ -7,6 +7,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,8 +60,12 @@ def trained(hop, tmp_path_factory):
     command = [sys.executable, ROOT / "train.py", "--video", hop, "--out", out, "--steps", 6,
                "--preview-every", 3, "--preview-steps", 4]
     # No network, no home, another folder: nothing but the files of the repository.
+    (out.parent / "sitecustomize.py").write_text(
+        "import socket\n\n\ndef connect(self, address):\n    raise SystemExit('network')\n\n\n"
+        "socket.socket.connect = connect\n")
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=out.parent,
-                          env={"PATH": os.environ["PATH"], "HOME": "/nowhere"})
+                          env={"PATH": os.environ["PATH"], "HOME": "/nowhere",
+                               "PYTHONPATH": str(out.parent)})
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -200,8 +205,10 @@ def test_two_processes_learn_what_one_does_from_as_many_examples(method, folder,
     args = lambda out, *more: flags_of(method, folder / "videos", tmp_path / out, *same, *more)
     train.main(args("one", "--batch", 2))
     train.main(args("alone"))  # one example a step is another thing
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(20000 + os.getpid() % 9999)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1])}
     both = [fork(lambda: train.main(args("two")), tmp_path / f"says-{i}", RANK=str(i), **meet)
             for i in range(2)]
     assert [end_of(pid) for pid in both] == [0, 0], (tmp_path / "says-0").read_text()
@@ -358,6 +365,7 @@ def test_a_folder_that_is_deleted_while_running_ends_in_one_line(replaced, hop, 
 def test_a_loss_that_is_not_a_number_stops_the_run(hop, tmp_path, monkeypatch, capsys):
     """Before the optimiser steps; the message names step, timestep and clip."""
     monkeypatch.setitem(losses.LOSSES, "mse", lambda pred, eps, **_: pred.mean() * float("nan"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: pytest.fail("stepped"))
     complain(vmc(hop, tmp_path / "n", "--steps", 3, "loss=mse"),
              r"nan.*step 0, timestep \d+, clip .*0.mp4.*no saved state", capsys)
     assert not (tmp_path / "n" / "vmc.safetensors").exists()
