@@ -19,7 +19,9 @@ from tiny.claims_page import number as number_of  # noqa: E402
 from tiny.judging import SO_FAR  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python (train|generate|eval)\.py (.*)$", README, re.MULTILINE)
+MAKE = (ROOT / "Makefile").read_text().replace("\\\n", "").replace("$(BIN)/", "").replace(
+    "$(RUN)", "out/eight-vmc").partition("$$(")[0]
+COMMANDS = re.findall(r"^\s*python (train|generate|eval)\.py (.*)$", README + MAKE, re.MULTILINE)
 
 
 def test_pages_are_written_from_the_methods():

@@ -691,5 +691,10 @@ def test_mistakes_are_told(flags, says, tmp_path, monkeypatch):
 def test_copies_are_counted_from_the_base_models_own_score(settings, base):
     """Of no adapter, or none that acts, and not led by a clip either."""
     args = SimpleNamespace(copy_threshold=None, sscd=None)
-    run = SimpleNamespace(settings=settings, samples=[SimpleNamespace(figures={"copies": 0.25})])
-    assert figures.copy_threshold([run], "copies", args) == (0.25 if base else None)
+    samples = [SimpleNamespace(figures={"copies": i / 200}) for i in range(101)]
+    run = SimpleNamespace(settings=settings, samples=samples)
+    found = figures.copy_threshold([run], "copies", args)
+    assert found == pytest.approx(99 / 200) if base else found is None
+    for given, sscd, want in ((None, "x", 0.25), (0.4, None, 0.4), (0.4, "x", 0.4)):
+        args = SimpleNamespace(copy_threshold=given, sscd=sscd)
+        assert figures.copy_threshold([run], "copies", args) == want

@@ -110,6 +110,28 @@ def test_other_starts_and_samplers(more, adapter, tmp_path):
         assert len(pictures) == 5 and pictures[0]().shape == (240, 144, 3)
 
 
+@pytest.mark.parametrize("more,prior", [((), 1), (("--noise-prior", "0.5"), 0.5),
+                                        (("--init", "noise"), 0)])
+def test_samples_start_as_asked_and_show_not_what_is_negative(more, prior, adapter, tmp_path,
+                                                              monkeypatch):
+    """√p·inverted + √(1−p)·noise; the negative prompt stands where the empty one would."""
+    inverted, seen = torch.randn(8, FRAMES, 8, 8), {}
+    invert = sampler.ddim_inversion
+    monkeypatch.setattr(sampler, "ddim_inversion", lambda *a, on_step, **k: invert(
+        *a, on_step=lambda t, x: on_step(t, inverted[None]), **k))
+    read = model.Model.read
+    monkeypatch.setattr(model.Model, "read", lambda self, texts: (
+        seen.setdefault("read", []).extend(texts), read(self, texts))[1])
+    sample = sampler.sample
+    monkeypatch.setattr(sampler, "sample", lambda whole, texts, start, *a, **k: (
+        seen.update(start=start[0]), sample(whole, texts, start, *a, **k))[1])
+    make("--adapter", adapter, "--prompt", "a red star", "--negative", "a blue ring", "--steps", 1,
+         "--out", tmp_path, *more)
+    noise = sampler.noise_like_shape((8, FRAMES, 8, 8), [0])[0]
+    torch.testing.assert_close(seen["start"], prior**0.5 * inverted + (1 - prior)**0.5 * noise)
+    assert seen["read"][-2:] == ["a red star", "a blue ring"]
+
+
 def test_another_clip_than_the_adapters_can_start_it(adapter, clip, tmp_path):
     """Another clip, another start."""
     still = tmp_path / "still.mp4"

@@ -1,11 +1,14 @@
 """The tiny world, its instruments, and the weights that come with the repository."""
+import sys
+
 import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
+import data
 import sampler
-from support import hub
+from support import hub, media
 from tiny import instruments, lab, world
 
 
@@ -146,6 +149,19 @@ def test_agreement_by_hand():
     assert instruments.agreement(reading, path).item() == 0
     reading.x, reading.found = path.x, torch.arange(16)[None] < 13
     assert instruments.agreement(reading, path).item() == 0
+
+
+def test_a_clip_with_its_caption_and_a_sheet_are_written(tmp_path, monkeypatch):
+    clip, sheet = tmp_path / "c.mp4", tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["world.py", "--clip", str(clip), "--motion", "moving left",
+                                      "--seed", "3", "--sheet", str(sheet)])
+    world.main()
+    video = media.read_video(clip, 16, (64, 64), 8)
+    drawn = world.scenes_of("moving left", 1, torch.Generator().manual_seed(3))
+    assert (video - world.render(drawn)[0]).abs().mean() < 0.03
+    caption = f"a {world.SHAPES[drawn.shape]} moving left"
+    assert data.find_caption(clip)[0] == caption
+    assert media.read_picture(sheet).shape[0] > 64 * len(world.MOTIONS)
 
 
 def test_two_things_can_be_drawn():

@@ -89,7 +89,7 @@ def one(hop, tmp_path):
 # What trains, and what a run leaves
 
 
-def test_only_the_chosen_layers_change(trained):
+def test_all_chosen_layers_change(trained):
     base = load_file(TINY / "unet" / "diffusion_pytorch_model.safetensors")
     changed = adapter_file.read_adapter(trained[0] / "vmc.safetensors").tensors
     assert set(changed) == set(lora.select(model.load_unet(TINY), "temporal-attention-qkv"))
