@@ -71,8 +71,9 @@ def arms():
     for arm, values in ARMS.items():
         settings = " ".join(f"`{s}`" for s in values.get("settings", ())).replace("|", "\\|")
         more = [f"{k} {v}" for k, v in values.items() if k not in ("settings", "method")]
-        one = next(iter(registered.trials_of(arm).values()))
-        more = ", ".join(more + [f"look of {one.borrows.method}"] * bool(one.borrows))
+        borrows = next(iter(registered.trials_of(arm).values())).borrows
+        more += [f"look of {borrows.method}, {borrows.clips} clip"] if borrows else []
+        more = ", ".join(more)
         lines.append(f"| {arm} | {values['method']} {settings} {more} |")
     lines += ["", "Figures:", "", *(f"- *{k}*: {v}" for k, v in lab.FIGURES.items()), "",
               "Rates and steps that the tiny model has beside the methods' own:", ""]
