@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import data
 import sampler
 from support import hub, media
-from tiny import instruments, lab, world
+from tiny import instruments, lab, measure, world
 
 
 def scenes(n, motions=world.MOTIONS, seed=11):
@@ -196,6 +196,15 @@ def test_the_tiny_model_draws_what_is_asked(tiny):
     right = instruments.accuracy(s, instruments.read(videos))
     print("on eight prompts:", right)
     assert right["colour"] >= 0.75 and right["background"] >= 0.6 and right["motion"] >= 0.6
+
+
+@torch.no_grad()
+def test_the_loss_tells_whether_words_of_motions_are_read(tiny, monkeypatch):
+    found = measure.measure_words(tiny, clips=4)
+    assert len(found) == 6 and min(found.values()) > 20
+    read = tiny.read
+    monkeypatch.setattr(tiny, "read", lambda prompts: read(["a thing"] * len(prompts)))
+    assert set(measure.measure_words(tiny, frames=4, clips=2).values()) == {0.0}
 
 
 def test_the_tiny_clip_has_no_part_twice():

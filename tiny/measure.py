@@ -4,9 +4,9 @@
     python tiny/measure.py --weights DIR --prompts 96
 
 What things look like and how they move is read off the videos by `instruments`; the prompts that
-only say "moving" show how far the model's paths differ from seed to seed. Prints its figures, and
-writes them with a contact sheet to out/measure-base. How much hold layers have on motion is
-`leverage.py`'s to measure.
+only say "moving" show how far the model's paths differ from seed to seed; the loss alone tells
+whether it reads the words of motions. Prints its figures, and writes them with a contact sheet to
+out/measure-base. How much hold layers have on motion is `leverage.py`'s to measure.
 
 Axes: N videos, F frames.
 """
@@ -79,6 +79,29 @@ def measure_unnamed(parts, args):
     return result, videos
 
 
+def measure_words(parts, frames=world.FRAMES, clips=24, low=0.5):
+    """How much more the loss is, in per cent, where a caption says the opposite motion, at the
+    noisier half of the timesteps: 0 for a network that does not read the word. This is seen long
+    before samples show a motion."""
+    S, result = parts.schedule, {}
+    for pair in (*OPPOSITES, *((b, a) for a, b in OPPOSITES)):
+        g = torch.Generator().manual_seed(10**6 + 2)
+        scenes = world.scenes_of(pair[0], clips, g)
+        latents = parts.encode(world.render(scenes, frames))
+        T = S.num_train_timesteps
+        t = torch.randint(int(low * T), T, (clips,), generator=g)
+        noise = torch.randn(latents.shape, generator=g)
+        x, goal = S.add_noise(latents, noise, t), S.target(latents, noise, t)
+        losses = []
+        for motion in pair:
+            said = scenes.but(motion=scenes.motion * 0 + world.MOTIONS.index(motion))
+            text = parts.read(world.captions(said))
+            losses.append((parts.predict(x, t, text) - goal).square().mean())
+        result[f"{pair[0]}, not {pair[1]}"] = round(100 * (losses[1] / losses[0] - 1).item(), 1)
+    return result
+
+
+@torch.no_grad()
 def main():
     """Measure the model."""
     parser = argparse.ArgumentParser(
@@ -96,7 +119,7 @@ def main():
     parts = model.load(args.weights, precision=default_precision("cpu"))
     named, videos = measure_named(parts, args)
     unnamed, wandering = measure_unnamed(parts, args)
-    result = {"named": named, "moving": unnamed}
+    result = {"words": measure_words(parts), "named": named, "moving": unnamed}
     print(json.dumps(result, indent=1))
     contact_sheet(args.out / "base.png", [*videos[:24], *wandering[:12]])
     write_json(args.out / "base.json", result | {"settings": vars(args)})
