@@ -73,8 +73,9 @@ def test_the_readme_says_of_the_claims_what_was_measured():
         true = [number_of(record) for record in claims[number]["measures"]]
         assert verdict == claims[number]["verdict"] and said and set(said) <= set(true), number
     verdicts = [row["verdict"].removesuffix(SO_FAR) for row in claims.values()]
-    counts = re.findall(r"(\d+) (agree|disagree|are too close to call|are not measured)\b", section)
+    counts = re.findall(r"(\d+) (?:are |is )?(agree|disagree|too close to call|not measured)\b",
+                        section)
     assert sum(int(count) for count, _ in counts) == len(claims)
     for count, verdict in counts:
-        verdict = verdict.removeprefix("are ").replace("agree", "agrees")
+        verdict = verdict.replace("agree", "agrees")
         assert verdicts.count(verdict) == int(count), verdict
