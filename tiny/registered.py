@@ -355,8 +355,8 @@ FINDINGS = {  # {number: what looking into a disagreement found}; written after 
         "from one clip in the recipe's 150 steps, β = 1 and 0 come to the same, 0.78 and 0.74 "
         "(difference 0.04 [-0.05, 0.18], looks 88 and 83 %), and β = 2 stays behind β = 1 by 0.17 "
         "[0.09, 0.25], looks 94 %. From ten clips in the paper's 500 steps, tried on zigzagging, "
-        "the figure eight and novel:1, it is 0.18, 0.97, 0.93 with β = 1, and 0.26, 0.97, 0.99 with "
-        "0. So β = 1 learns later and comes to the same; it is not seen to help, and β = 2 harms.",
+        "the figure eight and novel:1, it is 0.18, 0.97, 0.93 with β = 1, 0.26, 0.97, 0.99 with 0. "
+        "So β = 1 learns later and comes to the same; it is not seen to help, and β = 2 harms.",
     18: "The measurement seems to blame. With seed 0, spatial q, k, v move half as well from the "
         "same start (agreement 0.36, VMC 0.78; looks 52 %, VMC 81 %), and what hardly moves is "
         "smooth: jitter is 3.9 pixels, VMC's 6.4, that of the clips themselves 5.4. In the three "
