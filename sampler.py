@@ -89,7 +89,7 @@ class Schedule:
         return signal * noise - sigma * x0
 
     def split(self, prediction, x, a):
-        """(x̂0, ε̂) from the network's prediction at x, whose level is ᾱ = a (a number, or a tensor,
+        """(x̂0, ε̂) from the network's output at x, whose level is ᾱ = a (a number, or a tensor,
         both as `at` gives them). The only place that knows epsilon from v; the x̂0 of epsilon is
         Tweedie's."""
         signal, sigma = roots(a, x)

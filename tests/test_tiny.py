@@ -198,7 +198,6 @@ def test_the_tiny_model_draws_what_is_asked(tiny):
     assert right["colour"] >= 0.75 and right["background"] >= 0.6 and right["motion"] >= 0.6
 
 
-@torch.no_grad()
 def test_the_loss_tells_whether_words_of_motions_are_read(tiny, monkeypatch):
     found = measure.measure_words(tiny, clips=4)
     assert len(found) == 6 and min(found.values()) > 20

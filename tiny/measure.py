@@ -79,6 +79,7 @@ def measure_unnamed(parts, args):
     return result, videos
 
 
+@torch.no_grad()
 def measure_words(parts, frames=world.FRAMES, clips=24, low=0.5):
     """How much more the loss is, in per cent, where a caption says the opposite motion, at the
     noisier half of the timesteps: 0 for a network that does not read the word. This is seen long
@@ -94,14 +95,13 @@ def measure_words(parts, frames=world.FRAMES, clips=24, low=0.5):
         x, goal = S.add_noise(latents, noise, t), S.target(latents, noise, t)
         losses = []
         for motion in pair:
-            said = scenes.but(motion=scenes.motion * 0 + world.MOTIONS.index(motion))
+            said = scenes.but(motion=torch.full_like(scenes.motion, world.MOTIONS.index(motion)))
             text = parts.read(world.captions(said))
             losses.append((parts.predict(x, t, text) - goal).square().mean())
         result[f"{pair[0]}, not {pair[1]}"] = round(100 * (losses[1] / losses[0] - 1).item(), 1)
     return result
 
 
-@torch.no_grad()
 def main():
     """Measure the model."""
     parser = argparse.ArgumentParser(

@@ -45,10 +45,10 @@ RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 2e-3, "clips": 8e-4, "motion": 2e
 # "right" in the product of direction, frame and place alone: given any two of the three, the others
 # average out, and there is no slope to follow (we saw none in a thousand steps). With one direction
 # of each pair first, frame times place has a slope, and the features it leaves make the opposites
-# easy. Nor is a word read where paths are known without it: so all motions have names at first, and
-# no course is told (docs/base.md). Motion is decided at high noise, and four frames show a line as
-# well as sixteen at a quarter of the cost; four frames would alias what swings, so that comes with
-# the eight.
+# easy. Where unnamed motions and told courses came from the first step on, no word of a motion was
+# read; so these come later (docs/base.md). Motion is decided at high noise, and four frames show a
+# line as well as sixteen at a quarter of the cost; four frames would alias what swings, so that
+# comes with the eight.
 FORTH = ("moving left", "moving up", "growing", "standing still",
          "standing still while the camera pans")
 LINES = (*FORTH, "moving right", "moving down", "shrinking")
@@ -60,8 +60,8 @@ CURRICULUM = (
 )
 PICTURES_EVERY = 6  # a step of pictures in place of every sixth step of clips keeps looks right
 WAVE_WEIGHT = 0.02  # of telling frames and places apart, beside the loss of v; see Course
-SCAFFOLD = (2600, 4400)  # steps of clips: until the first the Clock is whole, at the second gone;
-# from the first on courses are told
+# Steps of clips: until the first the Clock is whole, and no course told; at the second it is gone.
+SCAFFOLD = (2600, 4400)
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [32, 32, 64, 64],
