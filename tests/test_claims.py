@@ -212,8 +212,8 @@ def test_what_is_measured_needs_no_training(tmp_path):
     # `other` is to be trained, and `trial` again: its figures are here, its adapter is not.
     assert claims.seconds_of(left, tmp_path) == {other: 2 * 41 + claims.SAMPLING}
     third = Trial("vmc", "hopping", keep=50)  # joined by the same one, which is trained once
-    assert claims.seconds_of(left | {third: [Cell(look=trial)]}, tmp_path)[third] == (
-        41 + claims.SAMPLING)
+    both = left | {third: [Cell(), Cell(look=trial)]}
+    assert claims.seconds_of(both, tmp_path)[third] == 41 + 2 * claims.SAMPLING
     write_json(trial.folder(tmp_path) / "seconds.json", {"seconds": 41})  # its adapter is here
     assert claims.seconds_of(left, tmp_path) == {other: 41 + claims.SAMPLING}
 
