@@ -383,3 +383,17 @@ def test_files_honour_the_umask_and_are_whole_or_not_at_all(tmp_path):
     finally:
         os.umask(old)
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_a_contact_sheet_has_a_row_a_video_and_eight_frames_from_first_to_last(tmp_path):
+    levels = torch.linspace(-1, 1, 16)
+    up = levels.view(1, 16, 1, 1).expand(3, -1, 48, 64)  # brighter from frame to frame
+    short = -up[:, [15, 0]]
+    media.contact_sheet(tmp_path / "sheet.png", [up, short])
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (2 * 96, 8 * 128, 3)  # each frame twice as large
+    tiles = sheet.reshape(2, 96, 8, 128, 3)
+    assert (tiles == tiles[:, :1, :, :1]).all()  # each of one grey
+    grey = lambda frames: ((levels[frames] + 1) * 127.5).round().tolist()
+    assert tiles[0, 0, :, 0, 0].tolist() == grey([0, 2, 4, 6, 9, 11, 13, 15])
+    assert tiles[1, 0, :, 0, 0].tolist() == [0, 255, *[0] * 6]  # the rest stays black
