@@ -7,7 +7,7 @@ classifier of motions that scores it.
 Each stage writes its result to tiny/weights, in the hub's layout and fp16, and its state to
 tiny/work, from which it resumes. Every random draw comes from (stage, step), and the world is
 rendered afresh as training goes on, so there is no data set and no epoch. docs/base.md tells how
-the weights in git were made, and how far a start from scratch has been followed.
+the weights in git were made, and how good a start from scratch becomes with these settings.
 
 Axes: B clips or pictures, F frames, C channels, H W picture, h w latent.
 """
