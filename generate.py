@@ -137,7 +137,7 @@ def parse(argv=None):
     add("--prompt", type=some_text, help="what to show")
     add("--prompts", type=Path, help="a text file, one prompt a line, instead of --prompt")
     add("--negative", type=str, help="what not to show (default: nothing; with --dmt its code's "
-        "words)")
+        "words, but for the tiny model)")
     add("--style", type=str, help="words to end every prompt with: 'in watercolour'")
     add("--seed", type=whole(0, 2**63), default=0, help="first seed (default: 0)")
     add("--seeds", type=whole(1, 10**6), default=1, help="videos a prompt, from --seed on "
@@ -167,7 +167,7 @@ def parse(argv=None):
     add("--sampler", choices=tuple(sampler.SAMPLERS), help="default: the method's, else ddim")
     add("--steps", type=whole(1), help="sampling steps (default: the method's, else 50)")
     add("--guidance", type=real(0, 1000), help="classifier-free guidance (default: the method's, "
-        "else 9; tiny model: 4)")
+        "else 9, with --dmt 10; tiny model: 4)")
     add("--batch", type=whole(1), help="videos at a time on a GPU (default: 1); a CPU makes one by "
         "one, which costs it nothing")
     # Diffusion Motion Transfer

@@ -83,8 +83,9 @@ def unseen_by_cosine(pred, eps):
 
 def debias(eps, anchor=0, beta=1.0):
     """φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor (MotionDirector Eq. 5): what all frames share, as the look
-    of a thing is, is pulled out. Where frames share noise as ε = (β·ε^anchor + n)/√(β² + 1), the
-    root gives n back; of independent frames the variance becomes 2β² + 1."""
+    of a thing is, is weakened, to √(β² + 1) − β of itself. Where frames share noise as
+    ε = (β·ε^anchor + n)/√(β² + 1), the root gives n back; of independent frames the variance
+    becomes 2β² + 1."""
     return (beta**2 + 1) ** 0.5 * eps - beta * eps[:, :, anchor : anchor + 1]
 
 

@@ -154,8 +154,8 @@ def noise_like_shape(shape, seeds):
 
 def timestep_weights(T, alpha=0.5):
     """Probabilities (T,) of the training timesteps, f(t) = (1 − α·cos(πt/T))/T, which favour high
-    noise, where motion is decided (NewMove Sec. 3.2, Eq. 3, α = 0.5: three times as likely at T as
-    at 0); α = 0 is uniform.
+    noise, where motion is decided (NewMove Sec. 3.2, α = 0.5: three times as likely at T as at 0);
+    α = 0 is uniform.
     """
     t = torch.arange(T, dtype=torch.float64)
     weights = 1 - alpha * torch.cos(torch.pi * t / T)

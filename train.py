@@ -83,7 +83,7 @@ def parse(argv):
     add("--prior", help="clips that keep the model from forgetting: a folder, 'generated' by the "
         "base model, the tiny 'world', or 'none' (default: the recipe's)")
     add("--reverse", action="store_true", help="learn the motion backward")
-    # the clip's shape; defaults are the paper's, or the tiny model's 16 frames of 64x64 at 8 fps
+    # the clip's shape; defaults are the method's, or the tiny model's 16 frames of 64x64 at 8 fps
     add("--frames", type=whole(4, 1024), help="frames to learn from")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
     add("--fps", type=real(0.01, 1000), help="frames a second, picked by time stamp")
@@ -112,9 +112,16 @@ def parse(argv):
     flags = parser.parse_args([a for a in argv if a not in settings])
     if flags.help:
         named = any(a.startswith("--method") for a in argv)
-        print(METHODS[flags.method].help() if named else parser.format_help())
+        page = METHODS[flags.method].help(changes(flags.method)) if named else parser.format_help()
+        print(page)
         sys.exit()
     return flags, settle(flags, settings)
+
+
+def changes(name):
+    """[(when, settings)] of a method where they are others than in its decorator."""
+    rows = [(f"from {kind}", line) for (method, kind), line in BY_DATA.items() if method == name]
+    return rows + [("with the tiny model, the default", TINY[name])] * (name in TINY)
 
 
 def settle(flags, settings):
@@ -288,8 +295,10 @@ def vmc(m, loss="residual-cosine", align="output", stride=1):
     """Video Motion Customization (Jeong et al. 2023, Algorithm 1): only q, k, v of the temporal
     attentions learn, from the direction of the noise's residuals between frames alone,
     1 − cos(δεⁿ, δε̂ⁿ), so that what moves stays out of it. Captions leave the appearance out
-    (Sec. 3.2): "a bird is flying", with no forest. The published code's loss is another, blind to
-    sign (loss=residual-cosine-official); it samples by DDPM from the inverted clip.
+    (Sec. 3.2): "a bird is flying", with no forest. transformer_in is left out as in the published
+    code, whose loss is another, blind to sign (loss=residual-cosine-official); it samples by DDPM
+    from the inverted clip. Frames are as large as ZeroScope's, where the paper's own key frames
+    have 64×40 pixels; 8 a second is ours.
 
     loss: what is minimised, one of losses.LOSSES
     align: what it compares: what the network says (ε, or v), epsilon, or x0
@@ -310,9 +319,10 @@ def vmc(m, loss="residual-cosine", align="output", stride=1):
 def motiondirector(m, beta=1.0, spatial=0.8):
     """MotionDirector (Zhao et al. 2023, Sec. 3.2 and 3.3): two paths share a step's noise and
     timestep. A LoRA per clip learns its look from one frame, past all temporal layers; beside it,
-    frozen, a temporal LoRA learns the motion, with the look pulled out of its loss by
+    frozen, a temporal LoRA learns the motion, with what frames share weakened in its loss by
     φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. Rank, rate, dropout, no clipping and the skipped fifth of the
-    spatial paths are the published code's; it turns dropout off after its first preview, we do not.
+    spatial paths are the published code's; it turns dropout off after its first preview and mirrors
+    half of the pictures that it learns alone, we do neither.
 
     beta: strength of the debiasing, β of Eq. 5; 0 counts the plain loss twice
     spatial: how often the spatial path runs; where it does not, no look acts
@@ -336,14 +346,15 @@ def motiondirector(m, beta=1.0, spatial=0.8):
 def newmove(m, alpha=0.5, loss="mse", augment="augmented", prior_weight=0.5, first=3000):
     """NewMove (Materzyńska et al. 2023, Sec. 3): a motion becomes a rare word. The temporal layers
     and how frames read the text are tuned in full, mostly at high noise, where motion is decided
-    (Eq. 3); clips of other motions, at half the weight, keep the model from forgetting. Both go
-    through the network as one batch; rate, weight, clipping, 24 frames a second and no dropout are
-    the published code's, which also begins each example at a random frame and repeats the last of
-    short clips, where here each begins at --start and keeps its length. The paper stops at an
-    appearance score of 0.265, here appearance_stop=0.265. With --images a subject joins after the
-    motion, "a X* man doing the V* sign": each example is drawn from either (supplement, Sec. 2).
+    (Sec. 3.2); clips of other motions, at half the weight, keep the model from forgetting (Eq. 3).
+    Both go through the network as one batch; rate, weight, clipping, 24 frames a second and no
+    dropout are the published code's, which also begins each example at a random frame and repeats
+    the last of short clips, where here each begins at --start and keeps its length. The paper stops
+    at an appearance score of 0.265, here appearance_stop=0.265. With --images a subject joins after
+    the motion, "a X* man doing the V* sign": each example is drawn from either (supplement,
+    Sec. 2), for as many steps again, which is ours, as is the number of prior clips made.
 
-    alpha: α of Eq. 3: how much likelier high noise is; 0 is uniform
+    alpha: α of Sec. 3.2: how much likelier high noise is; 0 is uniform
     loss: what is minimised, one of losses.LOSSES
     augment: how clips are shown: augmented (enlarged and tinted), recoloured or none
     prior_weight: weight of the prior clips' loss
@@ -371,7 +382,7 @@ def customize_a_video(m, first=200):
     frames, past all temporal layers; then, beside it, a temporal LoRA on whole clips, which is all
     that is used in the end. The absorber may be a LoRA (as here), a word (look.layers=none
     look_word.vectors=4), both, or another program's (look.file=…). Ranks, scales and rates are its
-    supplement's.
+    supplement's; its text names q, k and v of the attentions, its counts want the output as well.
 
     first: steps of the absorber
     """
@@ -399,12 +410,12 @@ def coupled(m, loss="mse"):
     yield LOSSES[loss](*m.predict(z), anchor=m.pick(z), a=m.alpha_bar(z))
 
 
-@method("DreamBooth (Ruiz et al. 2022), as NewMove adapts it", shape=(16, 384, 384), steps=800,
-        prior="generated", prior_clips=16, prior_prompt="",
+@method("DreamBooth (Ruiz et al. 2022), as NewMove adapts it", shape=(16, 384, 384), fps=24.0,
+        steps=800, prior="generated", prior_clips=16, prior_prompt="",
         motion=Part("spatial", lr=5e-6), word=Word("sks", lr=5e-6))
 def dreambooth(m, prior_weight=1.0):
     """All spatial layers, and prior clips made by the base model (NewMove, Sec. 4.1; rate and steps
-    are the original's).
+    are the original's, the number of prior clips is ours).
 
     prior_weight: weight of the prior clips' loss
     """
@@ -418,11 +429,11 @@ def dreambooth(m, prior_weight=1.0):
 
 
 @method("Custom Diffusion (Kumari et al. 2022), as NewMove adapts it", shape=(16, 384, 384),
-        steps=500, prior="folder", prior_clips=64, prior_prompt="",
+        fps=24.0, steps=500, prior="folder", prior_clips=64, prior_prompt="",
         motion=Part("cross-attention-kv", lr=1e-5), word=Word("sks", 1, lr=1e-5))
 def custom_diffusion(m, prior_weight=1.0):
     """Keys and values of the cross-attention, and a word's vector, beside real prior clips (rate
-    and steps are the original's).
+    and steps are the original's; how many are made is ours).
 
     prior_weight: weight of the prior clips' loss
     """
@@ -430,7 +441,7 @@ def custom_diffusion(m, prior_weight=1.0):
 
 
 @method("Textual Inversion (Gal et al. 2022), as NewMove adapts it", shape=(16, 384, 384),
-        steps=3000, word=Word("sks", 1, lr=5e-3))
+        fps=24.0, steps=3000, word=Word("sks", 1, lr=5e-3))
 def textual_inversion(m):
     """One word's vector and nothing else (rate and steps are the original's)."""
     z = m.noised(m.clip())
@@ -453,7 +464,6 @@ BY_DATA = {
     ("motiondirector", "several clips"): "steps=500 motion.weight_decay=1e-4 "
                                          "look.weight_decay=1e-4 noise_prior=0",
     ("coupled", "several clips"): "steps=500 motion.weight_decay=1e-4 noise_prior=0",
-    # Pictures are not mirrored, as the published code does to half of them.
     ("motiondirector", "one picture"): "steps=300 motion.layers=none look.per_clip=off "
                                        "look.weight_decay=1e-4 noise_prior=0",
     ("motiondirector", "pictures"): "steps=1000 motion.layers=none look.per_clip=off "
@@ -533,7 +543,7 @@ class Example:
 
     def noised(self, clip, view=None, alpha=0.0, caption=""):
         """The clip with noise, x_t = √ᾱ·x0 + √(1−ᾱ)·ε, at a timestep that is uniform or, with an
-        alpha, favours high noise (NewMove Eq. 3); view: a view of data.py, drawn anew."""
+        alpha, favours high noise (NewMove Sec. 3.2); view: a view of data.py, drawn anew."""
         S, device, x0 = self.model.schedule, self.model.device, clip.latents
         if view:
             video = view(clip.video, self.g)

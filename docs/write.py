@@ -67,6 +67,9 @@ def methods_page():
             lines.append(f"| `{setting}` | {own or '–'} | {here if here != own else ''} | "
                          f"{recipe.meaning(setting).replace('|', '/')} |")
         lines.append("")
+        for when, line in train.changes(name):
+            if line != train.TINY.get(name):  # it has a column
+                lines += [f"{when.capitalize()}: `{line}`.", ""]
     return "\n".join(lines)
 
 

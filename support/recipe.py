@@ -140,13 +140,15 @@ class Recipe:
         where = "keywords" if name in self.keywords else "own"
         return replace(self, **{where: getattr(self, where) | {name: value}})
 
-    def help(self):
-        """The recipe as a page: what it is, and its settings with defaults and meanings."""
+    def help(self, changes=()):
+        """The recipe as a page: what it is, its settings with defaults and meanings, and when they
+        are others: pairs of a case and its settings."""
         rows = []
         for name, value in self.settings().items():
             rows.append(f"  {name + '=' + write_value(value):44} {self.meaning(name)}")
         return "\n".join([f"{self.name} ({self.source})", "", inspect.getdoc(self.function), "",
-                          "settings, written name=value after the flags:", *rows])
+                          "settings, written name=value after the flags:", *rows,
+                          "", *(f"{when}: {line}" for when, line in changes)]).rstrip()
 
 
 def parse_value(name, text, default):

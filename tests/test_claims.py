@@ -192,6 +192,23 @@ def test_differences_are_paired_and_clustered_by_run(tmp_path):
     assert judging.judge(other, judging.Figures(tmp_path))["verdict"] == "disagrees"
 
 
+def test_a_motion_whose_two_runs_agree_is_one_motion(tmp_path):
+    """Both runs of every motion say the same: over motions the interval is √2 as wide, and says
+    another thing, which the page shows."""
+    measure, values = Measure("agreement", Side("vmc"), None), [1, 1, 1, 1, 1, -1, -1, 0]
+    fill(tmp_path, "vmc", Cell(), lambda run: values[run // 2])
+    record = judging.judge(measure, judging.Figures(tmp_path))
+    other = record["by motion"]
+    assert other["high"] - other["low"] == pytest.approx(
+        2**0.5 * (record["high"] - record["low"]), rel=0.15)
+    measure = replace(measure, above=(record["low"] + other["low"]) / 2)
+    record = judging.judge(measure, judging.Figures(tmp_path))
+    assert record["verdict"] == "agrees"
+    assert record["by motion"]["verdict"] == "too close to call"
+    assert claims_page.otherwise(record).endswith("too close to call)")
+    assert not claims_page.otherwise(record | {"by motion": record})
+
+
 @pytest.mark.parametrize("left_out, wanted", [
     (0, "agrees"), (1, "agrees so far"), (8, "agrees so far"), (9, "not measured")])
 def test_a_verdict_says_whether_all_runs_are_measured(tmp_path, left_out, wanted):

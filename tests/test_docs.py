@@ -41,6 +41,25 @@ def test_a_command_of_the_readme_is_understood(script, flags, tmp_path, monkeypa
     parse([arg.replace("zeroscope_v2_576w", str(ROOT)) for arg in shlex.split(flags)])
 
 
+def test_the_readmes_commands_can_be_given_one_after_the_other(tmp_path, monkeypatch):
+    """No run goes to a folder that an earlier command has filled, and an adapter is used with the
+    weights that it was trained on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "hop.mp4").touch()
+    made = {}  # folder -> base model
+    for script, line in re.findall(r"^python (train|generate)\.py (.*)$", README, re.MULTILINE):
+        argv = [arg.replace("zeroscope_v2_576w", str(ROOT)) for arg in shlex.split(line)]
+        if script == "train" and "--help" not in argv:
+            flags, _ = train.parse(argv)
+            assert flags.out not in made, line
+            made[flags.out] = flags.weights
+        elif script == "generate":
+            flags = generate.parse(argv)
+            for path in flags.adapter:
+                assert made[path.parent] == flags.weights, line
+
+
 def test_the_readme_is_short_and_its_files_are_there():
     assert len(README.splitlines()) <= 240 and len(COMMANDS) >= 12
     for path in re.findall(r"\]\(([\w./-]+)\)", README):

@@ -616,6 +616,11 @@ def test_a_methods_help_lists_its_settings_with_defaults_and_meanings(method, ca
         default, _, meaning = row.partition(" ")
         assert default == write_value(METHODS[method].settings()[name])
         assert len(meaning.strip()) > 3 and "docstring" not in meaning
+    # What runs when nothing is said is on the page too: the tiny model's settings.
+    clip = str(ROOT / "assets" / "eight.mp4")
+    _, recipe = train.parse(["--method", method, "--video", clip, "--prompt", "moving"])
+    last = re.findall(r"^(?:from one clip|with the tiny model.*?): (.*)$", printed, re.MULTILINE)
+    assert METHODS[method].but(*last).settings() == recipe.settings()
 
 
 def test_every_flag_has_help_and_is_read(capsys, monkeypatch):

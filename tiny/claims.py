@@ -121,7 +121,9 @@ def report(claims, out, to, about, charts=True):
     figures, rows = judging.Figures(out), {}
     for number in claims:
         records = [judging.judge(measure, figures) for measure in CLAIMS[number].measures]
-        rows[str(number)] = {"verdict": judging.together(records), "measures": records}
+        over_motions = judging.together([r["by motion"] for r in records])
+        rows[str(number)] = {"verdict": judging.together(records),
+                             "by motion": {"verdict": over_motions}, "measures": records}
     result = {"about": about, "commit": lab.commit(), "claims": rows,
               "base": adapter_file.fingerprint(judging.encoder().unet)}
     write_json(to / "claims.json", claims_page.rounded(result))

@@ -31,6 +31,15 @@ def runs(record):
     return f" ({record['runs']} of {record['wanted']} runs)"
 
 
+def otherwise(record):
+    """What the interval over motions says, where that is another verdict."""
+    other = record["by motion"]
+    if other["verdict"] == record["verdict"]:
+        return ""
+    middle = f"{number(record | other)}, " if "low" in other else ""
+    return f" (over motions {middle}{other['verdict']})"
+
+
 def page(result):
     """docs/claims.md."""
     lines = ["# The papers' claims on the tiny world", "", result["about"], "",
@@ -41,9 +50,9 @@ def page(result):
         ours = "<br>".join(f"{measure.figure} {number(one)}{runs(one)}".strip()
                            for measure, one in zip(claim.measures, row["measures"]))
         lines.append(f"| {key} | {claim.text} ({claim.source}) | {claim.figures} | {ours} | "
-                     f"{row['verdict']} |")
+                     f"{row['verdict']}{otherwise(row)} |")
     if registered.FINDINGS:
-        lines += ["", "## What looking into the disagreements found", ""]
+        lines += ["", "## What a second look found", ""]
         lines += [f"- **{key}**: {text}" for key, text in registered.FINDINGS.items()]
     pictures = [f"![{p.stem}](../assets/{p.name})\n" for p in CHARTS if p.is_file()]
     lines += ["", *pictures, registered.preamble(), "", *details(result), *arms()]
@@ -58,9 +67,10 @@ def details(result):
         lines.append(f"**{key}. {claim.text}.** {claim.limits}".strip() + "\n")
         for measure, one in zip(claim.measures, row["measures"]):
             why = f" ({measure.why})" if measure.why else ""
-            at = f"; {' and '.join(one['at'])}" if "at" in one else ""
+            at = "; " * ("at" in one) + " and ".join(
+                f"{side} (looks {100 * looks:.0f} %)" for side, looks in one.get("at", {}).items())
             lines.append(f"- {one['measure']}{why}: {number(one)}, {one['runs']} of "
-                         f"{one['wanted']} runs, {one['verdict']}{at}")
+                         f"{one['wanted']} runs, {one['verdict']}{otherwise(one)}{at}")
         lines.append("")
     return lines
 

@@ -1,7 +1,8 @@
 """From measured trials to verdicts: reading, differences with their intervals, and what they say.
 
 The unit is a training run: a run's figure is the mean over its prompts, runs are paired by motion
-and seed, and the interval is a bootstrap over the pairs (`lab.interval`).
+and seed, and the interval that decides is a bootstrap over the pairs (`lab.interval`). Both runs of
+a motion have its clips and prompts, so what the interval over motions would say is kept beside it.
 """
 import functools
 from dataclasses import replace
@@ -68,7 +69,7 @@ def mean(values):
 
 
 def differences(measure, figures):
-    """One number a pair of trials, and how many there are to be."""
+    """{(motion, seed): number}, one a pair of trials, and how many there are to be."""
     if measure.listed in LISTS:
         return LISTS[measure.listed][1](figures)
     sides = (measure.more, measure.less)
@@ -77,7 +78,7 @@ def differences(measure, figures):
             if not measure.motions or k[0] in measure.motions]
     both = [k for k in keys if all(v is None or k in v for v in (more, less))]
     of = lambda values, key: values[key] if values is not None else 0.0
-    return [of(more, key) - of(less, key) for key in both], len(keys)
+    return {key: of(more, key) - of(less, key) for key in both}, len(keys)
 
 
 def verdict(low, high, above=0.0):
@@ -88,19 +89,32 @@ def verdict(low, high, above=0.0):
 
 
 def judge(measure, figures):
-    """A measurement's record: the mean difference with its interval, and the verdict."""
+    """A measurement's record: the mean difference with its interval, and the verdict; and both over
+    motions, each the mean of its runs."""
     values, wanted = differences(measure, figures)
     record = {"measure": str(measure), "runs": len(values), "wanted": wanted,
-              "verdict": "not measured"}
+              "verdict": "not measured", "by motion": {"verdict": "not measured"}}
     if values:
-        middle, low, high = lab.interval(values)
-        record |= {"mean": middle, "low": low, "high": high, "differences": values}
+        middle, low, high = lab.interval(list(values.values()))
+        record |= {"mean": middle, "low": low, "high": high, "differences": list(values.values())}
+        so_far = SO_FAR * (len(values) < wanted)
         if len(values) >= wanted / 2:  # of which a seed is one half
-            record["verdict"] = verdict(low, high, measure.above)
-            record["verdict"] += SO_FAR * (len(values) < wanted)
+            record["verdict"] = verdict(low, high, measure.above) + so_far
+            _, low, high = lab.interval(by_motion(values))
+            said = verdict(low, high, measure.above) + so_far
+            record["by motion"] = {"low": low, "high": high, "verdict": said}
     if measure.more and measure.more.equal and values:
-        record["at"] = [str(figures.at_equal_looks(s)) for s in (measure.more, measure.less)]
+        record["at"] = [figures.at_equal_looks(s) for s in (measure.more, measure.less)]
+        record["at"] = {str(s): mean(figures.side(s, "all three")) for s in record["at"]}
     return record
+
+
+def by_motion(values):
+    """The mean over its runs of each motion: a list."""
+    motions = {}
+    for (motion, _), value in values.items():
+        motions.setdefault(motion, []).append(value)
+    return [sum(several) / len(several) for several in motions.values()]
 
 
 def together(records):
@@ -136,10 +150,10 @@ def encoder():
 
 @functools.cache
 def phi_values():
-    """One number a motion: by how much φ lowers log(distance of looks / distance of motions)."""
+    """{(motion, 0): by how much φ lowers log(distance of looks / distance of motions)}."""
     motions = registered.NAMED + registered.RANDOM
     clips = {(m, look): latents(m, look) for m in motions for look in range(3)}
-    values = []
+    values = {}
     for i, motion in enumerate(motions):
         other, log = motions[(i + 1) % len(motions)], {}
         for name, change in (("before", lambda z: z), ("after", debias)):
@@ -147,7 +161,7 @@ def phi_values():
             pairs = [apart((motion, k), (motion, (k + 1) % 3))
                      - apart((motion, k), (other, k)) for k in range(3)]
             log[name] = sum(pairs).item() / 3
-        values.append(log["before"] - log["after"])
+        values[motion, 0] = log["before"] - log["after"]
     return values
 
 
@@ -167,8 +181,8 @@ def bends(motion):
 
 
 def halving_list(figures):
-    """One number a pair of runs, of a bendier motion and of a smoother one: steps that the motion
-    learned until half of its gain, the first less the second."""
+    """{(bendier motion, seed): number}, one a pair of runs, of it and of a smoother motion: steps
+    that the motion learned until half of its gain, the first less the second."""
     curves = [figures.side(side, "agreement") for side in HALVING]
     steps = {}
     for key in curves[0]:
@@ -180,7 +194,7 @@ def halving_list(figures):
     half = len(order) // 2
     pairs = [((order[half + i], seed), (order[i], seed)) for i in range(half)
              for seed in registered.SEEDS]
-    values = [steps[a] - steps[b] for a, b in pairs if a in steps and b in steps]
+    values = {a: steps[a] - steps[b] for a, b in pairs if a in steps and b in steps}
     done = all(len(curve) == len(registered.MOTIONS) * len(registered.SEEDS) for curve in curves)
     return values, max(len(values), len(pairs) // 2) if done else len(pairs)
 

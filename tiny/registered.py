@@ -4,8 +4,9 @@
 
 `tiny/claims.py` trains, reads and judges; what it does is all here. An arm is a set of trials, one
 a motion and seed of training; a measurement is the difference between two arms that differ in one
-thing, sampled alike; a claim is one or more of them. Nothing here is changed after a result but
-FINDINGS, which says what looking into a disagreement found, and what was corrected.
+thing, sampled alike; a claim is one or more of them. What is compared is not changed after a
+result; sources and limits are where they were wrong or short, and FINDINGS says what a second look
+found, and what was corrected.
 """
 from dataclasses import dataclass, replace
 
@@ -241,7 +242,8 @@ CLAIMS = {
              "NewMove, Table 2", "accuracy 70.6 (α 0.5) against 66.9 (uniform), copying 8.7 "
              "against 15.4", (
                  better("agreement", NM, f"{NM}, α 0"), better("copy", f"{NM}, α 0", NM),
-                 better("agreement", f"{NM}, α 1", NM), better("copy", NM, f"{NM}, α 1"))),
+                 better("agreement", f"{NM}, α 1", NM), better("copy", NM, f"{NM}, α 1")),
+             "The paper has uniform timesteps and one α; that α = 1 is more of the same is ours."),
     6: Claim("Prior clips: similar above other above generated above none, in accuracy; copying "
              "is less with generated ones, and least with none", "NewMove, Table 2",
              "accuracy 70.6, 66.7, 48.3, 43.9; copying 8.7, 10.9, 3.7, 1.2", (
@@ -259,7 +261,8 @@ CLAIMS = {
              "70.6 against 0.3, 10.5, 28.4, 18.9, 24.7", (
                  *table_3("agreement", 0.0, False), *table_3("agreement", 0.0, True)),
              "Trained for equally many steps; and at an equal appearance score, as its early "
-             "stopping has it. DreamBooth's and Textual Inversion's own steps are other ones."),
+             "stopping has it. All five have other steps of their own; trained longer, "
+             "MotionDirector does as well in the paper (Sec. 4.2)."),
     9: Claim("Its text alignment is not paid for its accuracy", "NewMove, Table 3",
              ".2818 against .2733, .2788, .2796, .2818, .2786",
              table_3("all three", -MARGIN, False),
@@ -287,7 +290,8 @@ CLAIMS = {
               "MotionDirector, Table 1, Fig. 4",
               "motion preferred to the base's by 76 % with it, 58 % without", (
                   better("agreement", "motiondirector", "motiondirector, β 0"),
-                  better("agreement", "motiondirector, β 2", "motiondirector, β 0"))),
+                  better("agreement", "motiondirector, β 2", "motiondirector, β 0")),
+              "The paper has β = 1 and no such loss; β = 2 is ours."),
     15: Claim("Motion strength follows the LoRA's scale; too large breaks the picture",
               "MotionDirector, Sec. 3.4", "–", (
                   better("agreement", MD1, Side(MD1, Cell(scale=0.25))),
@@ -296,7 +300,7 @@ CLAIMS = {
               "MotionDirector, Fig. 2", "pictures", tuple(
                   measure for kind in ("another clip", "a picture") for measure in (
                       better("agreement", Side(MD1, joins=f"look of {kind}"), "base",
-                             why="the base has no LoRA at all"),
+                             why="the base has no LoRA at all, and its prompts tell looks"),
                       better("all three", Side(MD1, joins=f"look of {kind}"),
                              Side(MD1, joins=f"look of {kind}, off"))))),
     17: Claim("φ brings latents of one motion together and takes those of one look apart",
@@ -324,8 +328,8 @@ CLAIMS = {
         better("backward", Side("vmc, backward", OWN), None)),
         "Backward is rarer than forward in real videos; in this world it is not."),
     23: Claim("Absorbers raise text alignment and diversity",
-              "Customize-A-Video, Table 1", "text 31.69 (none), 31.91 (LoRA), 32.63 (word), 32.19 "
-              "(both); diversity .613, .618, .621, .631", (
+              "Customize-A-Video, supplement, Table 1", "text 31.69 (none), 31.91 (LoRA), 32.63 "
+              "(word), 32.19 (both); diversity .613, .618, .621, .631", (
                   *absorbers("all three", Cell()), *absorbers("diversity", OPEN)),
               "LPIPS between samples of one prompt says little where a prompt names every look; "
               "diversity is that of colour and background where the prompt names neither."),
@@ -337,8 +341,10 @@ CLAIMS = {
     25: Claim("An absorber trained elsewhere can serve", "Customize-A-Video, A.1", "pictures",
               tuple(not_worse(figure, Side(f"{CAV}, borrowed absorber", Cell(step=200)), CAV,
                               why=LATE) for figure in ("all three", "agreement")),
-              "There are no third-party models of this world: MotionDirector's look serves."),
-    26: Claim("Simple motions converge in fewer steps", "Customize-A-Video, Fig. 4", "pictures", (
+              "There are no third-party models of this world: MotionDirector's look of the same "
+              "clip serves."),
+    26: Claim("Simple motions converge in fewer steps", "Customize-A-Video, supplement, Fig. 4",
+              "pictures", (
         Measure("", listed=HALF),)),
     27: Claim("Several customized motions can act together", "Customize-A-Video, applications",
               "pictures", (
@@ -371,14 +377,17 @@ FINDINGS = {  # {number: what looking into a disagreement found}; written after 
 
 ABOUT = f"""Written by `python tiny/claims.py` from `tiny/registered.py`, where all that is compared
 was written down before the first result. Each measurement is a mean difference over
-{len(MOTIONS) * len(SEEDS)} pairs of training runs ({len(NAMED)} motions with names and
-{len(RANDOM)} random ones, none of which the base ever saw, × {len(SEEDS)} seeds of training ×
-{lab.PROMPTS} prompts), with a 95 % interval by bootstrap over pairs, since the videos of one run
-are not independent. A positive difference speaks for the paper; *agrees* wants the whole interval
-of every measurement above its margin, *disagrees* that of any below it; *so far* that half of the
-runs are measured, or more, but not yet all. Nothing corrects for the number of claims. The tiny
-model is hundreds of times smaller than the papers', and says v, so that losses compare v where the
-papers' compare ε: a disagreement may be the world's, the base's or ours as well as the paper's."""
+{len(MOTIONS) * len(SEEDS)} pairs of training runs, or as many as it says ({len(NAMED)} motions with
+names and {len(RANDOM)} random ones, none of which the base ever saw, × {len(SEEDS)} seeds of
+training × {lab.PROMPTS} prompts), with a 95 % interval by bootstrap over pairs, since the videos of
+one run are not independent. A positive difference speaks for the paper; *agrees* wants the whole
+interval of every measurement above its margin, *disagrees* that of any below it; *so far* that half
+of the runs are measured, or more, but not yet all. Both runs of a motion have its clips and
+prompts, and often come out alike: *over motions* stands where an interval over the {len(MOTIONS)}
+motions, each the mean of its runs, says something else. Nothing corrects for the number of claims.
+The tiny model is hundreds of times smaller than the papers', and says v, so that losses compare v
+where the papers' compare ε: a disagreement may be the world's, the base's or ours as well as the
+paper's."""
 
 
 def preamble():
