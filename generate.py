@@ -382,10 +382,8 @@ def check_sampling(v, model):
         sampler.check_steps(S, v["inversion_steps"], "inversion-steps")
     if any(side % factor for side in v["size"]):
         raise BadInput(f"--size {v['size'][1]}x{v['size'][0]}: wanted multiples of {factor}.")
-    if v["init"] == "inverted" and v["sampler"] == "dpm" and (
-            sampler.dpm_timesteps(S, v["steps"]) != S.timesteps(v["steps"])):
-        raise BadInput("--sampler dpm has other timesteps than the inversion, so it would not come "
-                       "back to the clip; give --sampler ddim, or --init noise.")
+    if v["init"] == "inverted":
+        sampler.check_return(S, v["sampler"], v["steps"])
 
 
 def read_clip(args, v, model, source):

@@ -148,6 +148,11 @@ class Part:
     weight_decay: float = 0.01
     rates: str = ""  # factors on the rate of some layers: pattern:factor,pattern:factor
 
+    @property
+    def learns(self):
+        """Whether there is anything to learn."""
+        return self.layers != "none" and not self.file
+
     def lacks(self, field):
         """Why a setting of this part would do nothing; None where it does something."""
         if not self.rank and field in ("scale", "dropout", "per_clip"):
@@ -181,6 +186,11 @@ class Word:
     rates: str = field(default="", repr=False)
 
     per_clip = False
+
+    @property
+    def learns(self):
+        """Whether there is anything to learn."""
+        return self.vectors > 0
 
     def lacks(self, field):
         """Why a setting of this part would do nothing; None where it does something."""

@@ -132,6 +132,13 @@ def check_steps(schedule, steps, name="steps"):
             f"in pure noise; a number that divides {T} begins there")
 
 
+def check_return(schedule, method, steps):
+    """Raises BadInput for a sampler that would not come back to an inverted clip."""
+    if method == "dpm" and dpm_timesteps(schedule, steps) != schedule.timesteps(steps):
+        raise BadInput("the sampler dpm has other timesteps than the inversion, so it would not "
+                       "come back to the clip; take ddim, or start from noise.")
+
+
 # ------------------------------------------------------------------------------------------------
 # Randomness and timestep distributions
 

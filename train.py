@@ -149,11 +149,24 @@ def settle(flags, settings):
                        "motiondirector learns their look, newmove a subject beside a motion.")
     if flags.image_prompt and not flags.images:
         raise BadInput("--image-prompt does nothing here: there are no --images.")
-    subject = recipe.parts.get("subject")
-    if subject and bool(flags.images) != (
-            subject.layers != "none" or recipe.parts["subject_word"].vectors > 0):
+    if flags.images and len(flags.prompt) > 1 and not clips:
+        raise BadInput("--prompt: pictures have one caption for all, or each its own .txt beside "
+                       "it.")
+    learning = [name for name, part in recipe.parts.items() if part.learns]
+    if "subject" in recipe.parts and bool(flags.images) != any(
+            name.startswith("subject") for name in learning):
         raise BadInput("a subject is learned from --images, by subject.layers or "
                        "subject_word.vectors: give both, or neither.")
+    staged = any(name.startswith(("subject", "look")) for name in learning)
+    given, first = (r.keywords.get("first", 0) for r in (plain, recipe))
+    if staged and first and first >= recipe.steps:
+        raise BadInput(f"first={first}: wanted less than the {recipe.steps} steps, or what comes "
+                       "after it never learns.")
+    if first != given and not staged:
+        raise BadInput("first does nothing here: all that learns does so from the beginning.")
+    if recipe.appearance_stop and not flags.preview_every:
+        raise BadInput("appearance_stop does nothing here: it is looked at in previews, and "
+                       "--preview-every is 0.")
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
     flags.fps = flags.fps or (recipe.fps if flags.weights else 8.0)
@@ -167,6 +180,9 @@ def settle(flags, settings):
     for name in {"prior_clips", "prior_prompt"} - made.get(flags.prior, set()):
         if recipe.own.get(name) != plain.own.get(name):  # as run.json has it, it does no harm
             raise BadInput(f"{name} does nothing here: --prior {flags.prior} is not made with it.")
+    weight = "prior_weight"
+    if flags.prior == "none" and recipe.keywords.get(weight) != plain.keywords.get(weight):
+        raise BadInput(f"{weight} does nothing here: there are no prior clips.")
     flags.out = flags.out or Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
     return recipe
 
@@ -203,8 +219,7 @@ def prepare(flags, recipe):
     precision = flags.precision or machine.default_precision(device)
     whole = model.load(flags.weights, device, precision, keep=lora.Tuned(recipe.parts))
     flags.device, flags.precision = device, whole.precision
-    sampler.check_steps(whole.schedule, flags.preview_steps, "preview-steps")
-    sampler.check_steps(whole.schedule, recipe.sampling_steps, "sampling_steps")
+    check_recipe(recipe, whole.schedule, flags.preview_steps)
     if any(side % whole.vae.config.factor for side in flags.size):
         raise BadInput(f"--size: wanted multiples of {whole.vae.config.factor} pixels.")
     words = {n: p for n, p in recipe.parts.items() if isinstance(p, Word)}
@@ -240,6 +255,23 @@ def prepare(flags, recipe):
     return run
 
 
+def check_recipe(recipe, schedule, preview_steps):
+    """Raises BadInput for settings that the base model's noise schedule does not go with."""
+    S, loss = schedule, recipe.keywords.get("loss")
+    compared = recipe.keywords.get("align", "output")
+    if loss == "residual-l2-weighted" and compared != "epsilon" and (
+            compared == "x0" or S.prediction_type != "epsilon"):
+        raise BadInput(f"loss={loss}: its weight is of ε, and this compares another thing; give "
+                       "align=epsilon where the method has it, or another loss.")
+    own = recipe.sampling_steps
+    for name, steps in (("preview-steps", preview_steps), ("sampling_steps", own)):
+        sampler.check_steps(S, steps, name)
+        if recipe.noise_prior:
+            sampler.check_return(S, recipe.sampler, steps)
+    if recipe.noise_prior and recipe.inversion_steps:
+        sampler.check_steps(S, recipe.inversion_steps, "inversion_steps")
+
+
 # ------------------------------------------------------------------------------------------------
 # The loop. It knows none of the methods: a method yields losses, and each is one backward pass.
 
@@ -262,7 +294,7 @@ def train(run, folder, optimizer, first, before):
         if end or stopped:
             return step, stop.signal
         started, losses, seen = time.time(), [], []
-        run.model.unet.train(recipe.own.get("network_dropout", True))
+        begin_training(run.model.unet, recipe)
         for number in range(run.process, run.batch, run.processes):
             m = Example(run, step, number)
             for loss in recipe.function(m, **recipe.keywords):
@@ -271,7 +303,7 @@ def train(run, folder, optimizer, first, before):
             seen += m.finish()
         machine.add_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
-        # Only here does the program wait for a GPU: all that came before was queued.
+        # Only here does the program, if it is alone, wait for a GPU: what came before was queued.
         line = runs.log_line(step, losses, norm, seen, run, started)
         if not math.isfinite(line["loss"] + line["grad"]):
             folder.stop_at(line)
@@ -280,6 +312,14 @@ def train(run, folder, optimizer, first, before):
         folder.log(line)
         bar.set_postfix(loss=f"{line['loss']:.4f}")
         bar.update()
+
+
+def begin_training(unet, recipe):
+    """The network as it is in a step: its own dropout as the recipe has it, a LoRA's always on."""
+    unet.train()
+    for layer in unet.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.train(recipe.own.get("network_dropout", True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,7 +348,7 @@ def vmc(m, loss="residual-cosine", align="output", stride=1):
     m.learn("motion")
     pred, true = m.predict(z, align=align)  # ε̂ and ε, or v̂ and v
     m.note(unseen_by_cosine(pred, true))
-    yield LOSSES[loss](pred, true, stride=stride, a=m.alpha_bar(z))
+    yield LOSSES[loss](pred, true, stride=stride, anchor=m.pick(z), a=m.alpha_bar(z))
 
 
 @method("MotionDirector, Eq. 5-7, and its code", shape=(16, 384, 384), steps=150,
@@ -602,14 +642,18 @@ class Example:
         # The words of a look stand at the end of captions while they act.
         text = whole.read([" ".join([z.caption, *self.words]) for z in noised])
         t = torch.cat([torch.full((1,), z.t, device=whole.device) for z in noised])
-        self.seen, self.seeing = {}, True
-        x = torch.cat([z.x for z in noised])
-        # Where memory is short, one by one; but what is watched is of all as one batch.
-        size = 1 if whole.unet.checkpointing and not self.pattern else len(noised)
-        parts = zip(x.split(size), t.split(size), text.split(size))
-        said = [whole.predict(*part, temporal=noised[0].temporal) for part in parts]
+        self.seen, self.seeing, said = {}, True, []
+        # Where memory is short, one by one, but what is watched is of all as one batch; and where
+        # clips differ in length.
+        several = [z.x for z in noised]
+        if whole.unet.checkpointing and not self.pattern or len({x.shape for x in several}) > 1:
+            parts = zip(several, t.split(1), text.split(1))
+        else:
+            parts = [(torch.cat(several), t, text)]
+        for part in parts:
+            said += whole.predict(*part, temporal=noised[0].temporal).split(1)
         self.seeing = False
-        return torch.cat(said).split(1)
+        return said
 
     @torch.no_grad()
     def base(self, *noised):

@@ -79,10 +79,10 @@ def sampling(trained, path, args, scale=1.0, init=None):
 
 
 def read_prompts(args):
-    """The lines of --prompts, checked; [] without. Raises BadInput."""
+    """The lines of --prompts, checked, each once; [] without. Raises BadInput."""
     if not args.prompts:
         return []
-    return [data.check_prompt(line) for line in read_lines(args.prompts)]
+    return [data.check_prompt(line) for line in dict.fromkeys(read_lines(args.prompts))]
 
 
 def is_made(folder, settings):
@@ -103,6 +103,8 @@ def make_samples(folder, s, name, args):
     base = model.load(s["weights"], args.device, machine.default_precision(args.device))
     adapter = adapter_file.read_adapter(Path(s["adapter"][0]), base.unet)
     inverts = s["inverts"] if s["init"] == "inverted" else None
+    if inverts:
+        sampler.check_return(base.schedule, s["sampler"], s["sampling_steps"])
     invert = lambda: sampler.invert(base, adapter.latents[None].float(), s["inversion_steps"],
                                     progress=f"inverting for {name}")
     inverted = invert() if inverts == "base" else None  # before the motion is in the weights

@@ -206,7 +206,7 @@ class Stop:
     def agree(self, device):
         """Before a step: if one process was asked to stop, all were."""
         if torch.distributed.is_initialized():
-            asked = torch.tensor(self.signal or 0, device=device)
+            asked = torch.tensor(self.caught or 0, device=device)
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
             self.signal = asked.item() or None
         return self.signal

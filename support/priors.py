@@ -2,7 +2,6 @@
 those that are made are written to one first, out/…/prior/, where they can be looked at and a
 resumed run finds them."""
 import json
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -18,7 +17,7 @@ def load(run):
     flags, recipe = run.flags, run.recipe
     if flags.prior in (None, "none"):
         return []
-    if flags.prior == "folder" and not Path(flags.prior).is_dir():
+    if flags.prior == "folder":  # none was named
         say(f"warning: no prior clips: {recipe.name} forgets more without; give --prior "
                  "FOLDER, or --prior generated")
         return []

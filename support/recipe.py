@@ -61,7 +61,7 @@ CHOICES = {"inverts": ("tuned", "base"), "sampler": ("ddim", "ddpm", "dpm"),
            "augment": ("none", "augmented", "recoloured"), "loss": LOSSES}
 # Settings that do something only where another is not 0.
 NEEDS = {"clip": "appearance_stop", "clip_weights": "appearance_stop", "inverts": "noise_prior",
-         "inversion_steps": "noise_prior"}
+         "inversion_steps": "noise_prior", "look_prompt": "appearance_stop"}
 
 
 @dataclass(frozen=True)

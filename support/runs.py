@@ -259,13 +259,14 @@ class Folder:
     def resume(self, optimizer):
         """Put the last saved state back and return its step. BadInput when anything has changed."""
         state = read_state(self.path / "state.pt")
-        before = state["flags"] | state["settings"] | state["identity"]
-        now = plain(self.flags) | self.run.recipe.settings() | self.identity
+        kinds = {"flags": plain(self.flags), "settings": self.run.recipe.settings(),
+                 "identity": self.identity}
         free = {"steps", "resume", "preview_every", "preview_steps", "preview_prompt", "device",
                 "out", "checkpointing", "keep_every", "overwrite", "help", "own_lines", "batch",
                 "numbered"}
-        changed = [f"{k} was {str(before.get(k))[:60]}, is {str(v)[:60]}" for k, v in now.items()
-                   if k not in free and repr(before.get(k)) != repr(v)]
+        changed = [f"{k} was {str(state[kind].get(k))[:60]}, is {str(v)[:60]}"
+                   for kind, now in kinds.items() for k, v in now.items()
+                   if k not in free and repr(state[kind].get(k)) != repr(v)]
         if changed:
             raise BadInput(f"{self.path} was begun with other settings: {'; '.join(changed[:3])}. "
                            "Give the same ones, or another --out.")

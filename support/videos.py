@@ -12,22 +12,21 @@ from support.files import BadInput
 
 
 def make_videos(model, jobs, start_of, *, steps=50, guidance=9.0, method="ddim", negative="",
-                batch=1, progress="sampling", **more):
+                batch=1, progress="sampling"):
     """Yields (job, video (3, F, H, W) in [-1, 1] on the CPU) of every job, in order.
 
     model: with its adapters in it. jobs: (prompt, seed) each; under torchrun, one process's own.
     start_of(seeds): the latents (B, C, F, h, w) that these videos start from; `starts` makes one.
     progress: the name of a bar over all jobs, which appears after two seconds; None for no bar.
-    `more` goes to the sampler. Raises BadInput, as sampler.sample does.
+    Raises BadInput, as sampler.sample does.
     """
-    count = len(jobs) * (steps - more.get("skip", 0))
-    with tqdm(total=count, desc=progress, delay=2, disable=progress is None) as bar:
+    with tqdm(total=len(jobs) * steps, desc=progress, delay=2, disable=progress is None) as bar:
         for i in range(0, len(jobs), batch):
             part = jobs[i : i + batch]
             prompts, seeds = [job[0] for job in part], [job[1] for job in part]
             on_step = lambda t, x, made=len(part): bar.update(made)
             videos = sampler.sample(model, prompts, start_of(seeds), seeds, steps, guidance, method,
-                                    negative, on_step=on_step, **more)
+                                    negative, on_step=on_step)
             yield from zip(part, videos)
 
 

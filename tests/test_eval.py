@@ -471,7 +471,7 @@ def test_a_study_is_blind_and_its_votes_are_counted(tmp_path, capsys):
 
 def test_a_study_that_would_not_compare_two_trainings_is_refused(tmp_path, capsys):
     """They sampled other prompts; with the same ones they are compared, and a word that the
-    tiny model has never met is told."""
+    tiny model has never met is told. What stands twice in the file is one prompt."""
     _, videos = clips(1, ("hopping",))
     media.write_video(tmp_path / "clip.mp4", videos[0], world.FPS)
     trained = [tmp_path / "one", tmp_path / "two"]
@@ -480,7 +480,7 @@ def test_a_study_that_would_not_compare_two_trainings_is_refused(tmp_path, capsy
     with pytest.raises(BadInput, match="one and two .*in common.*--prompts FILE"):
         score(*trained, "--user-study")
     assert not list(tmp_path.rglob("study*"))
-    (tmp_path / "prompts.txt").write_text("a frog moving left")
+    (tmp_path / "prompts.txt").write_text("a frog moving left\n" * 2)
     capsys.readouterr()
     score(*trained, "--user-study", "--prompts", tmp_path / "prompts.txt")
     strange = [line for line in capsys.readouterr().err.splitlines() if "never met" in line]

@@ -16,8 +16,10 @@ import generate
 import lora
 import model
 import sampler
+import train
 from support import adapter_file, dmt, flags, machine, media, prompts, sets
 from support.files import BadInput, check_folder_out, check_weights, read_size
+from support.recipe import METHODS
 from tiny import world
 
 
@@ -303,6 +305,11 @@ def test_dpm_starts_from_an_inverted_clip_only_where_it_comes_back_to_it(tiny, c
         generate.check_sampling(v | other, zeroscope)
     with pytest.raises(BadInput, match="would not come back"):
         generate.check_sampling(v, zeroscope)
+    recipe = METHODS["vmc"].but("sampler=dpm")  # nor does a run begin whose samples would not
+    train.check_recipe(recipe, tiny.schedule, 20)
+    train.check_recipe(recipe.but("noise_prior=0"), zeroscope.schedule, 20)
+    with pytest.raises(BadInput, match="would not come back"):
+        train.check_recipe(recipe, zeroscope.schedule, 20)
 
 
 def test_words_that_the_tiny_model_has_never_met_are_named(adapter, tiny, capsys):

@@ -78,7 +78,7 @@ def test_computing_again_changes_no_gradient(name, monkeypatch):
         whole = model.load()
         run = make_run(whole, recipe)
         whole.unet.checkpointing = again
-        whole.unet.train(recipe.own.get("network_dropout", True))
+        train.begin_training(whole.unet, recipe)
         m = train.Example(run, 0, 0)
         m.watch(r"mid_block\.attentions\.0")
         for loss in recipe.function(m, **recipe.keywords):

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, flags_of, learn, prepared
+from conftest import ROOT, TINY, flags_of, learn, prepared
 from safetensors.torch import load_file, save_file
 
 import lora
 import model
 import sampler
 import train
-from support import adapter_file, formats, priors, tokenizer
+from support import adapter_file, fast, formats, priors, tokenizer
 from support.files import BadInput
 
 METHODS = train.METHODS
@@ -20,7 +20,7 @@ METHODS = train.METHODS
 
 def losses_of(run, step, number=0):
     """Yields (m, loss) of one example, as a step makes them."""
-    run.model.unet.train(run.recipe.own.get("network_dropout", True))
+    train.begin_training(run.model.unet, run.recipe)
     m = train.Example(run, step, number)
     for loss in run.recipe.function(m, **run.recipe.keywords):
         yield m, loss
@@ -58,7 +58,8 @@ def test_recipes_have_the_papers_numbers(method, numbers):
     assert METHODS[method].but(numbers) == METHODS[method]
     assert len(METHODS) == 9 and set(train.TINY) == set(METHODS)
     shape = {"vmc": (8, 320, 576), "customize-a-video": (16, 256, 256)}.get(method, (16, 384, 384))
-    assert METHODS[method].shape == shape and METHODS[method].fps == 8 + 16 * (method == "newmove")
+    assert METHODS[method].shape == shape and METHODS[method].fps == (24 if method in (
+        "newmove", "dreambooth", "custom-diffusion", "textual-inversion") else 8)
 
 
 @pytest.mark.parametrize("method,what,settings", [
@@ -482,6 +483,36 @@ def test_layers_have_rates_of_their_own(hop, tmp_path):
         parts = run.recipe.set("motion.rates", bad).parts
         with pytest.raises(BadInput, match="rates|pattern"):
             lora.make_optimizer(parts, run.learners)
+
+
+def test_a_loras_dropout_acts_where_the_networks_own_is_off(hop, tmp_path, monkeypatch):
+    asked = set()
+    real = fast.dropout
+    monkeypatch.setattr(fast, "dropout", lambda x, p, training: (
+        asked.add((p, training)), real(x, p, training))[1])
+    learn("newmove", hop, tmp_path / "out", "--prior", "none", "--steps", 1, "motion.rank=2",
+          "motion.layers=temporal-attention", "motion.dropout=0.25")
+    assert asked == {(0.1, False), (0.25, True)}
+
+
+def test_a_scorer_is_not_changed_under_a_resumed_runs_feet(hop, tmp_path):
+    """The setting `clip` is told from the clip that a run learns from."""
+    how = "newmove", hop, tmp_path / "out", "--prior", "none", "--steps"
+    learn(*how, 1)
+    state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
+    assert state["settings"]["clip"] == ""
+    torch.save(state | {"settings": state["settings"] | {"clip": "ViT-L-14"}},
+               tmp_path / "out" / "state.pt")
+    with pytest.raises(BadInput, match="clip was ViT-L-14, is ;|clip was ViT-L-14, is [.]"):
+        learn(*how, 2, "--resume")
+
+
+def test_prior_clips_may_be_longer_than_the_clip(tmp_path):
+    """The rest of the bundled clip, 12 frames, beside one of 16."""
+    learn("newmove", ROOT / "assets" / "eight.mp4", tmp_path / "out", "--start", 0.5, "--frames",
+          16, "--steps", 1, "prior_clips=1")
+    log = json.loads((tmp_path / "out" / "log.jsonl").read_text())
+    assert len(log["seen"]) == 2 and log["loss"] > 0
 
 
 def test_a_score_of_the_looks_can_end_a_run(hop, tmp_path, monkeypatch):

@@ -571,6 +571,20 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--video VIDEO --method newmove word.lr=1", "does nothing here: none of its vectors"),
     ("--video VIDEO --method newmove subject.layers=spatial", "learned from --images"),
     ("--video VIDEO --method customize-a-video look_word.init=x", "does nothing here"),
+    ("--video VIDEO --method newmove look_prompt=star", "does nothing here: appearance_stop"),
+    ("--video VIDEO --method newmove appearance_stop=0.2 --preview-every 0", "looked at in prev"),
+    ("--video VIDEO --method newmove first=7", "first does nothing here"),
+    ("--video VIDEO --method newmove --prior none prior_weight=1", "there are no prior clips"),
+    ("--images FOLDER/p.png --method motiondirector --prompt one two", "one caption for all"),
+    # what would never come to its second stage, or not back to the clip
+    ("--video VIDEO --method customize-a-video --steps 100", "first=100: wanted less than the 100"),
+    ("--video VIDEO --method newmove --images FOLDER/p.png --image-prompt X* --steps 100",
+     "first=100: wanted less than the 100"),
+    ("--video VIDEO inversion_steps=5000", "inversion_steps 5000: wanted 1 to 699"),
+    # a weight of ε on what is not ε
+    ("--video VIDEO loss=residual-l2-weighted", "its weight is of ε"),
+    ("--video VIDEO loss=residual-l2-weighted align=x0", "its weight is of ε"),
+    ("--video VIDEO --method coupled loss=residual-l2-weighted", "its weight is of ε"),
 ])
 def test_mistakes_end_in_one_line_and_two_and_leave_nothing(argv, says, folder, hop, tmp_path,
                                                             capsys):
@@ -579,6 +593,20 @@ def test_mistakes_end_in_one_line_and_two_and_leave_nothing(argv, says, folder, 
     argv = argv.replace("FOLDER", str(tmp_path)).replace("VIDEO", str(hop)).split()
     complain([*argv, "--frames", 4, "--out", tmp_path / "out"], says, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, action: None)  # this process keeps its own
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stop, sent = machine.Stop(), []
+
+    def all_reduce(asked, op):
+        if not sent:
+            sent.append(stop.catch(signal.SIGTERM, None))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert stop.agree("cpu") is None and stop.agree("cpu") == signal.SIGTERM
 
 
 @pytest.mark.parametrize("argv,says", [

@@ -75,7 +75,8 @@ class Trial:
     keep: int = 0  # adapters are kept every so many steps
 
     def folder(self, out):
-        """Where it is kept: a name that no other trial has, nor the same one of another recipe."""
+        """Where it is kept: a name that no other trial has, nor the same one with another line of
+        train.TINY. Of a method that changed in another way, remove what is kept."""
         about = repr((self, train.TINY.get(self.method)))
         number = hashlib.sha256(about.encode()).hexdigest()[:8]
         name = f"{self.method}-{slug(self.motion)}-{self.clips}"

@@ -619,7 +619,8 @@ def train_clips(args):
     course = Course(unet).to(args.device)
     pictures, pools, offset = picture_pool(args), {}, 0
     if (args.work / "pictures.pt").exists():
-        unet.load_state_dict(torch.load(args.work / "pictures.pt", weights_only=True)["average"])
+        unet.load_state_dict(torch.load(args.work / "pictures.pt", weights_only=True,
+                                        map_location=args.device)["average"])
     else:
         unet.load_state_dict(model.load_unet(args.out).state_dict())
         offset = CURRICULUM[-2][0]
