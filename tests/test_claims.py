@@ -1,4 +1,5 @@
 """The laboratory's registration and its judging. What it measures is not tested here."""
+import math
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -244,6 +245,35 @@ def test_equal_looks_picks_the_step_nearest_to_the_level(tmp_path):
         write_json_in(trial.folder(tmp_path), cells)
     side = judging.Figures(tmp_path).at_equal_looks(Side("newmove", equal=True))
     assert side.cell.step == 150
+
+
+def test_phi_takes_looks_away_by_what_the_formula_says(monkeypatch):
+    """A look is the same in all frames, a motion nought in the anchor: φ makes of the one √2 − 1
+    and of the other √2."""
+    def latents(motion, look):
+        path = torch.arange(4.0) * (1 + registered.MOTIONS.index(motion))
+        return path.view(1, 1, 4, 1, 1) + torch.tensor([[3.0, 5, 9], [2, 7, 1]])[:, look].view(
+            1, 2, 1, 1, 1)
+
+    monkeypatch.setattr(judging, "latents", latents)
+    values = judging.phi_values.__wrapped__()
+    wanted = math.log(2**0.5 / (2**0.5 - 1))
+    assert list(values.values()) == pytest.approx([wanted] * 8, rel=1e-4)
+
+
+def test_steps_to_half_of_the_gain_are_of_the_bendier_less_the_smoother(tmp_path):
+    assert judging.bends("moving right") < judging.bends("moving in a circle")
+    assert judging.bends("moving in a circle") < judging.bends("hopping")
+    order = sorted(registered.MOTIONS, key=judging.bends)
+    bendy = lambda run: registered.MOTIONS[run // 2] in order[4:]
+    for trial in trials_of("base").values():
+        write_json_in(trial.folder(tmp_path), {Cell().name: {"agreement": [0.1]}})
+    for run, trial in enumerate(trials_of(registered.CAV).values()):
+        curve = [0.1, 0.2, 0.7, 0.9] if bendy(run) else [0.6, 0.8, 0.8, 0.9]  # of 0.8 more
+        cells = {Cell(step=s).name: {"agreement": [v]} for s, v in zip((150, 200, 250, 0), curve)}
+        write_json_in(trial.folder(tmp_path), cells)
+    values, wanted = judging.halving_list(judging.Figures(tmp_path))
+    assert wanted == 8 and list(values.values()) == [100] * 8  # the third step against the first
 
 
 # ------------------------------------------------------------------------------------------------

@@ -344,6 +344,25 @@ def test_views_are_functions_of_a_video_and_a_generator():
         assert draw(lambda _, g: data.crop(slope, g), seed).diff(dim=3).amax() < 0.7 / 31
 
 
+def test_recolouring_shuffles_and_turns_colours_and_tints_stay_in_a_fifth():
+    """A clip of three even colours: which of them is brightest changes, and so does their order
+    from dark to light, though what moves stays where it is."""
+    video = torch.tensor([-0.3, 0.0, 0.2]).view(3, 1, 1, 1).expand(3, 2, 4, 4)
+    drawn = [data.recoloured(video, torch.Generator().manual_seed(i))[:, 0, 0, 0]
+             for i in range(40)]
+    assert len({tuple(c.argsort().tolist()) for c in drawn}) == 6
+    gaps = {bool(c.sort().values.diff()[0] > c.sort().values.diff()[1]) for c in drawn}
+    assert gaps == {True, False}  # −0.3, 0, 0.2 and its negative
+    tinted = [data.tint(video, torch.Generator().manual_seed(i)) for i in range(200)]
+    light = torch.stack([t.mean() - video.mean() for t in tinted]) / (1 + video.mean())
+    assert light.abs().max() < 0.25 and light.max() > 0.15 and light.min() < -0.15
+
+
+def test_a_folder_of_pictures_has_its_caption_inside(tmp_path):
+    (tmp_path / "caption.txt").write_text("a star hopping\n")
+    assert data.find_caption(tmp_path) == ("a star hopping", str(tmp_path / "caption.txt"))
+
+
 @pytest.mark.parametrize("name,warns", [("9_00", True), ("a1b2-x", True), ("vid_3", False),
                                         ("ein Ball rollt", False), ("мяч", False)])
 def test_a_name_without_a_word_is_no_caption(name, warns, tmp_path, capsys):

@@ -492,6 +492,45 @@ def test_a_study_that_would_not_compare_two_trainings_is_refused(tmp_path, capsy
 VOTE = {"chosen": "1", "other": "2"}
 
 
+def test_votes_go_to_the_run_that_was_chosen(tmp_path, capsys):
+    (tmp_path / "study-key.json").write_text(json.dumps({"1": "one", "2": "two"}))
+    other = {"chosen": "2", "other": "1"}
+    votes = [other, other, VOTE | {"ratings": {"1": {"motion": 4}}}, other]
+    (tmp_path / "votes.json").write_text(json.dumps({"votes": votes}))
+    eval.main(["--votes", str(tmp_path / "votes.json")])
+    said = capsys.readouterr().out
+    assert "one 25.0 %, two 75.0 % of 4 votes, p = 0.625" in said and "one: motion 4.00" in said
+
+
+def test_what_was_learned_is_measured_as_it_was_learned(tmp_path):
+    """Backward, from its start on, and the middle of the picture that training had cut: of 48 by 64
+    pixels at 16 by 32, columns 0 to 64 and rows 8 to 40, of which the middle square is measured."""
+    video = torch.linspace(-0.2, 0.2, 16)[:, None, None] + torch.linspace(-0.7, 0.7, 64).expand(
+        16, 48, 64)
+    media.write_video(tmp_path / "clip.mp4", video.expand(3, 16, 48, 64), 8)
+    flags = {"video": [str(tmp_path / "clip.mp4")], "fps": 8.0, "start": 0.5, "reverse": True,
+             "size": [16, 32]}
+    args = SimpleNamespace(size=64, keyframes=None)
+    sample, = eval.learned_from("a", tmp_path, {"flags": flags, "folder": str(tmp_path)}, 8, args)
+    want = video[4:12, 8:40, 16:48].flip(0)
+    want = F.interpolate(want[:, None], (64, 64), mode="bilinear")[:, 0]
+    assert sample.video.shape == (3, 8, 64, 64)
+    assert (sample.video - want).abs().mean() < 0.02
+
+
+def test_samples_are_made_as_the_adapter_says(tmp_path, monkeypatch):
+    made, make_videos = [], samples.make_videos
+    monkeypatch.setattr(samples, "make_videos", lambda *jobs, **how: (
+        made.append(how), make_videos(*jobs, **how))[1])
+    _, clip = clips(1, ("hopping",))
+    media.write_video(tmp_path / "clip.mp4", clip[0], world.FPS)
+    write_trained(tmp_path / "run", tmp_path / "clip.mp4", steps=(1,), sampler="ddpm", guidance=2.5)
+    (tmp_path / "prompts.txt").write_text("a star hopping")
+    score(tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
+    assert len(made) > 2
+    assert {(how["steps"], how["guidance"], how["method"]) for how in made} == {(2, 2.5, "ddpm")}
+
+
 @pytest.mark.parametrize("file,says", [
     (b"", "not a JSON object"), (b'{"a": "\\ud800"}', "not a JSON object"),
     ({}, "no list of votes"), ({"votes": []}, "no votes in"),

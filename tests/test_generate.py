@@ -503,6 +503,45 @@ def test_a_restart_comes_back_to_its_level():
     assert 0 < (noise * eps).mean() < 0.999  # some of it is fresh
 
 
+def test_an_inverted_clip_is_kept_at_every_level(tiny, adapter, clip):
+    """What samples start from is the noisiest, which is what an inversion gives."""
+    s = settled(tiny, "--adapter", adapter)
+    latents = tiny.encode(media.read_video(clip, FRAMES, (64, 64), 8)[None])
+    path = generate.invert_clip(s, tiny, latents)
+    assert torch.equal(path[max(path)], sampler.invert(tiny, latents, s.inversion_steps))
+
+
+def test_a_size_that_is_not_square_is_the_clips(tiny, tmp_path):
+    path, learner = tmp_path / "wide.safetensors", lora.Whole(tiny.unet, "temporal-attention-qkv")
+    adapter_file.save_adapter(path, [learner], torch.zeros(8, 4, 5, 9), noise_prior=1,
+                              base=adapter_file.fingerprint(tiny.unet))
+    s = settled(tiny, "--adapter", path)
+    assert (s.height, s.width, s.frames) == (40, 72, 4)
+
+
+def test_refining_goes_over_the_last_steps_with_the_second_model(tiny, monkeypatch):
+    seen, predict = [], model.Model.predict
+    monkeypatch.setattr(model.Model, "predict", lambda self, x, t, *more: (
+        seen.append((self, t)), predict(self, x, t, *more))[1])
+    second = replace(tiny)
+    video = world.render(world.sample_scenes(1, torch.Generator().manual_seed(2)), 4)[0]
+    generate.refine(generate.Refining("", 64, 64, 0.3, 10, 1.0), second, video, "a thing", 0)
+    assert [t for _, t in seen] == tiny.schedule.timesteps(10)[-3:]
+    assert all(model is second for model, _ in seen)
+
+
+def test_the_first_steps_are_pulled_to_what_the_clip_is_there(tiny, clip, monkeypatch):
+    s, pulls = settled(tiny, "--dmt", clip, "--steps", 5, "--frames", FRAMES), []
+    latents = tiny.encode(media.read_video(clip, FRAMES, (64, 64), 8)[None])
+    path, source = generate.invert_clip(s, tiny, latents), tiny.read([s.inversion_prompt])
+    monkeypatch.setattr(dmt, "pull", lambda model, x, t, text, want, rate: (
+        pulls.append((t, want)), x)[1])
+    dmt.transfer_motion(s, tiny, latents, path, "a star", 0)
+    assert [t for t, _ in pulls] == tiny.schedule.timesteps(5)[:2]
+    for t, want in pulls:
+        assert torch.equal(want[0], dmt.frame_features(tiny, path[t], t, source)[0])
+
+
 def test_the_command_transfers_a_motion(clip, bars, tmp_path):
     make("--dmt", clip, "--prompt", "a red star", "--steps", 4, "--inversion-steps", 8, "--out",
          tmp_path, "--frames", FRAMES)

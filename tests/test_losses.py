@@ -35,6 +35,8 @@ def test_residual_cosine_by_hand():
     want = 1 - 36 / (32 * 41) ** 0.5
     assert losses.residual_cosine(pred, eps, stride=2).item() == pytest.approx(want)
     assert losses.residual_l2(pred, eps, stride=2).item() == pytest.approx(1 / 2)
+    both = losses.residual_cosine_mse(pred, eps, stride=2).item()  # the mean square is 3/6
+    assert both == pytest.approx(want + 1 / 2)
 
 
 def test_the_official_cosine_by_hand():
@@ -138,3 +140,12 @@ def test_debiasing_gives_back_what_frames_do_not_share(beta):
     assert variance == pytest.approx(2 * beta**2 + 1, rel=0.05)
     want = (losses.debias(own, 2, beta) - debiased).square().mean().item()
     assert losses.appearance_debiased(own, shared, 2, beta).item() == pytest.approx(want)
+
+
+def test_what_the_cosine_does_not_see_is_counted_at_every_pixel():
+    """A still picture of +1 and −1 leaves all residuals as they are."""
+    eps = noise(4, channels=1, side=2)
+    still = torch.tensor([1.0, -1, -1, 1], dtype=torch.float64).view(1, 1, 1, 2, 2)
+    seen = losses.unseen_by_cosine(eps + still, eps)
+    assert losses.residual_cosine(eps + still, eps).abs() < 1e-12
+    assert seen["offset"].item() == pytest.approx(1)

@@ -9,6 +9,7 @@ from conftest import ROOT, TINY, flags_of, learn, prepared
 from safetensors.torch import load_file, save_file
 
 import lora
+import losses
 import model
 import sampler
 import train
@@ -178,6 +179,53 @@ def test_each_loss_is_what_the_paper_writes(method, hop, tmp_path, monkeypatch):
     assert set(alphas) == {0.3 if method == "newmove" else 0}
 
 
+def test_the_network_sees_the_clip_with_noise(hop, tmp_path):
+    """x_t = √ᾱ·x0 + √(1−ᾱ)·ε at the example's timestep, with its caption; the next example of the
+    step has other noise."""
+    run = prepared("vmc", hop, tmp_path, "--precision", "fp32")
+    m, other = (train.Example(run, 3, number) for number in (0, 1))
+    z, beside = m.noised(m.clip()), other.noised(other.clip())
+    assert not torch.equal(z.noise, beside.noise)
+    a = run.model.schedule.alpha_bar[z.t].item()
+    x = a**0.5 * run.clips[0].latents + (1 - a) ** 0.5 * z.noise
+    torch.testing.assert_close(z.x, x)
+    m.learn("motion")
+    text = run.model.read([run.clips[0].prompt])
+    torch.testing.assert_close(m.predict(z)[0], run.model.predict(x, z.t, text))
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_can_be_asked_for(name, hop, tmp_path):
+    assert losses.LOSSES[name].__name__ == name.replace("-", "_")
+    run = prepared("vmc", hop, tmp_path, f"loss={name}", "align=epsilon")
+    (_, loss), = losses_of(run, 0)
+    assert loss.isfinite() and loss > 0
+
+
+def test_a_step_is_the_mean_of_its_examples(hop, tmp_path, monkeypatch):
+    """Two examples that are alike teach what one of them does."""
+    real, steps = sampler.generator, []
+    monkeypatch.setattr(sampler, "generator", lambda *key: real(*key[:2]))
+    for batch in (1, 2):
+        learn("vmc", hop, tmp_path / str(batch), "--steps", 1, "--batch", batch)
+        steps.append(json.loads((tmp_path / str(batch) / "log.jsonl").read_text()))
+    one, two = steps
+    assert len(two["losses"]) == 2 and two["losses"][0] == two["losses"][1]
+    assert two["loss"] == pytest.approx(one["loss"]) and one["grad"] > 0
+    assert two["grad"] == pytest.approx(one["grad"], rel=1e-3)
+
+
+def test_a_learned_word_begins_as_what_it_is_or_as_it_is_told(hop, tmp_path):
+    table = model.load_text(TINY).tower.token_embedding.weight
+    start = lambda *more: prepared("textual-inversion", hop, tmp_path, *more).learners["word"][0]
+    row = lambda word: table[tokenizer.words_to_ids(word)[0]]
+    assert torch.equal(start().vectors[0], row("sks"))
+    assert torch.equal(start("word.init=star").vectors[0], row("star"))
+    several = start("word.init=star", "word.vectors=3").vectors
+    assert 0 < (several - row("star")).std() < 0.2 * table.std()
+    assert torch.cdist(several, several)[0, 1:].min() > 0  # or none could be told from another
+
+
 def test_predictions_are_compared_as_asked(hop, tmp_path):
     """ε̂ = √ᾱ·v̂ + √(1−ᾱ)·x and x̂0 = √ᾱ·x − √(1−ᾱ)·v̂, against the noise and the clip."""
     run = prepared("vmc", hop, tmp_path, "--precision", "fp32")
@@ -195,17 +243,19 @@ def test_predictions_are_compared_as_asked(hop, tmp_path):
 
 
 def test_a_sample_starts_where_the_method_says_and_leaves_looks_out(hop, tmp_path, monkeypatch):
-    """MotionDirector's: from the base's inversion, with nothing that was learned, and noise."""
-    run, seen = prepared("motiondirector", hop, tmp_path, "noise_prior=0.3"), {}
+    """MotionDirector's: from the base's inversion, with nothing that was learned, and noise; by the
+    recipe's sampler and guidance. The base is inverted once, what learns each time."""
+    run, seen = prepared("motiondirector", hop, tmp_path, "noise_prior=0.3", "sampler=ddpm",
+                         "guidance=5", "--preview-steps", 7), {"inversions": 0}
     acting = lambda: {n for n, several in run.learners.items() if any(one.on for one in several)}
     inverted = torch.randn(8, 4, 8, 8)
 
     def invert(whole, latents, steps, **more):
-        seen["inverting"] = acting()
+        seen.update(inverting=acting(), inversions=seen["inversions"] + 1)
         return inverted
 
-    def sample(whole, prompts, start, *more, **rest):
-        seen.update(sampling=acting(), start=start)
+    def sample(whole, prompts, start, seeds, *how, **rest):
+        seen.update(sampling=acting(), start=start, how=how)
         return torch.zeros(1, 3, 4, 64, 64)
 
     monkeypatch.setattr(sampler, "invert", invert)
@@ -215,6 +265,12 @@ def test_a_sample_starts_where_the_method_says_and_leaves_looks_out(hop, tmp_pat
     want = 0.3**0.5 * inverted + 0.7**0.5 * noise
     torch.testing.assert_close(seen["start"], want)
     assert seen["inverting"] == set() and seen["sampling"] == {"motion"}
+    assert seen["how"] == (7, 5, "ddpm")
+    for inverts, wanted in (("base", 1), ("tuned", 3)):
+        run.recipe = run.recipe.set("inverts", inverts)
+        train.preview(run), train.preview(run)
+        assert seen["inversions"] == wanted
+    assert seen["inverting"] == {"motion"}
 
 
 def test_the_loop_clips_and_decays_as_the_recipe_says(hop, tmp_path, monkeypatch):

@@ -308,3 +308,13 @@ def test_the_tiny_models_schedule_is_read():
     # Cut from the linear schedule of 1000, whose first 700 levels it keeps.
     whole = Schedule(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     assert torch.allclose(S.alpha_bar, whole.alpha_bar[:700], rtol=1e-3)
+
+
+def test_samples_that_are_no_numbers_are_refused():
+    class Model:
+        schedule, device = Schedule(), "cpu"
+        read = staticmethod(lambda prompts: torch.zeros(len(prompts), 1, 1))
+        predict = staticmethod(lambda x, t, text: x.new_full((len(text), *x.shape[1:]), math.nan))
+
+    with pytest.raises(BadInput, match="guidance 3 gave NaN"):
+        sampler.sample(Model(), ["a"], torch.zeros(1, 1, 1, 2, 2), [0], 2, 3.0)

@@ -25,7 +25,7 @@ import lora
 import losses
 import model
 import train
-from support import adapter_file, machine, media, runs
+from support import adapter_file, machine, media, runs, videos
 from support import flags as parsing
 from support.files import BadInput
 from support.recipe import METHODS, write_value
@@ -593,6 +593,22 @@ def test_mistakes_end_in_one_line_and_two_and_leave_nothing(argv, says, folder, 
     argv = argv.replace("FOLDER", str(tmp_path)).replace("VIDEO", str(hop)).split()
     complain([*argv, "--frames", 4, "--out", tmp_path / "out"], says, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_says_how_its_method_samples(hop, tmp_path):
+    learn("vmc", hop, tmp_path, "--steps", 1)
+    adapter = adapter_file.read_adapter(tmp_path / "vmc.safetensors")
+    assert videos.read_story(adapter) == {
+        "sampler": "ddpm", "sampling_steps": 20, "inversion_steps": 20, "noise_prior": 1,
+        "inverts": "tuned", "guidance": 4, "fps": 8, "step": 1}
+
+
+def test_other_weights_bring_the_methods_own_shape(hop):
+    """Height before width, as everywhere; its frame rate too."""
+    shapes = {"vmc": (8, (320, 576), 8), "newmove": (16, (384, 384), 24)}
+    for method, shape in shapes.items():
+        flags, _ = train.parse(["--method", method, "--video", str(hop), "--weights", str(TINY)])
+        assert (flags.frames, flags.size, flags.fps) == shape
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
