@@ -100,16 +100,18 @@ def test_a_set_has_a_sheet_and_settings(adapter, tmp_path):
     assert f"{layers} layers change by ‖ΔW‖/‖W‖ = 0.05 (scale 1)" in printed
 
 
-@pytest.mark.parametrize("more", [
-    ("--init", "noise"), ("--noise-prior", "0.5"), ("--init", "noise", "--sampler", "dpm"),
-    ("--sampler", "ddpm"), ("--frames", "5", "--size", "48x80", "--init", "noise"),
-])
-def test_other_starts_and_samplers(more, adapter, tmp_path):
-    make("--adapter", adapter, "--prompt", "a red star", "--steps", 2, "--out", tmp_path, *more)
-    name, = videos_of(tmp_path)
-    if "--size" in more:
-        _, pictures = zip(*media.decode(tmp_path / name))
-        assert len(pictures) == 5 and pictures[0]().shape == (240, 144, 3)
+def test_other_starts_and_samplers_make_other_videos(adapter, tmp_path):
+    made = set()
+    for i, more in enumerate([
+            "", "--init noise", "--noise-prior 0.5", "--init noise --sampler dpm", "--sampler ddpm",
+            "--frames 5 --size 48x80 --init noise"]):
+        make("--adapter", adapter, "--prompt", "a red star", "--steps", 2, "--out",
+             tmp_path / str(i), *more.split())
+        made |= set(videos_of(tmp_path / str(i)).values())
+        assert len(made) == i + 1, more
+    name, = videos_of(tmp_path / "5")
+    _, pictures = zip(*media.decode(tmp_path / "5" / name))
+    assert len(pictures) == 5 and pictures[0]().shape == (240, 144, 3)
 
 
 @pytest.mark.parametrize("more,prior", [((), 1), (("--noise-prior", "0.5"), 0.5),
