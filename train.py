@@ -28,7 +28,7 @@ import sampler
 from lora import Part, Word
 from losses import LOSSES, appearance_debiased, mse, unseen_by_cosine
 from support import adapter_file, machine, priors, runs
-from support.files import BadInput, check_weights, read_size, slug
+from support.files import BadInput, check_weights, read_size, say, slug
 from support.flags import Parser, real, some_text, whole
 from support.recipe import METHODS, Recipe, method
 
@@ -160,8 +160,8 @@ def settle(flags, settings):
     staged = any(name.startswith(("subject", "look")) for name in learning)
     given, first = (r.keywords.get("first", 0) for r in (plain, recipe))
     if staged and first and first >= recipe.steps:
-        raise BadInput(f"first={first}: wanted less than the {recipe.steps} steps, or what comes "
-                       "after it never learns.")
+        say(f"warning: first={first}, and {recipe.steps} steps: what comes after the first never "
+            "learns; give more --steps, or a smaller first=")
     if first != given and not staged:
         raise BadInput("first does nothing here: all that learns does so from the beginning.")
     if recipe.appearance_stop and not flags.preview_every:

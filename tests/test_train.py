@@ -576,10 +576,6 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--video VIDEO --method newmove first=7", "first does nothing here"),
     ("--video VIDEO --method newmove --prior none prior_weight=1", "there are no prior clips"),
     ("--images FOLDER/p.png --method motiondirector --prompt one two", "one caption for all"),
-    # what would never come to its second stage, or not back to the clip
-    ("--video VIDEO --method customize-a-video --steps 100", "first=100: wanted less than the 100"),
-    ("--video VIDEO --method newmove --images FOLDER/p.png --image-prompt X* --steps 100",
-     "first=100: wanted less than the 100"),
     ("--video VIDEO inversion_steps=5000", "inversion_steps 5000: wanted 1 to 699"),
     # a weight of ε on what is not ε
     ("--video VIDEO loss=residual-l2-weighted", "its weight is of ε"),
@@ -609,6 +605,18 @@ def test_other_weights_bring_the_methods_own_shape(hop):
     for method, shape in shapes.items():
         flags, _ = train.parse(["--method", method, "--video", str(hop), "--weights", str(TINY)])
         assert (flags.frames, flags.size, flags.fps) == shape
+
+
+@pytest.mark.parametrize("argv,warns", [
+    ("--method customize-a-video --steps 100", True), ("--method customize-a-video", False),
+    ("--method customize-a-video look.layers=none --steps 100", False),
+    ("--method newmove --images PICTURE --image-prompt X* --steps 100", True),
+    ("--method newmove --images PICTURE --image-prompt X* --steps 101", False),
+    ("--method newmove --steps 100", False)])
+def test_a_stage_that_never_begins_is_told(argv, warns, hop, folder, capsys):
+    argv = argv.replace("PICTURE", str(folder / "thing.png")).split()
+    train.parse(["--video", str(hop), *argv])
+    assert ("never learns" in capsys.readouterr().err) == warns
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
