@@ -379,7 +379,7 @@ def check_sampling(v, model):
     S, factor = model.schedule, model.vae.config.factor
     sampler.check_steps(S, v["steps"])
     if v["init"] != "noise" and v["inversion_steps"] != v["steps"]:
-        sampler.check_steps(S, v["inversion_steps"], "inversion-steps")
+        sampler.check_steps(S, v["inversion_steps"], "--inversion-steps")
     if any(side % factor for side in v["size"]):
         raise BadInput(f"--size {v['size'][1]}x{v['size'][0]}: wanted multiples of {factor}.")
     if v["init"] == "inverted":
@@ -429,7 +429,7 @@ def load_refiner(s, first):
     model = load(r.weights, s.device, s.precision, keep=())
     if model.text.config.hidden_size == first.text.config.hidden_size:
         model.text.learned = first.text.learned
-    sampler.check_steps(model.schedule, r.steps, "refine-steps")
+    sampler.check_steps(model.schedule, r.steps, "--refine-steps")
     factor = model.vae.config.factor
     if r.height % factor or r.width % factor:
         raise BadInput(f"--refine-size {r.width}x{r.height}: wanted multiples of {factor}.")

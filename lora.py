@@ -79,7 +79,7 @@ class Tuned:
     def __init__(self, parts):
         self.patterns = []
         for part in parts.values():
-            if isinstance(part, Part) and not (part.rank or part.file or part.layers == "none"):
+            if isinstance(part, Part) and part.learns and not part.rank:
                 self.patterns.append(pattern_of(part.layers))
 
     def __contains__(self, name):

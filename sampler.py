@@ -121,12 +121,12 @@ def roots(a, like):
     return a.sqrt().to(like), (1 - a).sqrt().to(like)
 
 
-def check_steps(schedule, steps, name="steps"):
+def check_steps(schedule, steps, name="--steps"):
     """Raises BadInput for a number of sampling steps that the schedule does not have, and warns of
     one whose whole-number spacing would begin far from pure noise."""
     T = schedule.num_train_timesteps
     if not 1 <= steps < T:
-        raise BadInput(f"--{name} {steps}: wanted 1 to {T - 1}.")
+        raise BadInput(f"{name} {steps}: wanted 1 to {T - 1}.")
     if (first := schedule.timesteps(steps)[0]) < 0.9 * T:
         say(f"warning: {steps} steps, {T // steps} timesteps apart, begin at t = {first} and not "
             f"in pure noise; a number that divides {T} begins there")

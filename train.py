@@ -126,7 +126,7 @@ def changes(name):
 
 def settle(flags, settings):
     """The recipe of the flags: the paper's, changed by what the data and the base model ask for,
-    and by the settings given. Fills in the flags that depend on the recipe."""
+    and by the settings given. Fills in the flags that depend on the recipe. Raises BadInput."""
     if not flags.video and not flags.images:
         raise BadInput("no clip to learn from; give --video clip.mp4, or a folder of pictures.")
     check_weights(flags.weights)
@@ -144,6 +144,19 @@ def settle(flags, settings):
     steps = [f"steps={flags.steps}"] if flags.steps is not None else []
     plain = recipe.but(*lines)
     recipe = plain.ask(settings + steps)
+    frames, *size = recipe.shape if flags.weights else (16, 64, 64)
+    flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
+    flags.fps = flags.fps or (recipe.fps if flags.weights else 8.0)
+    flags.prior = flags.prior or recipe.prior
+    flags.out = flags.out or Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
+    check_pictures(flags, recipe, clips)
+    check_use(flags, plain, recipe)
+    return recipe
+
+
+def check_pictures(flags, recipe, clips):
+    """Raises BadInput for --images that the method learns nothing from, or nothing to learn from
+    them, and for captions that they do not have."""
     if flags.images and (flags.method, "a subject" if clips else "pictures") not in BY_DATA:
         raise BadInput(f"{flags.method} learns nothing from pictures{'' if clips else ' alone'}; "
                        "motiondirector learns their look, newmove a subject beside a motion.")
@@ -152,39 +165,34 @@ def settle(flags, settings):
     if flags.images and len(flags.prompt) > 1 and not clips:
         raise BadInput("--prompt: pictures have one caption for all, or each its own .txt beside "
                        "it.")
-    learning = [name for name, part in recipe.parts.items() if part.learns]
-    if "subject" in recipe.parts and bool(flags.images) != any(
-            name.startswith("subject") for name in learning):
+    if "subject" in recipe.parts and bool(flags.images) != recipe.learns("subject"):
         raise BadInput("a subject is learned from --images, by subject.layers or "
                        "subject_word.vectors: give both, or neither.")
-    staged = any(name.startswith(("subject", "look")) for name in learning)
-    given, first = (r.keywords.get("first", 0) for r in (plain, recipe))
-    if staged and first and first >= recipe.steps:
-        say(f"warning: first={first}, and {recipe.steps} steps: what comes after the first never "
-            "learns; give more --steps, or a smaller first=")
-    if first != given and not staged:
-        raise BadInput("first does nothing here: all that learns does so from the beginning.")
-    if recipe.appearance_stop and not flags.preview_every:
-        raise BadInput("appearance_stop does nothing here: it is looked at in previews, and "
-                       "--preview-every is 0.")
-    frames, *size = recipe.shape if flags.weights else (16, 64, 64)
-    flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
-    flags.fps = flags.fps or (recipe.fps if flags.weights else 8.0)
-    flags.prior = flags.prior or recipe.prior
+
+
+def check_use(flags, plain, recipe):
+    """Raises BadInput for settings that would do nothing with these flags, where they are others
+    than in `plain`, the recipe before them; warns of a stage that would never begin."""
     if flags.prior not in (None, "none") and recipe.prior is None:
         raise BadInput(f"--prior: {flags.method} takes no prior clips; newmove, dreambooth and "
                        "custom-diffusion do.")
     if flags.prior not in (None, "none", "folder", "world", "generated"):
         data.check_clips([flags.prior], None)
-    made = {"generated": {"prior_clips", "prior_prompt"}, "world": {"prior_clips"}}
-    for name in {"prior_clips", "prior_prompt"} - made.get(flags.prior, set()):
-        if recipe.own.get(name) != plain.own.get(name):  # as run.json has it, it does no harm
-            raise BadInput(f"{name} does nothing here: --prior {flags.prior} is not made with it.")
-    weight = "prior_weight"
-    if flags.prior == "none" and recipe.keywords.get(weight) != plain.keywords.get(weight):
-        raise BadInput(f"{weight} does nothing here: there are no prior clips.")
-    flags.out = flags.out or Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
-    return recipe
+    idle, made = {}, f"--prior {flags.prior} is not made with it"  # {setting: why}
+    if flags.prior != "generated":
+        idle["prior_prompt"] = made
+    if flags.prior not in ("generated", "world"):
+        idle["prior_clips"] = made
+    if flags.prior in ("none", "folder"):
+        idle["prior_weight"] = "there are no prior clips"
+    if not flags.preview_every:
+        idle["appearance_stop"] = "previews look at it, and --preview-every is 0"
+    if not recipe.learns("look", "subject"):
+        idle["first"] = "all that learns does so from the beginning"
+    elif recipe.steps <= recipe.keywords.get("first", 0):
+        say(f"warning: first={recipe.keywords['first']}, and {recipe.steps} steps: what comes "
+            "after the first never learns; give more --steps, or a smaller first=")
+    recipe.refuse(idle, plain)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -257,19 +265,19 @@ def prepare(flags, recipe):
 
 def check_recipe(recipe, schedule, preview_steps):
     """Raises BadInput for settings that the base model's noise schedule does not go with."""
-    S, loss = schedule, recipe.keywords.get("loss")
-    compared = recipe.keywords.get("align", "output")
-    if loss == "residual-l2-weighted" and compared != "epsilon" and (
-            compared == "x0" or S.prediction_type != "epsilon"):
+    loss, compared = recipe.keywords.get("loss"), recipe.keywords.get("align", "output")
+    if compared == "output":
+        compared = schedule.prediction_type
+    if loss == "residual-l2-weighted" and compared != "epsilon":
         raise BadInput(f"loss={loss}: its weight is of ε, and this compares another thing; give "
                        "align=epsilon where the method has it, or another loss.")
-    own = recipe.sampling_steps
-    for name, steps in (("preview-steps", preview_steps), ("sampling_steps", own)):
-        sampler.check_steps(S, steps, name)
+    asked = {"--preview-steps": preview_steps, "sampling_steps": recipe.sampling_steps}
+    for name, steps in asked.items():
+        sampler.check_steps(schedule, steps, name)
         if recipe.noise_prior:
-            sampler.check_return(S, recipe.sampler, steps)
+            sampler.check_return(schedule, recipe.sampler, steps)
     if recipe.noise_prior and recipe.inversion_steps:
-        sampler.check_steps(S, recipe.inversion_steps, "inversion_steps")
+        sampler.check_steps(schedule, recipe.inversion_steps, "inversion_steps")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -668,7 +676,7 @@ class Example:
     def watch(self, pattern):
         """From now on `seen` holds, after each prediction, {name: what it gave} of the modules
         whose whole name matches: of an attention its maps (B, heads, N, M), of others their output.
-        """
+        Of clips that differ in length it is the last's."""
         self.pattern, self.watched = pattern, []
 
     def attach(self, unet):

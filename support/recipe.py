@@ -109,20 +109,29 @@ class Recipe:
     def ask(self, settings):
         """The recipe with settings that a person gave, name=value each. Raises BadInput for one
         that would do nothing, too."""
-        recipe, changed = self, []
+        recipe, idle = self, {}
         for item in settings:
             name, _, text = item.partition("=")
-            before, recipe = recipe, recipe.set(name, text)
-            if recipe != before:  # what is given as it was does no harm
-                changed.append(name)
-        for name in changed:
+            recipe = recipe.set(name, text)
+        for name in recipe.settings():
             part, _, field = name.rpartition(".")
-            why = recipe.parts[part].lacks(field) if part else None
+            idle[name] = recipe.parts[part].lacks(field) if part else None
             if NEEDS.get(name) in recipe.own and not recipe.own[NEEDS[name]]:
-                why = f"{NEEDS[name]} is 0"
-            if why:
-                raise BadInput(f"{name} does nothing here: {why}.")
+                idle[name] = f"{NEEDS[name]} is 0"
+        recipe.refuse(idle, self)
         return recipe
+
+    def refuse(self, idle, before):
+        """Raises BadInput for a setting that {name: why} says would do nothing, if it is another
+        than in the recipe before: what is given as it was, as run.json has it, does no harm."""
+        now, then = self.settings(), before.settings()
+        for name, why in idle.items():
+            if why and now.get(name) != then.get(name):
+                raise BadInput(f"{name} does nothing here: {why}.")
+
+    def learns(self, *parts):
+        """Whether there is anything to learn in the parts whose names begin so: look, look_word."""
+        return any(part.learns for name, part in self.parts.items() if name.startswith(parts))
 
     def set(self, name, text):
         """The recipe with one setting changed, from its text."""
@@ -184,7 +193,7 @@ def method(source, *, shape=(16, 256, 256), fps=8.0, steps, clip_grad=1.0, noise
            inverts="tuned", inversion_steps=0, sampler="ddim", sampling_steps=50, guidance=9.0,
            **more):
     """Makes a function a method: what it is given here are its settings. Of `more`, what is a part
-    (lora.Part, lora.Word, or a dataclass of yours with `learner`) can learn."""
+    (lora.Part, lora.Word, or a class of yours made from one) can learn."""
     own = {"steps": steps, "clip_grad": clip_grad, "noise_prior": noise_prior, "inverts": inverts,
            "inversion_steps": inversion_steps, "sampler": sampler,
            "sampling_steps": sampling_steps, "guidance": guidance}

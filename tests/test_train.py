@@ -572,9 +572,11 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--video VIDEO --method newmove subject.layers=spatial", "learned from --images"),
     ("--video VIDEO --method customize-a-video look_word.init=x", "does nothing here"),
     ("--video VIDEO --method newmove look_prompt=star", "does nothing here: appearance_stop"),
-    ("--video VIDEO --method newmove appearance_stop=0.2 --preview-every 0", "looked at in prev"),
+    ("--video VIDEO --method newmove appearance_stop=0.2 --preview-every 0", "previews look at it"),
     ("--video VIDEO --method newmove first=7", "first does nothing here"),
     ("--video VIDEO --method newmove --prior none prior_weight=1", "there are no prior clips"),
+    ("--video VIDEO --method newmove --prior folder prior_weight=1", "there are no prior clips"),
+    ("--video VIDEO --method dreambooth --prior world prior_prompt=x", "is not made with it"),
     ("--images FOLDER/p.png --method motiondirector --prompt one two", "one caption for all"),
     ("--video VIDEO inversion_steps=5000", "inversion_steps 5000: wanted 1 to 699"),
     # a weight of ε on what is not ε

@@ -104,8 +104,8 @@ def judge(measure, figures):
             said = verdict(low, high, measure.above) + so_far
             record["by motion"] = {"low": low, "high": high, "verdict": said}
     if measure.more and measure.more.equal and values:
-        record["at"] = [figures.at_equal_looks(s) for s in (measure.more, measure.less)]
-        record["at"] = {str(s): mean(figures.side(s, "all three")) for s in record["at"]}
+        sides = map(figures.at_equal_looks, (measure.more, measure.less))
+        record["at"] = {str(side): mean(figures.side(side, "all three")) for side in sides}
     return record
 
 
