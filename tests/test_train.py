@@ -25,6 +25,7 @@ import lora
 import losses
 import model
 import train
+from sampler import Schedule
 from support import adapter_file, machine, media, runs, videos
 from support import flags as parsing
 from support.files import BadInput
@@ -591,6 +592,19 @@ def test_mistakes_end_in_one_line_and_two_and_leave_nothing(argv, says, folder, 
     argv = argv.replace("FOLDER", str(tmp_path)).replace("VIDEO", str(hop)).split()
     complain([*argv, "--frames", 4, "--out", tmp_path / "out"], says, capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("align", ["output", "epsilon", "x0"])
+def test_the_weighted_loss_is_of_what_is_compared(prediction, align):
+    """The network's own output is ε on ZeroScope and v on the tiny model; x₀ is neither."""
+    recipe = METHODS["vmc"].but("loss=residual-l2-weighted", f"align={align}")
+    schedule = Schedule(prediction_type=prediction)
+    if align == "epsilon" or (align, prediction) == ("output", "epsilon"):
+        train.check_recipe(recipe, schedule, 20)
+    else:
+        with pytest.raises(BadInput, match="its weight is of ε"):
+            train.check_recipe(recipe, schedule, 20)
 
 
 def test_an_adapter_says_how_its_method_samples(hop, tmp_path):
