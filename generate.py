@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import data
 import sampler
-from model import TINY, load
+from model import TINY, is_tiny, load
 from support import adapter_file, dmt, machine, media, prompts, sets, videos
 from support.files import (
     BadInput,
@@ -412,11 +412,6 @@ def settle_refining(args, v):
     return Refining(str(args.refine), height, width,
                     0.6 if args.strength is None else args.strength, args.refine_steps or 50,
                     guidance if args.refine_guidance is None else args.refine_guidance)
-
-
-def is_tiny(weights):
-    """Whether the weights folder of a flag is the tiny model's."""
-    return weights is None or Path(weights).resolve() == TINY.resolve()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ LAYERS = {
     "temporal": r"transformer_in\..*|.*temp_(attentions|convs)\..*",
     "temporal-convs": r".*temp_convs\..*",
     "spatial": r"(?!transformer_in|.*temp_(attentions|convs)).*",
-    # For LoRA alone, after NewMove's ablation (Table 2): the temporal blocks and convolutions.
+    # For LoRA alone, ours: the linears of the temporal blocks, and the convolutions.
     "temporal-linears-convs": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight"
                               r"|.*temp_convs\..*\.[23]\.weight",
     "all": r".*",

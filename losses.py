@@ -26,7 +26,7 @@ def residual(x, stride=1):
 
 
 def mse(pred, eps, **_):
-    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; VMC Eq. 2)."""
+    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; MotionDirector Eq. 1; VMC Eq. 8, there with no square)."""
     return F.mse_loss(pred, eps)
 
 
@@ -41,7 +41,7 @@ def residual_cosine(pred, eps, stride=1, **_):
 
 
 def residual_cosine_mse(pred, eps, stride=1, **_):
-    """VMC Eq. 17 + Eq. 2, ours: the second holds the scale and the mean over time, which the first
+    """VMC Eq. 17 + Eq. 8, ours: the second holds the scale and the mean over time, which the first
     leaves to drift (`unseen_by_cosine`)."""
     return residual_cosine(pred, eps, stride) + mse(pred, eps)
 

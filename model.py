@@ -30,6 +30,11 @@ from support.tokenizer import has_word, tokenize
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 
 
+def is_tiny(weights):
+    """Whether the weights folder of a flag is the tiny model's."""
+    return weights is None or Path(weights).resolve() == TINY.resolve()
+
+
 # ------------------------------------------------------------------------------------------------
 # Shapes: time folded into batch, and space into tokens
 

@@ -27,7 +27,7 @@ import model
 import sampler
 from lora import Part, Word
 from losses import LOSSES, appearance_debiased, mse, unseen_by_cosine
-from support import adapter_file, machine, priors, runs
+from support import adapter_file, machine, media, priors, runs
 from support.files import BadInput, check_weights, read_size, say, slug
 from support.flags import Parser, real, some_text, whole
 from support.recipe import METHODS, Recipe, method
@@ -73,9 +73,9 @@ def parse(argv):
         f"{', '.join(METHODS)} (default: vmc)", metavar="NAME")
     add("--video", type=Path, nargs="+", default=[], help="the clips: video files, folders of "
         "numbered pictures, or folders of clips")
-    add("--prompt", type=some_text, nargs="+", default=[], help="a caption for all, or one a clip; "
-        "as the papers advise, about the motion: 'a bird is flying' (default: the clip's own .txt, "
-        "else its name)")
+    add("--prompt", type=some_text, nargs="+", default=[], help="a caption for all, or one a clip, "
+        "of the motion: 'a bird is flying', or with a method's word for it: 'a bird doing the sks' "
+        "(default: the clip's own .txt, else its name)")
     add("--images", type=Path, nargs="+", default=[], help="a subject's pictures (newmove), or "
         "pictures alone (motiondirector)")
     add("--image-prompt", type=some_text, help="the pictures' caption: 'a X* dog' (default: beside "
@@ -86,7 +86,8 @@ def parse(argv):
     # the clip's shape; defaults are the method's, or the tiny model's 16 frames of 64x64 at 8 fps
     add("--frames", type=whole(4, 1024), help="frames to learn from")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
-    add("--fps", type=real(0.01, 1000), help="frames a second, picked by time stamp")
+    add("--fps", type=real(0.01, 1000), help="frames a second, picked by time stamp; "
+        "the method's are no more than the slowest clip has")
     add("--start", type=real(0), default=0.0, help="seconds to skip (default: 0)")
     # how long, and on what
     add("--steps", type=whole(1, 10**7), help="training steps (default: the recipe's)")
@@ -135,9 +136,8 @@ def settle(flags, settings):
     count = len(clips or pictures)
     kind = ("one clip" if count == 1 else "several clips") if clips else (
         "one picture" if count == 1 else "pictures")
+    kind += " and a subject" if clips and flags.images else ""
     lines = [BY_DATA.get((flags.method, kind), "")]
-    if flags.images and clips:
-        lines.append(BY_DATA.get((flags.method, "a subject"), ""))
     if not flags.weights:
         lines.append(TINY.get(flags.method, ""))
     flags.own_lines = [line for line in lines if line]
@@ -146,18 +146,19 @@ def settle(flags, settings):
     recipe = plain.ask(settings + steps)
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
-    flags.fps = flags.fps or (recipe.fps if flags.weights else 8.0)
+    slowest = min([recipe.fps, *map(media.frame_rate, clips)])  # no frame is to be learned twice
+    flags.fps = flags.fps or (slowest if flags.weights else 8.0)
     flags.prior = flags.prior or recipe.prior
     flags.out = flags.out or Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
-    check_pictures(flags, recipe, clips)
+    check_pictures(flags, recipe, clips, kind)
     check_use(flags, plain, recipe)
     return recipe
 
 
-def check_pictures(flags, recipe, clips):
+def check_pictures(flags, recipe, clips, kind):
     """Raises BadInput for --images that the method learns nothing from, or nothing to learn from
     them, and for captions that they do not have."""
-    if flags.images and (flags.method, "a subject" if clips else "pictures") not in BY_DATA:
+    if flags.images and (flags.method, kind) not in BY_DATA:
         raise BadInput(f"{flags.method} learns nothing from pictures{'' if clips else ' alone'}; "
                        "motiondirector learns their look, newmove a subject beside a motion.")
     if flags.image_prompt and not flags.images:
@@ -193,6 +194,13 @@ def check_use(flags, plain, recipe):
         say(f"warning: first={recipe.keywords['first']}, and {recipe.steps} steps: what comes "
             "after the first never learns; give more --steps, or a smaller first=")
     recipe.refuse(idle, plain)
+    if recipe.own.get("appearance_stop") and not flags.preview_prompt:
+        raise BadInput("appearance_stop: the clip's own looks come back as it is learned; give "
+                       "--preview-prompt with other ones.")
+    if recipe.own.get("appearance_stop") and not (model.is_tiny(flags.weights)
+                                                  or recipe.own["clip"]):
+        raise BadInput("appearance_stop: the tiny CLIP knows no real pictures; give clip= and "
+                       "clip_weights=.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,7 +257,7 @@ def prepare(flags, recipe):
         raise BadInput(f"stride={stride}: wanted less than the clip's {min(lengths)} frames.")
     run.prior = priors.load(run)
     for number, clip in enumerate((*clips, *images, *run.prior)):
-        # Published codes sample the VAE's posterior, and do so once.
+        # Published codes with a VAE sample its posterior, and do so once.
         g = sampler.generator(flags.seed, number, 0, 7)
         clip.latents = whole.encode(clip.video[None], g)
     run.learners = lora.make_learners(recipe.parts, whole, len(clips or images), flags.seed)
@@ -331,9 +339,10 @@ def begin_training(unet, recipe):
 
 
 # ------------------------------------------------------------------------------------------------
-# The methods. The decorator holds what the paper sets: `Part`s and `Word`s can learn, numbers are
-# of training and sampling. The function's lines are the paper's algorithm, its keywords what the
-# paper varies; m is one example of one step: see Example for all that it can be asked for.
+# The methods. The decorator holds what the paper sets or, where it is silent, its code: `Part`s and
+# `Word`s can learn, numbers are of training and sampling. The function's lines are the paper's
+# algorithm, its keywords what the paper varies; m is one example of one step: see Example for all
+# that it can be asked for.
 
 
 @method("VMC, Eq. 17 and App. D; clipping and sampling from its code", shape=(8, 320, 576),
@@ -342,11 +351,13 @@ def begin_training(unet, recipe):
 def vmc(m, loss="residual-cosine", align="output", stride=1):
     """Video Motion Customization (Jeong et al. 2023, Algorithm 1): only q, k, v of the temporal
     attentions learn, from the direction of the noise's residuals between frames alone,
-    1 − cos(δεⁿ, δε̂ⁿ), so that what moves stays out of it. Captions leave the appearance out
+    1 − cos(δεⁿ, δε̂ⁿ), in which what frames share cancels. Captions leave more of the appearance out
     (Sec. 3.2): "a bird is flying", with no forest. transformer_in is left out as in the published
-    code, whose loss is another, blind to sign (loss=residual-cosine-official); it samples by DDPM
-    from the inverted clip. Frames are as large as ZeroScope's, where the paper's own key frames
-    have 64×40 pixels; 8 a second is ours.
+    code, whose loss is another, blind to sign (loss=residual-cosine-official), and which samples by
+    DDPM from the inverted clip, with a variance that its model predicts and ZeroScope does not; the
+    paper names no sampler. Its base, Show-1, diffuses pixels: 8 key frames of 64×40, which two more
+    models interpolate to 29 and enlarge. Here frames are latents, as large as ZeroScope's, and
+    generate.py --refine stands for the last of these models; 8 frames a second is ours.
 
     loss: what is minimised, one of losses.LOSSES
     align: what it compares: what the network says (ε, or v), epsilon, or x0
@@ -368,9 +379,12 @@ def motiondirector(m, beta=1.0, spatial=0.8):
     """MotionDirector (Zhao et al. 2023, Sec. 3.2 and 3.3): two paths share a step's noise and
     timestep. A LoRA per clip learns its look from one frame, past all temporal layers; beside it,
     frozen, a temporal LoRA learns the motion, with what frames share weakened in its loss by
-    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. Rank, rate, dropout, no clipping and the skipped fifth of the
-    spatial paths are the published code's; it turns dropout off after its first preview and mirrors
-    half of the pictures that it learns alone, we do neither.
+    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. All numbers but β are the published code's, and so are the
+    way past all temporal layers, the skipped fifth of the spatial paths, and samples that start
+    half from the inverted clip, if it is one: the paper's start from noise (Sec. 4.1). That code
+    turns dropout off after its first preview, mirrors half of the pictures that it learns alone,
+    lets one convolution in the middle act on single frames, stretches clips and keeps one window
+    of each; we do none of it.
 
     beta: strength of the debiasing, β of Eq. 5; 0 counts the plain loss twice
     spatial: how often the spatial path runs; where it does not, no look acts
@@ -397,8 +411,10 @@ def newmove(m, alpha=0.5, loss="mse", augment="augmented", prior_weight=0.5, fir
     (Sec. 3.2); clips of other motions, at half the weight, keep the model from forgetting (Eq. 3).
     Both go through the network as one batch; rate, weight, clipping, 24 frames a second and no
     dropout are the published code's, which also begins each example at a random frame and repeats
-    the last of short clips, where here each begins at --start and keeps its length. The paper stops
-    at an appearance score of 0.265, here appearance_stop=0.265. With --images a subject joins after
+    the last of short clips, where here each begins at --start and keeps its length. Augmented clips
+    are the paper's (supplement, Sec. 1), how strongly is ours; that code has none. The paper stops
+    where the looks of its test prompts, in 300 videos, fall to a CLIP score of 0.265; here
+    appearance_stop=0.265 looks at the one preview. With --images a subject joins after
     the motion, "a X* man doing the V* sign": each example is drawn from either (supplement,
     Sec. 2), for as many steps again, which is ours, as is the number of prior clips made.
 
@@ -407,6 +423,7 @@ def newmove(m, alpha=0.5, loss="mse", augment="augmented", prior_weight=0.5, fir
     augment: how clips are shown: augmented (enlarged and tinted), recoloured or none
     prior_weight: weight of the prior clips' loss
     first: steps in which the motion learns alone, before a subject joins
+    look_prompt: of appearance_stop: the looks that --preview-prompt asks for, without the motion
     """
     if m.run.images and m.step >= first and m.chance() < 0.5:
         m.learn("subject", "subject_word")
@@ -431,8 +448,11 @@ def customize_a_video(m, first=200):
     that is used in the end. The absorber may be a LoRA (as here), a word (look.layers=none
     look_word.vectors=4), both, or another program's (look.file=…). Ranks, scales and rates are its
     supplement's; its text names q, k and v of the attentions, its counts want the output as well.
+    The absorber reads the caption's part that is about looks (supplement, B.2): give look_prompt,
+    since nothing here can tell that part.
 
     first: steps of the absorber
+    look_prompt: what the absorber's frames show, without the motion; empty for the whole caption
     """
     if m.step < first and (m.learns("look") or m.learns("look_word")):
         z = m.noised(m.clip(), data.crop, caption=m.settings["look_prompt"])
@@ -449,7 +469,8 @@ def customize_a_video(m, first=200):
         motion=Part("coupled", 32, dropout=0.1, lr=5e-4))
 def coupled(m, loss="mse"):
     """What MotionDirector compares itself with (Table 1): one LoRA beside spatial and temporal
-    layers, all by the plain loss; sampled and trained as MotionDirector is in all else.
+    layers, all by the plain loss. Its layers, rank and steps are not published; all that is not the
+    coupling is MotionDirector's own here.
 
     loss: what is minimised, one of losses.LOSSES
     """
@@ -501,7 +522,9 @@ def textual_inversion(m):
         noise_prior=1.0, guidance=12.5, motion=Part("tune-a-video", lr=3e-5))
 def tune_a_video(m):
     """The spatial queries and the temporal attention learn; samples start from the inverted clip
-    (rate and steps are the original's)."""
+    (rate and steps are the original's). The original inflates an image model: attention over frames
+    begins from nothing, and pictures look at the first and the one before. Here the base knows
+    videos already, an easier start."""
     z = m.noised(m.clip())
     m.learn("motion")
     yield mse(*m.predict(z))
@@ -517,7 +540,10 @@ BY_DATA = {
     ("motiondirector", "pictures"): "steps=1000 motion.layers=none look.per_clip=off "
                                     "look.weight_decay=1e-4 noise_prior=0",
     ("newmove", "one clip"): "steps=1000",  # its supplement, Sec. 3
-    ("newmove", "a subject"): "steps=6000 subject.layers=spatial subject_word.vectors=1",
+    ("newmove", "one clip and a subject"): "steps=2000 first=1000 subject.layers=spatial "
+                                           "subject_word.vectors=1",
+    ("newmove", "several clips and a subject"): "steps=6000 subject.layers=spatial "
+                                                "subject_word.vectors=1",
 }
 # What the tiny model does otherwise: it is hundreds of times smaller, and so wants larger steps and
 # fewer of them.

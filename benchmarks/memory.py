@@ -357,7 +357,7 @@ def render(results):
         "kept free for that. The table says what a command takes with all activations kept, and "
         "with them computed again (`--checkpointing on`); `--checkpointing auto`, the default, "
         "chooses by the free memory of the card. *Published* is what the authors state, on their "
-        "own base models.", "",
+        "own base models and shapes (VMC's is 8 frames of 64×40 pixels).", "",
         "| command | frames × height × width | kept | computed again | "
         + " | ".join(f"{card} GiB card" for card in CARDS) + " | published |",
         "|---|---|---|---|" + "---|" * len(CARDS) + "---|"]

@@ -58,11 +58,12 @@ def make(method):
     made = OUT / method / "videos"
     if not (made / "sheet.png").is_file():
         words = METHODS[method].parts.get("word")
-        run("train.py", "--method", method, "--video", CLIP, "--out", OUT / method / "run",
-            "--preview-every", 0, "--overwrite")
-        prompts = PROMPTS.read_text()
-        if words:  # what was learned is a word
-            prompts = prompts.replace("moving in a figure eight", f"doing the {words.text}")
+        caption, prompts = CLIP.with_suffix(".txt").read_text(), PROMPTS.read_text()
+        if words:  # what is learned is a word
+            caption, prompts = (text.replace("moving in a figure eight", f"doing the {words.text}")
+                                for text in (caption, prompts))
+        run("train.py", "--method", method, "--video", CLIP, "--prompt", caption,
+            "--out", OUT / method / "run", "--preview-every", 0, "--overwrite")
         listed = OUT / method / "prompts.txt"
         listed.write_text(prompts)
         run("generate.py", "--adapter", OUT / method / "run" / f"{method}.safetensors",

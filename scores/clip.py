@@ -124,7 +124,8 @@ class SSCD:
 def alignment(pictures, text):
     """Mean over frames of the cosine between picture and text (MotionDirector, NewMove, VMC). With
     the appearance alone as the text it is NewMove's appearance score; over prompts that ask for
-    very different looks, MotionDirector's appearance diversity."""
+    very different looks, MotionDirector's appearance diversity. A learned word is read as it
+    stands, where NewMove writes what it means in its place."""
     return (pictures @ text[0]).mean().item()
 
 

@@ -4,8 +4,10 @@
 
 The clip is inverted; a new video starts from the coarse part of that noise, and while it is sampled
 its latents are pulled until features of the network change over time as the clip's do. Settings,
-layers and the order of the steps are those of the published code. What differs: fp32 latents, and
-the anchor frame's difference from itself, which is always zero, is left out of the loss.
+layers and the order of the steps are those of the published code. What differs: fp32 latents; the
+anchor frame's difference from itself, which is always zero, is left out of the loss; a step up is
+exactly the step down's, where that code's is one timestep off; frames are picked by time, not the
+first 24; and no "Amazing quality, masterpiece" is put before prompts.
 
 Axes: B videos, C channels, F frames, h w latent, H W picture.
 """
@@ -23,12 +25,14 @@ NEGATIVE = "bad quality, distortions, unrealistic, distorted image, watermark, s
 def defaults(timesteps, tiny):
     """Its settings of sampling, for a schedule of so many timesteps; inversion takes nearly each.
 
-    The tiny model knows none of the negative words, is guided as always, and inverts in as many
-    steps as it samples in (0): all of its 700 would take a CPU half a minute.
+    The tiny model has its own shape, knows none of the negative words, is guided as always, and
+    inverts in as many steps as it samples in (0): all of its 700 would take a CPU half a minute.
     """
-    published = {"steps": 50, "guidance": 10.0, "sampler": "ddim", "inverts": "tuned",
-                 "negative": NEGATIVE, "inversion_steps": timesteps - 1}
-    return published | ({"guidance": 4.0, "negative": "", "inversion_steps": 0} if tiny else {})
+    both = {"steps": 50, "sampler": "ddim", "inverts": "tuned"}
+    if tiny:
+        return both | {"guidance": 4.0, "negative": "", "inversion_steps": 0}
+    return both | {"guidance": 10.0, "negative": NEGATIVE, "inversion_steps": timesteps - 1,
+                   "frames": 24, "size": (320, 576)}
 
 
 # Of the second upward block: the second resnet before its skip, the temporal convolution after it,

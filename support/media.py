@@ -7,6 +7,7 @@ than the chosen frames, at the size wanted, is ever held.
 
 Axes: C colours, F frames, H W picture. Videos are float32 in [-1, 1].
 """
+import math
 import re
 import struct
 from contextlib import contextmanager
@@ -139,6 +140,16 @@ def decode(path, start=0.0):
                        f"{', '.join(VIDEOS)}. Convert it, or save it again.") from None
     if not count:
         raise BadInput(f"{path} holds no frames; save it again.")
+
+
+def frame_rate(path):
+    """Frames a second of a video file, as its head has it; inf where none says so, as of a folder
+    of pictures."""
+    try:
+        with av.open(str(path)) as container:
+            return float(container.streams.video[0].average_rate)
+    except (av.error.FFmpegError, ArithmeticError, LookupError, OSError, TypeError, ValueError):
+        return math.inf  # what is wrong with it, `decode` tells
 
 
 def key_frame(path, start):

@@ -18,8 +18,8 @@ def load(run):
     if flags.prior in (None, "none"):
         return []
     if flags.prior == "folder":  # none was named
-        say(f"warning: no prior clips: {recipe.name} forgets more without; give --prior FOLDER, or "
-            "--prior generated")
+        say(f"warning: no prior clips: {recipe.name} forgets more without; give --prior FOLDER, "
+            "best of real clips of similar scenes, or --prior generated")
         return []
     folder = flags.prior
     if flags.prior in ("world", "generated"):

@@ -29,11 +29,10 @@ MEANING = {
              "by the base model, of the tiny world, or none; folder warns that none is named",
     "prior_clips": "how many of them are made",
     "prior_prompt": "the caption of generated ones; empty for the clip's without its word",
-    "appearance_stop": "stop where a preview's CLIP score with the caption of the looks falls to "
-                       "this; 0 for never",
+    "appearance_stop": "stop where a preview's CLIP score with look_prompt falls to this; 0 for "
+                       "never",
     "clip": "the open_clip model of that score; empty for the tiny CLIP",
     "clip_weights": "its weights, a local file",
-    "look_prompt": "what is seen in the clip, without the motion; empty for the caption",
     "layers": "which layers learn: a set of lora.LAYERS, a pattern over names, or none",
     "rank": "of a LoRA beside them; 0 tunes them in full",
     "scale": "of the LoRA",
@@ -67,8 +66,8 @@ NEEDS = {"clip": "appearance_stop", "clip_weights": "appearance_stop", "inverts"
 @dataclass(frozen=True)
 class Recipe:
     """A method: its function, the source of its numbers, its own settings, its parts, and the
-    keywords of the function with their values. `shape` and `fps` are the paper's (frames, height,
-    width) and frame rate, for a base model of full size."""
+    keywords of the function with their values. `shape` (frames, height, width) and `fps`
+    are for a base model of full size: the paper's or its code's, or the docstring says whose."""
 
     name: str
     source: str

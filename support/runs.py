@@ -308,15 +308,16 @@ class Folder:
             media.write_video(self.own(path), row, self.flags.fps)
 
     def looks_gone(self, step, video):
-        """Whether a sample's appearance score has fallen to appearance_stop (NewMove's supplement,
-        Sec. 4): from there on, what is learned is the clip itself."""
+        """Whether the appearance score of a preview, whose looks are not the clip's, has fallen to
+        appearance_stop (NewMove's supplement, Sec. 4): from there on, what is learned is the clip
+        itself. The paper's score is the mean of 300 videos."""
         own = self.run.recipe.own
         if not own.get("appearance_stop") or not step:
             return False
         from scores.clip import load_clip, text_alignment
 
         clip = load_clip(own["clip"] or None, own["clip_weights"] or None, self.flags.device)
-        look = own["look_prompt"] or self.run.clips[0].prompt
+        look = own["look_prompt"] or self.flags.preview_prompt
         score = text_alignment(clip, video, look)
         say(f"step {step}: appearance score {score:.3f}")
         return machine.agreed(score <= own["appearance_stop"])

@@ -412,6 +412,8 @@ def test_its_settings_are_the_published_ones(tiny, clip, tmp_path):
     published = dmt.defaults(1000, tiny=False)
     assert [published[n] for n in ("inversion_steps", "guidance", "steps")] == [999, 10, 50]
     assert published["negative"].startswith("bad quality, distortions")
+    assert (published["frames"], published["size"]) == (24, (320, 576))
+    assert (s.height, s.width) == (64, 64)
     assert len(dmt.pulled_timesteps(s, tiny)) == 20 and dmt.PULLS == 10
     given = settled(tiny, "--dmt", clip, "--inversion-steps", 9, "--dmt-prompt", "it hops",
                     "--negative", "blue", "--steps", 6)

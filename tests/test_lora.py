@@ -275,6 +275,17 @@ def test_a_learner_of_a_new_kind_is_saved_loaded_scaled_and_resumed(hop, tmp_pat
         adapter_file.read_adapter(tmp_path / "two" / "vmc.safetensors")
 
 
+def test_only_what_learns_in_full_is_read_in_full(full):
+    """A LoRA's layers, a file's and those of no part at all are read in bf16."""
+    names = [name for name, _ in full.named_parameters()]
+    qkv = set(lora.select(full, "temporal-attention-qkv"))
+    chosen = lambda *parts: {n for n in names if n in lora.Tuned(dict(enumerate(parts)))}
+    assert chosen(lora.Part("temporal-attention-qkv"), lora.Part("spatial", 4)) == qkv
+    for part in (lora.Part("spatial", 4), lora.Part("none"), lora.Word("sks", 4),
+                 lora.Part("spatial", file="a.safetensors")):
+        assert not chosen(part)
+
+
 @pytest.mark.parametrize("method", ("vmc", "newmove", "motiondirector"))
 def test_in_bf16_what_learns_stays_whole_and_the_rest_is_stored_in_it(method, hop, tmp_path):
     run = prepared(method, hop, tmp_path, "--precision", "bf16")

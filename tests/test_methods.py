@@ -576,7 +576,8 @@ def test_a_score_of_the_looks_can_end_a_run(hop, tmp_path, monkeypatch):
     """A cosine is never over 1, so the first sample ends the run; and hardly ever −1."""
     for score, steps in ((1, 1), (-1, 2)):
         learn("newmove", hop, tmp_path / str(score), "--prior", "none", "--preview-every", 1,
-              "--steps", 2, "look_prompt=a star", f"appearance_stop={score}")
+              "--steps", 2, "--preview-prompt", "a red star hopping", "look_prompt=a red star",
+              f"appearance_stop={score}")
         adapter = adapter_file.read_adapter(tmp_path / str(score) / "newmove.safetensors")
         assert adapter.meta["step"] == str(steps)
 

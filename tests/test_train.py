@@ -574,6 +574,9 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--video VIDEO --method customize-a-video look_word.init=x", "does nothing here"),
     ("--video VIDEO --method newmove look_prompt=star", "does nothing here: appearance_stop"),
     ("--video VIDEO --method newmove appearance_stop=0.2 --preview-every 0", "previews look at it"),
+    ("--video VIDEO --method newmove appearance_stop=0.2", "give --preview-prompt"),
+    ("--video VIDEO --method newmove appearance_stop=0.2 --preview-prompt x --weights FOLDER",
+     "give clip="),
     ("--video VIDEO --method newmove first=7", "first does nothing here"),
     ("--video VIDEO --method newmove --prior none prior_weight=1", "there are no prior clips"),
     ("--video VIDEO --method newmove --prior folder prior_weight=1", "there are no prior clips"),
@@ -615,12 +618,39 @@ def test_an_adapter_says_how_its_method_samples(hop, tmp_path):
         "inverts": "tuned", "guidance": 4, "fps": 8, "step": 1}
 
 
-def test_other_weights_bring_the_methods_own_shape(hop):
-    """Height before width, as everywhere; its frame rate too."""
-    shapes = {"vmc": (8, (320, 576), 8), "newmove": (16, (384, 384), 24)}
-    for method, shape in shapes.items():
-        flags, _ = train.parse(["--method", method, "--video", str(hop), "--weights", str(TINY)])
-        assert (flags.frames, flags.size, flags.fps) == shape
+def test_other_weights_bring_the_methods_own_shape(hop, folder, tmp_path):
+    """Height before width, as everywhere; its frame rate too, unless a clip has less."""
+    fast, pictures = tmp_path / "fast.mp4", tmp_path / "pictures"
+    media.write_video(fast, torch.zeros(3, 30, 64, 64), 30)
+    pictures.mkdir()
+    for i in range(4):
+        shutil.copy(folder / "thing.png", pictures / f"{i}.png")
+    big, small = (16, (384, 384)), (8, (320, 576))
+    for method, clips, shape, fps in (
+            ("vmc", [fast], small, 8), ("newmove", [fast], big, 24), ("newmove", [hop], big, 8),
+            ("newmove", [fast, hop], big, 8), ("newmove", [pictures], big, 24)):
+        argv = ["--method", method, "--weights", str(TINY), "--video", *map(str, clips)]
+        flags, _ = train.parse(argv)
+        assert ((flags.frames, flags.size), flags.fps) == (shape, fps)
+        assert train.parse([*argv, "--fps", "12"])[0].fps == 12
+
+
+def test_a_subject_joins_when_the_motion_has_had_its_steps(hop, folder):
+    """NewMove's motion has 1,000 steps from one clip and 3,000 from several, and the subject as
+    many."""
+    subject = ["--images", str(folder / "thing.png"), "--image-prompt", "X*"]
+    for clips, steps in (([hop], 1000), ([hop, folder / "videos"], 3000)):
+        argv = ["--method", "newmove", "--weights", str(TINY), "--video", *map(str, clips)]
+        assert train.parse(argv)[1].steps == steps
+        recipe = train.parse([*argv, *subject])[1]
+        assert (recipe.steps, recipe.keywords["first"]) == (2 * steps, steps)
+
+
+def test_a_word_is_put_where_the_caption_lacks_it_and_that_is_told(hop, tmp_path, capsys):
+    for prompt, told in (("a star hopping", True), ("a star doing the sks", False)):
+        run = prepared("newmove", hop, tmp_path, "--prior", "none", "--prompt", prompt)
+        assert run.clips[0].prompt == prompt + " sks" * told
+        assert ("in the motion's place" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("argv,warns", [

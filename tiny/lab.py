@@ -131,7 +131,7 @@ def scenes_of(trial):
 
 
 def describe(scenes, i, words, looks=True):
-    """A caption: of the thing's shape alone, as the papers advise, or with its looks too."""
+    """A caption: of the thing's shape alone, as VMC advises, or with its looks too."""
     if not looks:
         return world.caption(shape=world.SHAPES[scenes.shape[i]], motion=words)
     name = lambda table, field: list(table)[getattr(scenes, field)[i]]
