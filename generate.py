@@ -151,9 +151,10 @@ def parse(argv=None):
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
     # the shape
-    add("--frames", type=whole(1, 1024), help="frames (default: the clip's, else 16)")
+    add("--frames", type=whole(1, 1024), help="frames (default: the clip's, else 16; "
+        "with --dmt 24)")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "
-        "model's)")
+        "model's; with --dmt 576x320)")
     add("--fps", type=real(0.01, 1000), help="frames a second (default: the clip's, else 8)")
     # the start
     add("--init", choices=("inverted", "noise"),
@@ -341,15 +342,15 @@ def choose_values(args, model, adapters, source):
         story = videos.read_story(first)
         story |= {"steps": story["sampling_steps"], "steps_trained": story["step"]}
         v |= {name: value for name, value in story.items() if name in v}
+    if args.dmt:
+        v |= dmt.defaults(model.schedule.num_train_timesteps, tiny)
+    elif args.steps:  # the method's steps of inversion belong to its steps of sampling
+        v["inversion_steps"] = 0
     if source:
         _, frames, h, w = source.latents.shape
         v |= {"frames": frames, "size": (h * factor, w * factor)}
     else:
         v["noise_prior"] = 0.0
-    if args.dmt:
-        v |= dmt.defaults(model.schedule.num_train_timesteps, tiny)
-    elif args.steps:  # the method's steps of inversion belong to its steps of sampling
-        v["inversion_steps"] = 0
     for name in v:
         given = getattr(args, name, None)
         v[name] = v[name] if given is None else given

@@ -39,7 +39,7 @@ examples:
   python train.py --method vmc --video assets/eight.mp4
   python train.py --method motiondirector --video clips/ --prompt "a person is riding a bicycle" \\
       --weights zeroscope_v2_576w
-  python train.py --method newmove --video clip.mp4 motion.rank=32 motion.lr=5e-4 alpha=0
+  python train.py --method newmove --video clip.mp4 --prompt "a dog doing the sks" alpha=0
 """
 
 
@@ -86,8 +86,8 @@ def parse(argv):
     # the clip's shape; defaults are the method's, or the tiny model's 16 frames of 64x64 at 8 fps
     add("--frames", type=whole(4, 1024), help="frames to learn from")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
-    add("--fps", type=real(0.01, 1000), help="frames a second, picked by time stamp; "
-        "the method's are no more than the slowest clip has")
+    add("--fps", type=real(0.01, 1000), help="frames a second, picked by time stamp "
+        "(default: the method's, or fewer if a clip has fewer; tiny model: 8)")
     add("--start", type=real(0), default=0.0, help="seconds to skip (default: 0)")
     # how long, and on what
     add("--steps", type=whole(1, 10**7), help="training steps (default: the recipe's)")
@@ -146,8 +146,8 @@ def settle(flags, settings):
     recipe = plain.ask(settings + steps)
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
-    slowest = min([recipe.fps, *map(media.frame_rate, clips)])  # no frame is to be learned twice
-    flags.fps = flags.fps or (slowest if flags.weights else 8.0)
+    if not flags.fps:  # no frame is to be learned twice
+        flags.fps = min([recipe.fps, *map(media.frame_rate, clips)]) if flags.weights else 8.0
     flags.prior = flags.prior or recipe.prior
     flags.out = flags.out or Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
     check_pictures(flags, recipe, clips, kind)
@@ -194,13 +194,13 @@ def check_use(flags, plain, recipe):
         say(f"warning: first={recipe.keywords['first']}, and {recipe.steps} steps: what comes "
             "after the first never learns; give more --steps, or a smaller first=")
     recipe.refuse(idle, plain)
-    if recipe.own.get("appearance_stop") and not flags.preview_prompt:
-        raise BadInput("appearance_stop: the clip's own looks come back as it is learned; give "
-                       "--preview-prompt with other ones.")
-    if recipe.own.get("appearance_stop") and not (model.is_tiny(flags.weights)
-                                                  or recipe.own["clip"]):
-        raise BadInput("appearance_stop: the tiny CLIP knows no real pictures; give clip= and "
-                       "clip_weights=.")
+    if recipe.own.get("appearance_stop"):
+        if not flags.preview_prompt:
+            raise BadInput("appearance_stop: the clip's own looks come back as it is learned; give "
+                           "--preview-prompt with other ones.")
+        if not (model.is_tiny(flags.weights) or recipe.own["clip"]):
+            raise BadInput("appearance_stop: the tiny CLIP knows no real pictures; give clip= and "
+                           "clip_weights=.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,6 +222,7 @@ class Run:
     learners: dict = field(default_factory=dict)  # part -> its learners: one, or one a clip
     base: model.Model = None  # the untrained model, where a method asks for it
     inverted: torch.Tensor = None  # the first clip's noise, for samples
+    scorer: object = None  # the CLIP of appearance_stop
     process: int = 0  # which of torchrun's processes this is, and of how many
     processes: int = 1
     batch: int = 1  # examples a step, over all processes
@@ -255,6 +256,10 @@ def prepare(flags, recipe):
     stride, lengths = recipe.keywords.get("stride", 0), [c.video.shape[1] for c in clips]
     if stride and stride >= min(lengths):
         raise BadInput(f"stride={stride}: wanted less than the clip's {min(lengths)} frames.")
+    if recipe.own.get("appearance_stop"):
+        from scores.clip import load_clip  # needed here alone
+
+        run.scorer = load_clip(recipe.own["clip"], recipe.own["clip_weights"], device)
     run.prior = priors.load(run)
     for number, clip in enumerate((*clips, *images, *run.prior)):
         # Published codes with a VAE sample its posterior, and do so once.
@@ -355,7 +360,7 @@ def vmc(m, loss="residual-cosine", align="output", stride=1):
     (Sec. 3.2): "a bird is flying", with no forest. transformer_in is left out as in the published
     code, whose loss is another, blind to sign (loss=residual-cosine-official), and which samples by
     DDPM from the inverted clip, with a variance that its model predicts and ZeroScope does not; the
-    paper names no sampler. Its base, Show-1, diffuses pixels: 8 key frames of 64×40, which two more
+    paper names no sampler. Its base, Show-1, diffuses pixels: 8 key frames of 64×40, which further
     models interpolate to 29 and enlarge. Here frames are latents, as large as ZeroScope's, and
     generate.py --refine stands for the last of these models; 8 frames a second is ours.
 
@@ -423,7 +428,7 @@ def newmove(m, alpha=0.5, loss="mse", augment="augmented", prior_weight=0.5, fir
     augment: how clips are shown: augmented (enlarged and tinted), recoloured or none
     prior_weight: weight of the prior clips' loss
     first: steps in which the motion learns alone, before a subject joins
-    look_prompt: of appearance_stop: the looks that --preview-prompt asks for, without the motion
+    look_prompt: of appearance_stop: the looks that --preview-prompt asks for; empty for all of it
     """
     if m.run.images and m.step >= first and m.chance() < 0.5:
         m.learn("subject", "subject_word")

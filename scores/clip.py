@@ -68,12 +68,13 @@ def load_clip(name=None, weights=None, device="cpu"):
     if not name and not weights:
         return tiny_clip(device=device)
     if not name:
-        raise BadInput(f"{weights}: whose weights? Give --clip too, such as ViT-L-14-quickgelu.")
+        raise BadInput(f"{weights}: whose weights? Give --clip (of train.py: clip=) too, such as "
+                       "ViT-L-14-quickgelu.")
     import open_clip
 
     if not weights or not Path(weights).is_file():
         raise BadInput(f"{name} needs its weights, a local file (got {weights or None}); give "
-                       "--clip-weights FILE.")
+                       "--clip-weights FILE (of train.py: clip_weights=FILE).")
     if name not in open_clip.list_models():
         raise BadInput(f"--clip {name!r} is not one of open_clip's models, such as ViT-L-14, "
                        "ViT-H-14.")

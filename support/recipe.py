@@ -29,8 +29,8 @@ MEANING = {
              "by the base model, of the tiny world, or none; folder warns that none is named",
     "prior_clips": "how many of them are made",
     "prior_prompt": "the caption of generated ones; empty for the clip's without its word",
-    "appearance_stop": "stop where a preview's CLIP score with look_prompt falls to this; 0 for "
-                       "never",
+    "appearance_stop": "stop where the CLIP score of a preview and look_prompt falls to this, 0 "
+                       "never; wants --preview-prompt, and with real weights clip, clip_weights",
     "clip": "the open_clip model of that score; empty for the tiny CLIP",
     "clip_weights": "its weights, a local file",
     "layers": "which layers learn: a set of lora.LAYERS, a pattern over names, or none",

@@ -263,7 +263,7 @@ class Folder:
                  "identity": self.identity}
         free = {"steps", "resume", "preview_every", "preview_steps", "preview_prompt", "device",
                 "out", "checkpointing", "keep_every", "overwrite", "help", "own_lines", "batch",
-                "numbered"}
+                "numbered", "appearance_stop", "look_prompt", "clip", "clip_weights"}
         changed = [f"{k} was {str(state[kind].get(k))[:60]}, is {str(v)[:60]}"
                    for kind, now in kinds.items() for k, v in now.items()
                    if k not in free and repr(state[kind].get(k)) != repr(v)]
@@ -311,14 +311,12 @@ class Folder:
         """Whether the appearance score of a preview, whose looks are not the clip's, has fallen to
         appearance_stop (NewMove's supplement, Sec. 4): from there on, what is learned is the clip
         itself. The paper's score is the mean of 300 videos."""
-        own = self.run.recipe.own
-        if not own.get("appearance_stop") or not step:
+        own, clip = self.run.recipe.own, self.run.scorer
+        if not clip or not step:
             return False
-        from scores.clip import load_clip, text_alignment
+        from scores.clip import text_alignment
 
-        clip = load_clip(own["clip"] or None, own["clip_weights"] or None, self.flags.device)
-        look = own["look_prompt"] or self.flags.preview_prompt
-        score = text_alignment(clip, video, look)
+        score = text_alignment(clip, video, own["look_prompt"] or self.flags.preview_prompt)
         say(f"step {step}: appearance score {score:.3f}")
         return machine.agreed(score <= own["appearance_stop"])
 

@@ -405,15 +405,21 @@ def test_refining_resizes_and_keeps_what_strength_leaves(tiny):
 # Diffusion Motion Transfer
 
 
-def test_its_settings_are_the_published_ones(tiny, clip, tmp_path):
+def test_its_settings_are_the_published_ones(tiny, clip, adapter, tmp_path, monkeypatch):
     s = settled(tiny, "--dmt", clip)
     assert (s.init, s.steps, s.inversion_steps, s.guidance, s.negative) == ("dmt", 50, 50, 4, "")
     assert s.inversion_prompt == "a thing hopping" and s.clip == str(clip)
     published = dmt.defaults(1000, tiny=False)
     assert [published[n] for n in ("inversion_steps", "guidance", "steps")] == [999, 10, 50]
     assert published["negative"].startswith("bad quality, distortions")
-    assert (published["frames"], published["size"]) == (24, (320, 576))
     assert (s.height, s.width) == (64, 64)
+    with monkeypatch.context() as patched:  # of other weights
+        patched.setattr(generate, "is_tiny", lambda weights: False)
+        args = generate.parse(["--dmt", str(clip), "--prompt", "x"])
+        v = generate.choose_values(args, tiny, [], None)
+        assert (v["frames"], v["size"], v["guidance"]) == (24, (320, 576), 10)
+        read = adapter_file.read_adapter(adapter, tiny.unet)
+        assert generate.choose_values(args, tiny, [read], read)["size"] == (64, 64)
     assert len(dmt.pulled_timesteps(s, tiny)) == 20 and dmt.PULLS == 10
     given = settled(tiny, "--dmt", clip, "--inversion-steps", 9, "--dmt-prompt", "it hops",
                     "--negative", "blue", "--steps", 6)

@@ -13,6 +13,7 @@ import losses
 import model
 import sampler
 import train
+from scores import clip as clips
 from support import adapter_file, fast, formats, priors, tokenizer
 from support.files import BadInput
 
@@ -573,13 +574,21 @@ def test_prior_clips_may_be_longer_than_the_clip(tmp_path):
 
 
 def test_a_score_of_the_looks_can_end_a_run(hop, tmp_path, monkeypatch):
-    """A cosine is never over 1, so the first sample ends the run; and hardly ever −1."""
+    """A cosine is never over 1, so the first sample ends the run; and hardly ever −1. The score is
+    of the looks that the preview asks for, not of the clip's."""
+    read, texts = [], clips.Clip.texts
+    monkeypatch.setattr(clips.Clip, "texts", lambda self, words: read.append(words) or texts(
+        self, words))
     for score, steps in ((1, 1), (-1, 2)):
         learn("newmove", hop, tmp_path / str(score), "--prior", "none", "--preview-every", 1,
               "--steps", 2, "--preview-prompt", "a red star hopping", "look_prompt=a red star",
               f"appearance_stop={score}")
         adapter = adapter_file.read_adapter(tmp_path / str(score) / "newmove.safetensors")
         assert adapter.meta["step"] == str(steps)
+    assert read == [["a red star"]] * 2
+    learn("newmove", hop, tmp_path / "all", "--prior", "none", "--preview-every", 1, "--steps", 2,
+          "--preview-prompt", "a blue ring hopping", "appearance_stop=1")
+    assert read[2:] == [["a blue ring hopping"]]
 
 
 def test_views_are_what_the_methods_say(hop, tmp_path, monkeypatch):

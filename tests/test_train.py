@@ -18,6 +18,7 @@ import av
 import pytest
 import torch
 from conftest import ROOT, TINY, complain, end_of, flags_of, fork, learn, prepared
+from PIL import Image
 from safetensors.torch import load_file
 
 import generate
@@ -577,6 +578,8 @@ VIDEO = "VIDEO"  # stands for the clip below, as FOLDER does for a folder with a
     ("--video VIDEO --method newmove appearance_stop=0.2", "give --preview-prompt"),
     ("--video VIDEO --method newmove appearance_stop=0.2 --preview-prompt x --weights FOLDER",
      "give clip="),
+    ("--video VIDEO --method newmove appearance_stop=0.2 --preview-prompt x clip=ViT-L-14",
+     "clip_weights=FILE"),
     ("--video VIDEO --method newmove first=7", "first does nothing here"),
     ("--video VIDEO --method newmove --prior none prior_weight=1", "there are no prior clips"),
     ("--video VIDEO --method newmove --prior folder prior_weight=1", "there are no prior clips"),
@@ -619,16 +622,20 @@ def test_an_adapter_says_how_its_method_samples(hop, tmp_path):
 
 
 def test_other_weights_bring_the_methods_own_shape(hop, folder, tmp_path):
-    """Height before width, as everywhere; its frame rate too, unless a clip has less."""
-    fast, pictures = tmp_path / "fast.mp4", tmp_path / "pictures"
+    """Height before width, as everywhere; its frame rate too, unless a clip has less. A last
+    picture that is held says nothing of the rate."""
+    fast, held, pictures = tmp_path / "fast.mp4", tmp_path / "held.gif", tmp_path / "pictures"
     media.write_video(fast, torch.zeros(3, 30, 64, 64), 30)
+    shots = [Image.new("RGB", (64, 64), (9 * i, 0, 0)) for i in range(10)]
+    shots[0].save(held, save_all=True, append_images=shots[1:], duration=[40] * 9 + [3000])
     pictures.mkdir()
     for i in range(4):
         shutil.copy(folder / "thing.png", pictures / f"{i}.png")
     big, small = (16, (384, 384)), (8, (320, 576))
     for method, clips, shape, fps in (
             ("vmc", [fast], small, 8), ("newmove", [fast], big, 24), ("newmove", [hop], big, 8),
-            ("newmove", [fast, hop], big, 8), ("newmove", [pictures], big, 24)):
+            ("newmove", [fast, hop], big, 8), ("newmove", [pictures], big, 24),
+            ("newmove", [held], big, 24)):
         argv = ["--method", method, "--weights", str(TINY), "--video", *map(str, clips)]
         flags, _ = train.parse(argv)
         assert ((flags.frames, flags.size), flags.fps) == (shape, fps)
