@@ -160,6 +160,14 @@ def test_a_claim_agrees_only_where_all_of_it_does():
     assert said("agrees", "too close to call so far") == "too close to call so far"
 
 
+def test_seeds_of_a_motion_count_as_one_in_the_methods_table():
+    """Two motions that have 0 with one seed and 1 with the other are alike."""
+    trials = [{"base, noise": {"agreement": [value]}} for value in (0.0, 1.0, 0.0, 1.0)]
+    assert lab.summary(trials, 2)["base, noise"]["agreement"] == (0.5, 0.5, 0.5)
+    middle, low, high = lab.summary(trials)["base, noise"]["agreement"]
+    assert low < middle < high
+
+
 def test_interval_has_the_width_that_the_runs_give():
     values = torch.randn(16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     middle, low, high = lab.interval(values.tolist())

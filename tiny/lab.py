@@ -412,19 +412,21 @@ def interval(values, draws=2000):
     return values.mean().item(), low.item(), high.item()
 
 
-def summary(trials):
-    """{cell: {figure: (mean, low, high)}} over measured trials of one method; and of the gain of
-    the tuned model over the base from the same start, trial by trial."""
+def summary(trials, seeds=1):
+    """{cell: {figure: (mean, low, high)}} over motions, each the mean of its `seeds` measured
+    trials, one behind the other; and of the gain of the tuned model over the base from the same
+    start, trial by trial."""
     table = {}
+    by_motion = lambda means: interval(torch.tensor(means).view(-1, seeds).mean(1).tolist())
     for cell in [c for c in trials[0] if c != "trial"]:
         table[cell] = {}
         for figure in trials[0][cell]:
             means = [sum(t[cell][figure]) / len(t[cell][figure]) for t in trials]
-            table[cell][figure] = interval(means)
+            table[cell][figure] = by_motion(means)
             base = cell.replace("tuned", "base")
             if cell != base and figure == "agreement":
                 other = [sum(t[base][figure]) / len(t[base][figure]) for t in trials]
-                table[cell]["gain"] = interval([a - b for a, b in zip(means, other)])
+                table[cell]["gain"] = by_motion([a - b for a, b in zip(means, other)])
     return table
 
 
@@ -460,7 +462,8 @@ def page(result):
              "model has over the base from the same start, trial by trial; *looks* the share of "
              "videos whose colour, shape and background are all as asked; *steady* the share of "
              "frames with the right colour and shape; *leak* the share with the clip's background. "
-             "In brackets a 95 % interval over trials.", "",
+             "In brackets a 95 % interval over motions, each the mean of its seeds, since those "
+             "share clip and prompts.", "",
              "| method | start | agreement | gain | looks % | steady % | leak % | seconds |",
              "|---|---|---|---|---|---|---|---|"]
     show = lambda v, by=1, digits=2: (
@@ -515,7 +518,7 @@ def main():
             measured.append(measure(trial, out))
             bar.update()
         seconds = sorted(m["trial"]["seconds"] for m in measured)[len(measured) // 2]
-        methods[name] = {"cells": summary(measured), "seconds": seconds}
+        methods[name] = {"cells": summary(measured, args.seeds), "seconds": seconds}
     count = len(rows[0][1]) // args.seeds
     result = {"command": " ".join(["python tiny/lab.py", *sys.argv[1:]]), "commit": commit(),
               "settings": {"motions": count, "seeds": args.seeds, "prompts": PROMPTS,
