@@ -98,3 +98,14 @@ def test_the_readme_says_of_the_claims_what_was_measured():
     for count, verdict in counts:
         verdict = verdict.replace("agree", "agrees")
         assert verdicts.count(verdict) == int(count), verdict
+
+
+def test_the_readmes_table_of_methods_is_of_the_results():
+    """From each method's own start, or from noise where it has none."""
+    methods = read_json(ROOT / "docs" / "results.json")["methods"]
+    for name, row in methods.items():
+        cells = row["cells"]
+        own = cells.get("tuned, own start", cells["tuned, noise"])
+        agreement, looks = own["agreement"][0], own["all three"][0]
+        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * looks:.0f} % \|$", README,
+                         re.MULTILINE)
