@@ -59,6 +59,8 @@ def make(method):
     if not (made / "sheet.png").is_file():
         words = METHODS[method].parts.get("word")
         caption, prompts = CLIP.with_suffix(".txt").read_text(), PROMPTS.read_text()
+        if METHODS[method].prior:  # captions of prior clips tell looks (docs/claims.md, 8 and 9)
+            caption = "a pink circle moving in a figure eight on a purple wavy background"
         if words:  # what is learned is a word
             caption, prompts = (text.replace("moving in a figure eight", f"doing the {words.text}")
                                 for text in (caption, prompts))
