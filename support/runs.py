@@ -263,7 +263,7 @@ class Folder:
                  "identity": self.identity}
         free = {"steps", "resume", "preview_every", "preview_steps", "preview_prompt", "device",
                 "out", "checkpointing", "keep_every", "overwrite", "help", "own_lines", "batch",
-                "numbered", "appearance_stop", "look_prompt", "clip", "clip_weights"}
+                "numbered", "appearance_stop"}
         changed = [f"{k} was {str(state[kind].get(k))[:60]}, is {str(v)[:60]}"
                    for kind, now in kinds.items() for k, v in now.items()
                    if k not in free and repr(state[kind].get(k)) != repr(v)]

@@ -65,7 +65,7 @@ def test_recipes_have_the_papers_numbers(method, numbers):
 
 
 @pytest.mark.parametrize("method,what,settings", [
-    ("newmove", ("--images", "thing.png"), {"steps": 6000, "subject.layers": "spatial"}),
+    ("newmove", ("--images", "thing.png"), {"steps": 2000, "subject.layers": "spatial"}),
     ("newmove", (), {"steps": 1000}),
     ("motiondirector", (), {"steps": 150, "noise_prior": 0.5, "look.weight_decay": 0.01}),
     ("motiondirector", ("--video", "videos"), {

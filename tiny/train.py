@@ -36,7 +36,7 @@ from tiny import instruments, world  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("vae", "clip", "pictures", "clips", "motion")
-STEPS = {"vae": 1800, "clip": 3000, "pictures": 1000, "clips": 9000, "motion": 3000}
+STEPS = {"vae": 1800, "clip": 3000, "pictures": 1000, "clips": 13000, "motion": 3000}
 BATCH = {"vae": 24, "clip": 128, "pictures": 96, "motion": 48}
 RATE = {"vae": 3e-3, "clip": 1e-3, "pictures": 2e-3, "clips": 8e-4, "motion": 2e-3}
 
