@@ -68,7 +68,7 @@ def load_clip(name=None, weights=None, device="cpu"):
     if not name and not weights:
         return tiny_clip(device=device)
     if not name:
-        raise BadInput(f"{weights}: whose weights? Give --clip (of train.py: clip=) too, such as "
+        raise BadInput(f"{weights}: whose weights? Give --clip too (train.py: clip=), such as "
                        "ViT-L-14-quickgelu.")
     import open_clip
 

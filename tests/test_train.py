@@ -145,13 +145,13 @@ def test_what_the_tiny_model_knows_nothing_of_is_told(hop, tmp_path, capsys):
     """Words of the captions and of the preview prompt, a line each, and a clip without colours."""
     grey = media.read_video(hop, 16, (64, 64), 8).mean(0, keepdim=True).expand(3, -1, -1, -1)
     media.write_video(tmp_path / "grey.mp4", grey, 8)
-    texts = "--prompt", "a frog hopping", "--preview-prompt", "a red frog hopping on the moon"
+    texts = "--prompt", "a frog hopping sks", "--preview-prompt", "a red frog hopping on the moon"
     prepared("textual-inversion", tmp_path / "grey.mp4", tmp_path / "a", *texts)  # sks is learned
     words, preview, colour = capsys.readouterr().err.splitlines()
     assert "never met frog, hopping of the captions" in words
     assert "never met moon; it knows" in preview
     assert "grey.mp4 has no colour" in colour
-    prepared("textual-inversion", hop, tmp_path / "b", "--prompt", "a thing moving left")
+    prepared("textual-inversion", hop, tmp_path / "b", "--prompt", "a thing moving left sks")
     assert not capsys.readouterr().err
 
 
