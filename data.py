@@ -99,12 +99,13 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, word
         caption, source = find_caption(path, prompts[i % len(prompts)])
         if word and not has_word(caption, word):
             caption, source = f"{caption} {word}", f"{source}, and word.text"
-            say(f"note: {word!r} stands at the end of {path}'s caption; the papers put it in the "
-                f"motion's place, --prompt \"a … doing the {word}\"")
         check_prompt(caption, learned, path)
         video = read_video(path, frames, size, fps, start, learn)
         clips.append(Clip(video.flip(1) if reverse else video, caption, path))
         sources.append(source)
+    if any(source.endswith("word.text") for source in sources):
+        say(f"note: {word!r} was put at the end of a caption; the papers have it in the motion's "
+            f"place: --prompt \"a … doing the {word}\"")
     return clips, sources
 
 

@@ -356,13 +356,14 @@ def begin_training(unet, recipe):
 def vmc(m, loss="residual-cosine", align="output", stride=1):
     """Video Motion Customization (Jeong et al. 2023, Algorithm 1): only q, k, v of the temporal
     attentions learn, from the direction of the noise's residuals between frames alone,
-    1 − cos(δεⁿ, δε̂ⁿ), in which what frames share cancels. Captions leave more of the appearance out
-    (Sec. 3.2): "a bird is flying", with no forest. transformer_in is left out as in the published
-    code, whose loss is another, blind to sign (loss=residual-cosine-official), and which samples by
-    DDPM from the inverted clip, with a variance that its model predicts and ZeroScope does not; the
-    paper names no sampler. Its base, Show-1, diffuses pixels: 8 key frames of 64×40, which further
-    models interpolate to 29 and enlarge. Here frames are latents, as large as ZeroScope's, and
-    generate.py --refine stands for the last of these models; 8 frames a second is ours.
+    1 − cos(δεⁿ, δε̂ⁿ), in which what frames share cancels. Captions leave out more of the
+    appearance (Sec. 3.2): "a bird is flying", with no forest. transformer_in is left out as in the
+    published code, whose loss is another, blind to sign (loss=residual-cosine-official). It samples
+    by DDPM from the inverted clip, with a variance that its model predicts and ZeroScope does not;
+    the paper names no sampler. The paper's base, Show-1, diffuses pixels: 8 key frames of 64×40,
+    which further models interpolate to 29 and enlarge. Here frames are latents, as large as
+    ZeroScope's, and generate.py --refine stands for the last of these models; 8 frames a second is
+    ours.
 
     loss: what is minimised, one of losses.LOSSES
     align: what it compares: what the network says (ε, or v), epsilon, or x0
@@ -419,9 +420,9 @@ def newmove(m, alpha=0.5, loss="mse", augment="augmented", prior_weight=0.5, fir
     the last of short clips, where here each begins at --start and keeps its length. Augmented clips
     are the paper's (supplement, Sec. 1), how strongly is ours; that code has none. The paper stops
     where the looks of its test prompts, in 300 videos, fall to a CLIP score of 0.265; here
-    appearance_stop=0.265 looks at the one preview. With --images a subject joins after
-    the motion, "a X* man doing the V* sign": each example is drawn from either (supplement,
-    Sec. 2), for as many steps again, which is ours, as is the number of prior clips made.
+    appearance_stop=0.265 looks at the one preview. With --images a subject joins after the motion,
+    "a X* man doing the V* sign": each example is drawn from either (supplement, Sec. 2), for as
+    many steps again, which is ours, as is the number of prior clips made.
 
     alpha: α of Sec. 3.2: how much likelier high noise is; 0 is uniform
     loss: what is minimised, one of losses.LOSSES

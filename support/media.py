@@ -7,13 +7,14 @@ than the chosen frames, at the size wanted, is ever held.
 
 Axes: C colours, F frames, H W picture. Videos are float32 in [-1, 1].
 """
-import itertools
 import math
 import re
+import statistics
 import struct
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 
 import av
@@ -150,9 +151,9 @@ def frame_rate(path):
         return math.inf
     try:
         with av.open(str(path)) as container:
-            packets = itertools.islice(container.demux(video=0), 64)
+            packets = islice(container.demux(video=0), 64)
             times = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None)
-        return float(np.clip(1 / np.median(np.diff(times)), 0.01, 1000))
+        return min(max(1 / statistics.median(b - a for a, b in pairwise(times)), 0.01), 1000.0)
     except (av.error.FFmpegError, ArithmeticError, LookupError, TypeError, ValueError):
         return math.inf  # what is wrong with it, `decode` tells
 

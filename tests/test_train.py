@@ -622,12 +622,13 @@ def test_an_adapter_says_how_its_method_samples(hop, tmp_path):
 
 
 def test_other_weights_bring_the_methods_own_shape(hop, folder, tmp_path):
-    """Height before width, as everywhere; its frame rate too, unless a clip has less. A last
+    """Height before width, as everywhere; its frame rate too, unless a clip has less. A
     picture that is held says nothing of the rate."""
     fast, held, pictures = tmp_path / "fast.mp4", tmp_path / "held.gif", tmp_path / "pictures"
     media.write_video(fast, torch.zeros(3, 30, 64, 64), 30)
     shots = [Image.new("RGB", (64, 64), (9 * i, 0, 0)) for i in range(10)]
-    shots[0].save(held, save_all=True, append_images=shots[1:], duration=[40] * 9 + [3000])
+    shots[0].save(held, save_all=True, append_images=shots[1:],
+                  duration=[40] * 4 + [3000] + [40] * 5)
     pictures.mkdir()
     for i in range(4):
         shutil.copy(folder / "thing.png", pictures / f"{i}.png")
@@ -657,7 +658,7 @@ def test_a_word_is_put_where_the_caption_lacks_it_and_that_is_told(hop, tmp_path
     for prompt, told in (("a star hopping", True), ("a star doing the sks", False)):
         run = prepared("newmove", hop, tmp_path, "--prior", "none", "--prompt", prompt)
         assert run.clips[0].prompt == prompt + " sks" * told
-        assert ("in the motion's place" in capsys.readouterr().err) == told
+        assert ("in the motion's" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("argv,warns", [
