@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from support.files import BadInput, check_there, say
+from support.files import BadInput, check_there, reading, say
 from support.media import VIDEOS, find_pictures, fit, natural, read_picture, read_video
 from support.tokenizer import has_word, words_to_ids
 
@@ -52,6 +52,24 @@ def find_caption(video, prompt=None):
         say(f"warning: the caption of {video} is its name, {caption!r}, which says nothing; give "
             "--prompt, or a text file of the same name beside it")
     return check_prompt(caption or "a video", source=video), "the file's name"
+
+
+def read_prompts(path):
+    """The lines of a text file that are not empty, of which it has some. Raises BadInput."""
+    with reading(path, "give a text file with one prompt a line"):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        return list(filter(None, lines)) or 1 / 0
+
+
+def explain_strange_words(texts, taught=()):
+    """Say in one line which words of texts the tiny model met neither in its world's captions nor
+    in the texts `taught`."""
+    from tiny import world  # needed here alone
+
+    words = lambda several: set(re.findall(r"[^\W_]+", " ".join(several).lower()))
+    if strange := words(texts) - words(taught) - words(world.WORDS):
+        say(f"note: the tiny model has never met {', '.join(sorted(strange))}; it knows "
+            f"{', '.join(sorted(words(world.WORDS)))} and what it was taught with an adapter")
 
 
 # ------------------------------------------------------------------------------------------------

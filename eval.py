@@ -12,7 +12,6 @@ a table and writes metrics.json and page.html to --out.
 
 Axes: F frames, H W picture.
 """
-import support.signals  # isort: skip  # noqa: F401
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,23 +20,31 @@ import torch
 from tqdm import tqdm
 
 import data
-from scores import figures, motion, page, samples, study
+from scores import figures, page, samples, study
 from support import machine, media
-from support.files import BadInput, check_folder_out, read_json, say, slug, write_json
-from support.flags import Parser, is_text, real, whole
+from support.files import (
+    BadInput,
+    number,
+    read_fields,
+    read_json,
+    reading,
+    say,
+    slug,
+    write_json,
+)
+from support.flags import Parser, real, whole
 
 
 @dataclass
 class Sample:
-    """A video (3, F, H, W) in [-1, 1] with its prompt, its seed, and the rate it is measured at;
-    `shown` where the page may hold it. `figures` and `features` are filled in when it is scored."""
+    """A video (3, F, H, W) in [-1, 1] with its prompt, its seed, and the rate it is measured at.
+    `figures` and `features` are filled in when it is scored."""
 
     video: torch.Tensor
     prompt: str
     seed: int
     path: Path
     fps: float
-    shown: bool = True
     figures: dict = field(default_factory=dict)  # {metric: number or None}
     features: torch.Tensor | None = None  # CLIP's of its frames, (F, D)
     held: float | None = None  # the share of its tracks that can be trusted
@@ -46,14 +53,14 @@ class Sample:
 @dataclass
 class Run:
     """Samples, those of them that are compared with the other runs', the clips they learned from,
-    and the settings of the sampling and of the training (both dicts, empty where unknown)."""
+    and what is known of the sampling and of the training."""
 
     name: str
     path: Path
     samples: list
     references: list
-    settings: dict
-    training: dict
+    made: object  # a Made, or None
+    trained: object  # a Trained, or None
     compared: list = field(default_factory=list)
 
 
@@ -64,27 +71,19 @@ def main(argv=None):
         return study.count_votes(args.votes, args.key)
     machine.keep_memory()
     args.device = machine.find_device(args.device)
-    process, processes = machine.place(args.device)
     scorers = figures.load_scorers(args)
     runs = read_runs(args)
     notes = figures.choose_shared(runs)
     if args.world is None:
-        args.world = all(r.settings and not r.settings.get("weights") for r in runs)
-    if args.world and not scorers.classifier:
-        scorers.classifier = motion.tiny_trn(device=args.device)
+        args.world = all(r.made and r.made.videos and not r.made.weights for r in runs)
     table = {}
     for run in runs:
-        mine = range(process, len(run.samples), processes)
-        found = machine.gather(figures.score(run, mine, args, scorers))
-        if process == 0:
-            for number, s in enumerate(run.samples):
-                s.figures, s.features = found[number]
-            table[run.name] = figures.summary(run, args, scorers)
-    if process == 0:
-        threshold = figures.count_copies(runs, table, args, scorers)
-        notes += explain(runs)
-        show(table, notes)
-        write(runs, table, notes, threshold, args)
+        figures.score(run, args, scorers)
+        table[run.name] = figures.summary(run, args, scorers)
+    threshold = figures.count_copies(runs, table, args, scorers)
+    notes += explain(runs)
+    show(table, notes)
+    write(runs, table, notes, threshold, args)
 
 
 def write(runs, table, notes, threshold, args):
@@ -134,7 +133,7 @@ def parse(argv=None):
     add("--copy-threshold", type=real(-1, 1), help="of the share of copies (default: 0.25 for "
         "SSCD; else the 99th percentile of the run of the base model, where there is one)")
     add("--classifier", type=Path, help="a video classifier, (1, 3, F, H, W) to logits, for motion "
-        "accuracy; made by torch.jit.script(net).save(FILE) (default: the tiny world's)")
+        "accuracy; made by torch.jit.script(net).save(FILE)")
     add("--motion-class", type=whole(0), help="the class wanted (default: the references')")
     add("--lpips", type=Path, help="a distance of two batches of pictures, for diversity; made by "
         "import torch, lpips; a = torch.zeros(16, 3, 256, 256); "
@@ -178,8 +177,6 @@ def checked(args):
         if not path.is_dir():
             raise BadInput(f"{path} is not a folder; give train.py's or generate.py's, or one of "
                            "videos.")
-    if args.runs:
-        check_folder_out(args.out or args.runs[0])
     return args
 
 
@@ -188,87 +185,60 @@ def checked(args):
 # behind may trust what it gets.
 
 
-def is_list(value, fits):
-    """Whether a value of a JSON file is a list of what fits."""
-    return isinstance(value, list) and all(map(fits, value))
+@dataclass
+class Trained:
+    """Of a run.json, what a run learned from, as its flags say it; and its folder and method."""
+
+    folder: str
+    method: str
+    video: list[str]
+    size: list[int] = number(8, 4096)  # H, W
+    frames: int
+    fps: float = number(0.01, 1000)
+    start: float = number(0, 1e6)
+    weights: str | None
+    preview_prompt: str
+    reverse: bool = False
 
 
-def is_word(value):
-    """A text that UTF-8 can hold."""
-    return isinstance(value, str) and is_text(value)
+@dataclass
+class Made:
+    """A settings.json: how generate.py made the videos beside it; all may be missing."""
+
+    videos: list[list] = field(default_factory=list)  # [file, prompt, seed] each
+    frames: int = 16
+    fps: float = number(0.01, 1000, 8.0)
+    adapter: list[str] = field(default_factory=list)
+    scale: list[float] = field(default_factory=lambda: [1.0])
+    steps_trained: int | None = None
+    weights: str | None = None
+    noise_prior: float = 0.0
 
 
-def is_count(value):
-    """Frames, or pixels of a side."""
-    return type(value) is int and 0 < value <= 4096
-
-
-def is_rate(value):
-    """Frames a second."""
-    return type(value) in (int, float) and 0.01 <= value <= 1000
-
-
-def is_scale(value):
-    """An adapter's strength."""
-    return type(value) in (int, float)
-
-
-def is_row(value):
-    """[file, prompt, seed]"""
-    fits = (is_word, is_word, lambda seed: type(seed) is int)
-    return isinstance(value, list) and len(value) == 3 and all(f(v) for f, v in zip(fits, value))
-
-
-RUN = {"method": (lambda v: is_word(v) and v == slug(v), "a method's name"),
-       "flags": (lambda v: isinstance(v, dict), "the flags")}
-FLAGS = {"video": (lambda v: is_list(v, is_word), "a list of clips"),
-         "size": (lambda v: is_list(v, is_count) and len(v) == 2, "[H, W]"),
-         "frames": (is_count, "1 to 4096"),
-         "fps": (is_rate, "0.01 to 1000"),
-         "start": (lambda v: is_scale(v) and 0 <= v < 1e6, "seconds"),
-         "weights": (lambda v: v is None or is_word(v), "a folder, or null"),
-         "preview_prompt": (is_word, "a text")}
-SETTINGS = {"videos": (lambda v: is_list(v, is_row), "[file, prompt, seed] of each"),
-            "frames": (is_count, "1 to 4096"),
-            "fps": (is_rate, "0.01 to 1000"),
-            "adapter": (lambda v: is_list(v, is_word), "a list of files"),
-            "scale": (lambda v: v is None or is_list(v, is_scale), "a list of numbers"),
-            "steps_trained": (lambda v: v is None or type(v) is int, "a whole number")}
-
-
-def check(path, values, form, needed):
-    """The values. Raises BadInput for one that is not as the form says, or missing and needed."""
-    for name, (fits, wanted) in form.items():
-        if (needed or name in values) and not fits(values.get(name)):
-            raise BadInput(f"{path}: {name} is {str(values.get(name))[:60]!r}, wanted {wanted}; "
-                           "make the folder again.")
-    return values
-
-
-def read_run_json(folder):
-    """What train.py wrote of a run: {"method", "settings", "flags": {"video", "size", …}, …}.
-    Raises BadInput."""
+def read_trained(folder):
+    """What train.py wrote of a run. Raises BadInput."""
     path = folder / "run.json"
-    run = check(path, read_json(path), RUN, needed=True)
-    check(path, run["flags"], FLAGS, needed=True)
-    return run | {"folder": str(folder)}
+    with reading(path, "train again"):
+        run = read_json(path)
+        return read_fields(Trained, run["flags"] | {"folder": str(folder), "method": slug(
+            run["method"])}, path)
 
 
-def read_settings(folder):
-    """What generate.py wrote beside its videos, {} where nothing is. Raises BadInput, above all
+def read_made(folder):
+    """What generate.py wrote beside its videos; None where nothing is. Raises BadInput, above all
     for a file that is not in the folder: what is read here ends up in a page."""
     path = folder / "settings.json"
     if not path.is_file():
-        return {}
-    settings = check(path, read_json(path), SETTINGS, needed=False)
-    for file, _, _ in settings.get("videos", []):
-        if Path(file).name != file or (folder / file).resolve().parent != folder.resolve():
-            raise BadInput(f"{path} names {file[:80]!r}, which is not in its folder; make the "
-                           "folder again.")
-        if not (folder / file).exists():
-            raise BadInput(f"{path} names {file}, which is not there (yet); let generate.py end, "
-                           "or run it again.")
-    return settings
+        return None
+    with reading(path, "make the folder again"):
+        made = read_fields(Made, read_json(path), path)
+        made.videos = [(str(file), str(prompt), int(seed)) for file, prompt, seed in made.videos]
+        for file, _, _ in made.videos:
+            if Path(file).name != file or (folder / file).resolve(strict=True).parent != (
+                    folder.resolve()):
+                raise BadInput(f"{path} names {file[:80]!r}, which is not in its folder; make the "
+                               "folder again.")
+        return made
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,7 +256,7 @@ def read_runs(args):
         same = sum(other.name == path.name for other in trained) > 1
         own = slug(str(path), 999)[-60:] if same else path.name
         place = args.out / "samples" / own if args.out else path / "eval"
-        for name, folder in samples.sample_folder(path, read_run_json(path), place, args).items():
+        for name, folder in samples.sample_folder(path, read_trained(path), place, args).items():
             whose = f"{path.name}: " if len(trained) > 1 and name != path.name else ""
             folders.append((whose + name, folder))
     names, runs = [name for name, _ in folders], []
@@ -301,21 +271,20 @@ def read_runs(args):
 def read_run(name, folder, args):
     """A folder of videos. What generate.py wrote names its prompts, and through its adapter the
     clips that were learned from, unless --reference gives them. Raises BadInput."""
-    settings = read_settings(folder)
-    shape = args.frames or settings.get("frames") or 16, args.fps or settings.get("fps") or 8
-    files = [(folder / file, prompt, seed) for file, prompt, seed in settings.get("videos", [])]
+    made = read_made(folder)
+    shape = args.frames or (made or Made()).frames, args.fps or (made or Made()).fps
+    files = [(folder / file, prompt, seed) for file, prompt, seed in (made or Made()).videos]
     for file in [] if files else list_clips(folder):
         files.append((file, data.find_caption(file)[0], len(files)))  # a caption may come twice
     videos = []
     for file, prompt, seed in tqdm(files, desc=f"reading {name}", delay=2):
         videos.append(Sample(read(file, args, *shape), prompt, seed, file, shape[1]))
-    training = find_training(settings)
-    references = []
-    for file in data.find_clips(args.reference):
-        references.append(Sample(read(file, args, *shape), "", 0, file, shape[1]))
-    if training and not references:
-        references = learned_from(name, folder, training, shape[0], args)
-    return Run(name, folder, videos, references, settings, training)
+    trained = find_trained(made) if made else None
+    references = [Sample(read(file, args, *shape), "", 0, file, shape[1])
+                  for file in data.find_clips(args.reference)]
+    if trained and not references:
+        references = learned_from(name, trained, shape[0], args)
+    return Run(name, folder, videos, references, made, trained)
 
 
 def list_clips(folder):
@@ -332,30 +301,26 @@ def list_clips(folder):
     return found or [folder]
 
 
-def find_training(settings):
-    """The run.json beside the first adapter that has one, {} where none has."""
-    for adapter in map(Path, settings.get("adapter", [])):
+def find_trained(made):
+    """What the first adapter that lies in a run's folder was trained on; None where none does."""
+    for adapter in map(Path, made.adapter):
         for folder in (adapter.parent, adapter.parent.parent.parent):  # the latter from steps/…/
             if (folder / "run.json").is_file():
-                return read_run_json(folder)
-    return {}
+                return read_trained(folder)
+    return None
 
 
-def learned_from(name, folder, training, frames, args):
-    """The clips that a run.json names, as they were learned: their part of the time, the shape, and
-    the direction. Those that are neither in the run's folder nor below the current one are measured
-    and not shown: a file that came from elsewhere shall not bring a private video into a page."""
-    flags, found = training["flags"], []
-    own = [folder, Path(training["folder"]).resolve(), Path.cwd()]
-    for clip in map(Path, flags["video"]):
+def learned_from(name, t, frames, args):
+    """The clips that a run learned from, as they were learned: their part of the time, the shape,
+    and the direction."""
+    found = []
+    for clip in map(Path, t.video):
         if not clip.exists():
             say(f"{name}: its clip {clip} is not here; give --reference")
             continue
         for path in data.find_clips([clip]):
-            video = read(path, args, frames, flags["fps"], flags["start"], *flags["size"])
-            video = video.flip(1) if flags.get("reverse") else video
-            shown = any(path.resolve().is_relative_to(place) for place in own)
-            found.append(Sample(video, "", 0, path, flags["fps"], shown))
+            video = read(path, args, frames, t.fps, t.start, *t.size)
+            found.append(Sample(video.flip(1) if t.reverse else video, "", 0, path, t.fps))
     return found
 
 
@@ -391,9 +356,6 @@ def explain(runs):
         if r.held is not None:
             notes.append(f"Of the tracks through {path} {r.held:.0%} hold: followed backward, they "
                          "come back. Motion fidelity counts the others too.")
-        if not r.shown:
-            notes.append(f"{path} was measured and is not shown: it lies outside of this folder. "
-                         "Name it with --reference to show it.")
     return notes
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sampler import Schedule, noise_like_shape
 from support import fast, hub
 from support.fast import Dropout, TimeConv
-from support.files import BadInput, read_fields, read_json
+from support.files import BadInput, read_fields, read_json, reading
 from support.hub import TextConfig, UNetConfig, VAEConfig
 from support.machine import autocast, send
 from support.tokenizer import has_word, tokenize
@@ -755,12 +755,11 @@ def _load(cls, config, folder, device, dtype, convert):
     all, or a function of the name."""
     dtype_of = dtype if callable(dtype) else lambda name: dtype
     path = folder / "config.json"
-    with torch.device("meta"):
+    with reading(path, "take the file beside the weights"), torch.device("meta"):
         module = cls(read_fields(config, read_json(path), path))
-    state, source = hub.read_weights(folder)
-    state = convert(state, module)
+    state = convert(hub.read_weights(folder), module)
     for name in state:  # one by one: the file's own tensors make room as they are converted
         if state[name].is_floating_point():
             state[name] = state[name].to(dtype_of(name))
-    hub.load_strictly(module, state, source)
+    hub.load_strictly(module, state, folder)
     return module.to(device).eval().requires_grad_(False)

@@ -9,7 +9,6 @@ what a method may ask for. Writes out/<clip>-<method>/: run.json, log.jsonl, sam
 
 Axes: B clips, C channels, F frames, h w latent, N text tokens, D text width.
 """
-import support.signals  # isort: skip  # noqa: F401
 import math
 import re
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import data
 import lora
@@ -28,9 +28,9 @@ import sampler
 from lora import Part, Word
 from losses import LOSSES, appearance_debiased, mse, unseen_by_cosine
 from support import adapter_file, machine, media, priors, runs
-from support.files import BadInput, check_weights, read_size, say, slug
+from support.files import BadInput, check_weights, own_folder, read_size, say, slug
 from support.flags import Parser, real, some_text, whole
-from support.recipe import METHODS, Recipe, method
+from support.recipe import METHODS, SETTING, Recipe, method
 
 EXAMPLES = """A method's own settings are written name=value after the flags; --method NAME --help
 lists them.
@@ -47,14 +47,15 @@ def main(argv=None):
     """One run of one method."""
     flags, recipe = parse(sys.argv[1:] if argv is None else argv)
     machine.keep_memory()
-    machine.explain_load()
-    run = prepare(flags, recipe)
-    optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
-    with runs.Folder(flags, run) as folder:
+    flags.device = machine.find_device(flags.device)
+    process, processes = machine.place(flags.device)
+    with machine.first_alone(own_folder, flags.out, flags.default_out, flags.resume) as flags.out:
+        run = prepare(flags, recipe, process, processes)
+        optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
+        folder = runs.Folder(flags.out, run, optimizer)
         before = preview(run) if flags.preview_every else None
-        first = folder.resume(optimizer) if flags.resume else folder.begin()
-        end, signal = train(run, folder, optimizer, first, before)
-        folder.close(end, signal)
+        end, signal = train(run, folder, optimizer, folder.begin(), before)
+        folder.tell(end, signal)
     if signal:
         sys.exit(128 + signal)
 
@@ -65,7 +66,7 @@ def main(argv=None):
 
 def parse(argv):
     """The flags, and the recipe with all its settings. Raises BadInput."""
-    settings = [a for a in argv if runs.SETTING.match(a)]
+    settings = [a for a in argv if SETTING.match(a)]
     parser = Parser(description=__doc__, epilog=EXAMPLES, add_help=False)
     add = parser.add_argument
     # what to learn
@@ -108,13 +109,13 @@ def parse(argv):
     add("--keep-every", type=whole(0), default=0, help="keep the adapter of every so many steps")
     add("--out", type=Path, help="folder (default: out/<clip>-<method>, numbered where it exists)")
     add("--resume", action="store_true", help="go on from the last saved state in the folder")
-    add("--overwrite", action="store_true", help="replace the run in the folder")
     add("-h", "--help", action="store_true", help="this page; with --method, its settings")
     flags = parser.parse_args([a for a in argv if a not in settings])
     if flags.help:
         named = any(a.startswith("--method") for a in argv)
-        page = METHODS[flags.method].help(changes(flags.method)) if named else parser.format_help()
-        print(page)
+        own = METHODS[flags.method].parser()
+        own.epilog = "\n".join(f"{when}: {line}" for when, line in changes(flags.method))
+        print((own if named else parser).format_help())
         sys.exit()
     return flags, settle(flags, settings)
 
@@ -142,65 +143,37 @@ def settle(flags, settings):
         lines.append(TINY.get(flags.method, ""))
     flags.own_lines = [line for line in lines if line]
     steps = [f"steps={flags.steps}"] if flags.steps is not None else []
-    plain = recipe.but(*lines)
-    recipe = plain.ask(settings + steps)
+    recipe = recipe.but(*lines).ask(*settings, *steps)
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
     if not flags.fps:  # no frame is to be learned twice
         flags.fps = min([recipe.fps, *map(media.frame_rate, clips)]) if flags.weights else 8.0
     flags.prior = flags.prior or recipe.prior
-    flags.out = flags.out or Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
-    check_pictures(flags, recipe, clips, kind)
-    check_use(flags, plain, recipe)
+    flags.default_out = Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
+    check_use(flags, recipe, clips, kind)
     return recipe
 
 
-def check_pictures(flags, recipe, clips, kind):
-    """Raises BadInput for --images that the method learns nothing from, or nothing to learn from
-    them, and for captions that they do not have."""
+def check_use(flags, recipe, clips, kind):
+    """Raises BadInput for what the method learns nothing from, or could not work with; warns of a
+    stage that would never begin."""
     if flags.images and (flags.method, kind) not in BY_DATA:
         raise BadInput(f"{flags.method} learns nothing from pictures{'' if clips else ' alone'}; "
                        "motiondirector learns their look, newmove a subject beside a motion.")
-    if flags.image_prompt and not flags.images:
-        raise BadInput("--image-prompt does nothing here: there are no --images.")
-    if flags.images and len(flags.prompt) > 1 and not clips:
-        raise BadInput("--prompt: pictures have one caption for all, or each its own .txt beside "
-                       "it.")
     if "subject" in recipe.parts and bool(flags.images) != recipe.learns("subject"):
         raise BadInput("a subject is learned from --images, by subject.layers or "
                        "subject_word.vectors: give both, or neither.")
-
-
-def check_use(flags, plain, recipe):
-    """Raises BadInput for settings that would do nothing with these flags, where they are others
-    than in `plain`, the recipe before them; warns of a stage that would never begin."""
     if flags.prior not in (None, "none") and recipe.prior is None:
         raise BadInput(f"--prior: {flags.method} takes no prior clips; newmove, dreambooth and "
                        "custom-diffusion do.")
     if flags.prior not in (None, "none", "folder", "world", "generated"):
         data.check_clips([flags.prior], None)
-    idle, made = {}, f"--prior {flags.prior} is not made with it"  # {setting: why}
-    if flags.prior != "generated":
-        idle["prior_prompt"] = made
-    if flags.prior not in ("generated", "world"):
-        idle["prior_clips"] = made
-    if flags.prior in ("none", "folder"):
-        idle["prior_weight"] = "there are no prior clips"
-    if not flags.preview_every:
-        idle["appearance_stop"] = "previews look at it, and --preview-every is 0"
-    if not recipe.learns("look", "subject"):
-        idle["first"] = "all that learns does so from the beginning"
-    elif recipe.steps <= recipe.keywords.get("first", 0):
+    if recipe.learns("look", "subject") and recipe.steps <= recipe.keywords.get("first", 0):
         say(f"warning: first={recipe.keywords['first']}, and {recipe.steps} steps: what comes "
             "after the first never learns; give more --steps, or a smaller first=")
-    recipe.refuse(idle, plain)
-    if recipe.own.get("appearance_stop"):
-        if not flags.preview_prompt:
-            raise BadInput("appearance_stop: the clip's own looks come back as it is learned; give "
-                           "--preview-prompt with other ones.")
-        if not (model.is_tiny(flags.weights) or recipe.own["clip"]):
-            raise BadInput("appearance_stop: the tiny CLIP knows no real pictures; give clip= and "
-                           "clip_weights=.")
+    if recipe.appearance_stop and not (flags.preview_prompt and flags.preview_every):
+        raise BadInput("appearance_stop: the clip's own looks come back as it is learned; give "
+                       "--preview-prompt with other ones, and --preview-every.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -228,11 +201,11 @@ class Run:
     batch: int = 1  # examples a step, over all processes
 
 
-def prepare(flags, recipe):
+def prepare(flags, recipe, process=0, processes=1):
     """Load the model and what there is to learn from, and compute once all that is the same at
     every step. Raises BadInput."""
-    runs.check_out(flags)
-    device = machine.find_device(flags.device)
+    flags.device = device = machine.find_device(flags.device)
+    flags.out = flags.out or flags.default_out
     precision = flags.precision or machine.default_precision(device)
     whole = model.load(flags.weights, device, precision, keep=lora.Tuned(recipe.parts))
     flags.device, flags.precision = device, whole.precision
@@ -248,7 +221,7 @@ def prepare(flags, recipe):
     images = data.load_images(flags.images, caption, flags.size, of("subject_word"), learned)
     run = Run(flags, recipe, whole, clips, images, [], sources,
               adapter_file.fingerprint(whole.unet))
-    run.process, run.processes = machine.place(device)
+    run.process, run.processes = process, processes
     run.batch = flags.batch or run.processes
     if run.batch % run.processes:
         raise BadInput(f"--batch {flags.batch}: wanted a multiple of the {run.processes} "
@@ -270,9 +243,9 @@ def prepare(flags, recipe):
     ends = [p.text for n, p in words.items() if n.startswith("look") and p.vectors]
     for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
         data.check_prompt(" ".join([caption, *ends]), learned)
-    learning = list(lora.named(run.learners).values())
-    whole.unet.checkpointing = machine.checkpointing(flags, learning, 2 if run.prior else 1)
-    runs.report(run)
+    whole.unet.checkpointing = flags.checkpointing == "on"
+    if not process:
+        runs.report(run)
     return run
 
 
@@ -302,37 +275,65 @@ def train(run, folder, optimizer, first, before):
     ended, and the signal."""
     flags, recipe, stop = run.flags, run.recipe, machine.Stop()
     parameters = list(lora.named(run.learners).values())
-    bar = folder.bar(first)
-    for step in range(first, recipe.steps + 1):
-        end = step == recipe.steps
-        stopped = not end and stop.agree(flags.device)  # what is done can no longer be stopped
-        if flags.preview_every and (step % flags.preview_every == 0 or end) and not stopped:
-            now = preview(run) if step else before
-            folder.show(step, before, now)
-            end = end or folder.looks_gone(step, now)
-        if end or stopped or folder.is_time_to_save(step):
-            folder.save(step, optimizer)
-        if end or stopped:
-            return step, stop.signal
-        started, losses, seen = time.time(), [], []
-        begin_training(run.model.unet, recipe)
-        for number in range(run.process, run.batch, run.processes):
-            m = Example(run, step, number)
-            for loss in recipe.function(m, **recipe.keywords):
-                (loss / run.batch).backward()
-                losses.append(loss.detach())
-            seen += m.finish()
-        machine.add_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
-        # Only here does the program, if it is alone, wait for a GPU: what came before was queued.
-        line = runs.log_line(step, losses, norm, seen, run, started)
-        if not math.isfinite(line["loss"] + line["grad"]):
-            folder.stop_at(line)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        folder.log(line)
-        bar.set_postfix(loss=f"{line['loss']:.4f}")
-        bar.update()
+    every = 100 if sum(p.nbytes for p in parameters) < 2**28 else 1000  # steps between saves
+    due = lambda step: step % every == 0 or flags.keep_every and step % flags.keep_every == 0
+    with tqdm(initial=first, total=recipe.steps, desc=recipe.name, disable=run.process > 0) as bar:
+        for step in range(first, recipe.steps + 1):
+            end = step == recipe.steps
+            stopped = not end and stop.agree(flags.device)  # what is done can no longer be stopped
+            if flags.preview_every and (step % flags.preview_every == 0 or end) and not stopped:
+                now = preview(run) if step else before
+                folder.show(step, before, now)
+                end = end or looks_gone(run, step, now)
+            if end or stopped or step > first and due(step):
+                folder.save(step)
+            if end or stopped:
+                return step, stop.signal
+            started = time.time()
+            losses, seen = step_that_fits(run, step, optimizer)
+            machine.add_gradients(parameters)
+            norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
+            # Only here does the program, if it is alone, wait for a GPU: what came before was queued.
+            line = runs.log_line(step, losses, norm, seen, run, started)
+            if not math.isfinite(line["loss"] + line["grad"]):
+                where = "; ".join(f"timestep {z['t']}, clip {z['clip']}" for z in seen)
+                raise BadInput(f"loss {line['loss']}, gradient {line['grad']} at step {step}, {where}; "
+                               f"{folder.kept()}. Lower the rate (motion.lr=…), or give --precision "
+                               "fp32.")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            folder.log(line)
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+            bar.update()
+
+
+def one_step(run, step):
+    """The gradients of this process's examples of a step; their losses, and what the log says."""
+    losses, seen, batch = [], [], run.batch
+    begin_training(run.model.unet, run.recipe)
+    for number in range(run.process, batch, run.processes):
+        m = Example(run, step, number)
+        for loss in run.recipe.function(m, **run.recipe.keywords):
+            (loss / batch).backward()
+            losses.append(loss.detach())
+        seen += m.finish()
+    return losses, seen
+
+
+def step_that_fits(run, step, optimizer):
+    """one_step; where the card has no room for it, from there on with activations computed again
+    (--checkpointing auto). Its draws are its own, so it is the same step."""
+    unet = run.model.unet
+    try:
+        return one_step(run, step)
+    except torch.OutOfMemoryError:
+        if run.flags.checkpointing != "auto" or unet.checkpointing:
+            raise
+    say("note: the card is full, so activations are computed again (--checkpointing on)")
+    optimizer.zero_grad(set_to_none=True)  # of what was computed before the card was full
+    torch.cuda.empty_cache()
+    unet.checkpointing = True
+    return one_step(run, step)
 
 
 def begin_training(unet, recipe):
@@ -741,6 +742,20 @@ class Example:
 
 # ------------------------------------------------------------------------------------------------
 # Looking
+
+
+def looks_gone(run, step, video):
+    """Whether the appearance score of a preview, whose looks are not the clip's, has fallen to
+    appearance_stop (NewMove's supplement, Sec. 4): from there on, what is learned is the clip
+    itself. The paper's score is the mean of 300 videos."""
+    own = run.recipe.own
+    if not run.scorer or not step:
+        return False
+    from scores.clip import text_alignment
+
+    score = text_alignment(run.scorer, video, own["look_prompt"] or run.flags.preview_prompt)
+    say(f"step {step}: appearance score {score:.3f}")
+    return machine.agreed(score <= own["appearance_stop"])
 
 
 @torch.no_grad()

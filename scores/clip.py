@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import model
 from support import tokenizer
 from support.files import BadInput, read_json, read_tensors
-from support.hub import clip_from_hub, find_weights, load_strictly, text_from_hub
+from support.hub import clip_from_hub, load_strictly, read_weights, text_from_hub
 
 # ------------------------------------------------------------------------------------------------
 # Networks
@@ -56,7 +56,7 @@ def tiny_clip(folder=model.TINY, device="cpu"):
 
     config = read_json(folder / "clip" / "open_clip_config.json")
     net = open_clip.model.CLIP(**config)
-    text = text_from_hub(read_tensors(find_weights(folder / "text_encoder")))
+    text = text_from_hub(read_weights(folder / "text_encoder"))
     state = text | read_tensors(folder / "clip" / "model.safetensors")
     load_strictly(net, {n: t.float() for n, t in state.items()}, folder / "clip")
     return Clip(net, tokenizer.tokenize, config["vision_cfg"]["image_size"], device=device)

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from scores import clip as clips
-from scores import motion, tracks, world
+from scores import tracks, world
 from support import tokenizer
 
 
@@ -45,16 +45,15 @@ def load_scorers(args):
 
 
 @torch.no_grad()
-def score(run, mine, args, scorers):
-    """{number: ({metric: number or None}, CLIP features (F, D))} of those samples of a run."""
+def score(run, args, scorers):
+    """Fill in the figures, {metric: number or None}, and CLIP features (F, D) of a run's samples."""
     learned = [r.video for r in run.references]
     seen = [scorers.copies.images(video) for video in learned]
     sources = [tracks_of(r, args) for r in run.references]
-    goal, found = args.motion_class, {}
+    goal = args.motion_class
     if goal is None and scorers.classifier:
-        goal = motion.wanted_kind(scorers.classifier, learned, args.device)
-    for number in tqdm(mine, desc=f"scoring {run.name}", delay=2):
-        s = run.samples[number]
+        goal = wanted_kind(scorers.classifier, learned, args.device)
+    for s in tqdm(run.samples, desc=f"scoring {run.name}", delay=2):
         pictures = scorers.clip.images(s.video)
         row = score_looks(s, pictures, args, scorers)
         if learned:
@@ -63,13 +62,11 @@ def score(run, mine, args, scorers):
             row["motion fidelity"] = max(tracks.motion_fidelity(t, own) for t in sources)
             row["tracks held (share)"] = s.held
         if goal is not None and scorers.classifier:
-            kind = motion.kind_of(scorers.classifier, s.video, args.device)
-            row[f"motion accuracy ({'' if args.classifier else 'tiny '}classifier)"] = float(
-                kind == goal)
+            row["motion accuracy (classifier)"] = float(
+                kind_of(scorers.classifier, s.video, args.device) == goal)
         if args.world:
             row |= world.world_scores(s.video, s.prompt, learned[0] if learned else None)
-        found[number] = row, pictures
-    return found
+        s.figures, s.features = row, pictures
 
 
 def score_looks(s, pictures, args, scorers):
@@ -86,6 +83,18 @@ def score_looks(s, pictures, args, scorers):
     if scorers.pick:
         row["PickScore"] = clips.pick_score(scorers.pick, s.video, s.prompt)
     return row
+
+
+@torch.no_grad()
+def kind_of(classifier, video, device="cpu"):
+    """The class that a classifier gives a video (3, F, H, W)."""
+    return classifier(video[None].to(device)).argmax().item()
+
+
+def wanted_kind(classifier, references, device="cpu"):
+    """The class that most of the references (3, F, H, W) have; None where there are none."""
+    kinds = [kind_of(classifier, video, device) for video in references]
+    return max(set(kinds), key=kinds.count) if kinds else None
 
 
 def tracks_of(sample, args):
@@ -196,13 +205,12 @@ def copy_threshold(runs, name, args):
         return 0.25 if args.copy_threshold is None else args.copy_threshold
     base = []
     for run in runs:
-        if is_base(run.settings):
+        if is_base(run.made):
             base += [s.figures[name] for s in run.samples if name in s.figures]
     return torch.tensor(base).quantile(0.99).item() if base else None
 
 
-def is_base(settings):
+def is_base(made):
     """Whether samples are the untrained model's, from noise: no adapter acts, and no clip leads."""
-    if "adapter" not in settings or settings.get("init") in ("inverted", "dmt"):
-        return False
-    return not settings["adapter"] or not any(settings.get("scale") or [1.0])
+    return made is not None and bool(made.videos) and not made.noise_prior and (
+        not made.adapter or not any(made.scale))

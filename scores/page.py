@@ -3,13 +3,14 @@
 One file that needs no other: videos are in it, and nothing in it loads or runs anything else.
 """
 import base64
+import contextlib
 import json
 import math
 import tempfile
 from pathlib import Path
 
 from support import media
-from support.files import BadInput, finite, publish
+from support.files import finite, publish
 
 TEMPLATES = Path(__file__).resolve().parent
 LOWER = ("copy score", "share of copies")  # metrics of which less is better, by their beginning
@@ -47,23 +48,15 @@ def embed(video, fps):
 
 
 def read_log(path):
-    """The steps of a log.jsonl, without a last line that was cut. Raises BadInput."""
-    if not path.is_file():
-        return []
-    lines, rows = path.read_bytes().splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
+    """The steps of a log.jsonl, of each what was told last; lines that are none, as one that was
+    cut when the run was killed, are passed by."""
+    rows = {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
-            fits = type(row["step"]) is int and isinstance(row["seen"], list)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            fits = False
-        if not fits:
-            if number == len(lines):
-                break
-            raise BadInput(f"{path}: line {number} is not a step of a run; take the line out, or "
-                           "train again.") from None
-        rows.append(row)
-    return rows
+            if type(row["step"]) is int and isinstance(row["seen"], list):
+                rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 def loss_curves(rows, bins=4, most=100):
@@ -108,11 +101,10 @@ def thinned(points, most):
 def against_steps(runs, table):
     """{training folder: {metric: [(step, value)]}} where intermediate adapters were scored."""
     folders = {}
-    for run in sorted(runs, key=lambda run: run.settings.get("steps_trained") or 0):
-        step = run.settings.get("steps_trained")
-        if step is None:
-            continue
-        metrics = folders.setdefault(str(run.training.get("folder", "")), {})
+    trained = [run for run in runs if run.trained and run.made.steps_trained is not None]
+    for run in sorted(trained, key=lambda run: run.made.steps_trained):
+        step = run.made.steps_trained
+        metrics = folders.setdefault(run.trained.folder, {})
         for metric, value in table[run.name].items():
             if value is not None and (metric not in metrics or metrics[metric][-1][0] < step):
                 metrics.setdefault(metric, []).append((step, value))
@@ -127,15 +119,16 @@ def report(path, runs, table, notes):
     """Write the page: reference, runs side by side, prompts down; figures, curves, settings."""
     clips, shown, metrics = {}, [], {}
     for run in runs:
-        clips |= {r.path: r for r in run.references if r.shown}
+        clips |= {r.path: r for r in run.references}
         metrics |= {metric: better(metric) for metric in table[run.name]}
-        folder, samples = run.training.get("folder"), []
+        folder, samples = run.trained and run.trained.folder, []
         for s in run.samples:
             samples.append({"prompt": s.prompt, "seed": s.seed, "figures": s.figures,
                             "video": embed(s.video, s.fps)})
         losses = loss_curves(read_log(Path(folder) / "log.jsonl")) if folder else {}
-        shown.append({"name": run.name, "settings": run.settings, "training": run.training,
-                      "losses": losses, "samples": samples})
+        shown.append({"name": run.name, "settings": vars(run.made) if run.made else {}, "training":
+                      vars(run.trained) if run.trained else {}, "losses": losses,
+                      "samples": samples})
     write_page(path, "page.html", {
         "table": table, "better": metrics, "notes": notes, "runs": shown,
         "references": [embed(r.video, r.fps) for r in clips.values()],

@@ -23,16 +23,15 @@ NEGATIVE = "bad quality, distortions, unrealistic, distorted image, watermark, s
 
 
 def defaults(timesteps, tiny):
-    """Its settings of sampling, for a schedule of so many timesteps; inversion takes nearly each.
+    """Its Sampling, and its shape, for a schedule of so many timesteps; inversion takes nearly each.
 
     The tiny model has its own shape, knows none of the negative words, is guided as always, and
     inverts in as many steps as it samples in (0): all of its 700 would take a CPU half a minute.
     """
-    both = {"steps": 50, "sampler": "ddim", "inverts": "tuned"}
     if tiny:
-        return both | {"guidance": 4.0, "negative": "", "inversion_steps": 0}
-    return both | {"guidance": 10.0, "negative": NEGATIVE, "inversion_steps": timesteps - 1,
-                   "frames": 24, "size": (320, 576)}
+        return {"guidance": 4.0}, {}
+    return {"guidance": 10.0, "inversion_steps": timesteps - 1}, {
+        "negative": NEGATIVE, "frames": 24, "size": (320, 576)}
 
 
 # Of the second upward block: the second resnet before its skip, the temporal convolution after it,
@@ -97,13 +96,13 @@ def nearest(times, t):
 def inversion_levels(s, model):
     """The timesteps at which the inverted clip is needed: its last, and nearest to the pulled ones.
     """
-    times = model.schedule.timesteps(s.inversion_steps)
+    times = model.schedule.timesteps(s.inversion_steps or s.sampling_steps)
     return {times[0]} | {nearest(times, t) for t in pulled_timesteps(s, model)}
 
 
 def pulled_timesteps(s, model):
     """Those before whose steps the latents are pulled."""
-    return model.schedule.timesteps(s.steps)[: max(1, int(s.steps * SHARE))]
+    return model.schedule.timesteps(s.sampling_steps)[: max(1, int(s.sampling_steps * SHARE))]
 
 
 def pull(model, x, t, text, want, rate):
@@ -130,14 +129,14 @@ def restart(S, predict, x, t, steps, g):
 
 
 @torch.no_grad()
-def transfer_motion(s, model, clip, path, prompt, seed):
+def transfer_motion(s, model, clip, path, prompt, seed, caption, negative):
     """A video (3, F, H, W) of the prompt that moves as the clean latents clip (1, C, F, h, w) do;
     path: {timestep: its latents there} of its inversion. s has steps, guidance, negative,
     inversion_steps and inversion_prompt."""
-    S, times = model.schedule, model.schedule.timesteps(s.steps)
+    S, times = model.schedule, model.schedule.timesteps(s.sampling_steps)
     pulled = pulled_timesteps(s, model)
     rates = torch.linspace(*RATES, len(pulled)).tolist()
-    text, source, empty = (model.read([p]) for p in (prompt, s.inversion_prompt, s.negative))
+    text, source, empty = (model.read([p]) for p in (prompt, caption, negative))
     predict = sampler.guide(model.predict, text, empty, s.guidance)
     g = sampler.generator(seed, 4)
 
@@ -146,11 +145,11 @@ def transfer_motion(s, model, clip, path, prompt, seed):
             level = nearest(path, t)
             want = frame_features(model, path[level], level, source)
             x = pull(model, x, t, text, want, rates[pulled.index(t)])
-        return x if t == times[-1] else restart(S, predict, x, t, s.steps, g)
+        return x if t == times[-1] else restart(S, predict, x, t, s.sampling_steps, g)
 
     # The noise that the inversion found, at the level of the first step, with new fine detail.
     top, noise = max(path), sampler.noise_like_shape(clip.shape[1:], [seed]).to(clip)
     found = (path[top] - S.at(top, clip) ** 0.5 * clip) / (1 - S.at(top, clip)) ** 0.5
     start = noise + low_frequencies(S.add_noise(clip, found, times[0])) - low_frequencies(noise)
-    return sampler.sample(model, [prompt], start, [seed], s.steps, s.guidance,
-                          negative=s.negative, progress="moving as the clip", edit=edit)[0]
+    return sampler.sample(model, [prompt], start, [seed], s.sampling_steps, s.guidance,
+                          negative=negative, progress="moving as the clip", edit=edit)[0]

@@ -1,29 +1,28 @@
-"""Reading what people give, and writing what they keep: nothing here can run what is in a file, and
-nothing that is written is ever half there.
-
-Axes: none; this room knows bytes, names and messages.
+"""Reading what people give, and writing what they keep: nothing here can run what is in a file,
+whatever is wrong with one is told in one line, and nothing that is written is ever half there.
 """
+import argparse
 import contextlib
+import fcntl
+import itertools
 import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import types
 import typing
-import zipfile
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
-class BadInput(ValueError):
-    """What a person gave cannot be used; the message says what was found, wanted and to be done."""
+class BadInput(argparse.ArgumentTypeError, ValueError):
+    """What a person gave cannot be used; the message says what was found, wanted and to be done.
+    argparse tells it beside the flag."""
 
 
 def say(text):
@@ -35,23 +34,27 @@ def say(text):
 # In
 
 
-LONGEST, HUGE = 64, 1e18  # items in a list of a configuration, and numbers in it
+@contextlib.contextmanager
+def reading(path, do="get it again"):
+    """Whatever goes wrong in the block, where a person's file is read, becomes one line that names
+    the file; so a reader is written for files that are right. do: what to do then."""
+    try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            raise BadInput(f"{path} is no file; give the file itself.")  # one would wait for a pipe
+        yield
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise BadInput(f"{path} cannot be used ({said}); {do}.") from error
 
 
 def read_json(path):
     """The object in a JSON file. Raises BadInput when there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path} is missing. A weights folder in the hub's layout has it: "
-                       "unet/, vae/, text_encoder/ and scheduler/, each with its config.")
-    try:
-        values = json.loads(path.read_text())
+    with reading(path):
+        values = json.loads(Path(path).read_text())
         json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are no text
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise BadInput(f"{path} is not a JSON object; download it again.")
-    return values
+        return dict(values.items())
 
 
 def number(least, most, default=MISSING):
@@ -72,27 +75,24 @@ def read_fields(cls, values, source):
     what the field says (`number`, `one_of`).
     """
     chosen = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-    wrong = misfits(cls, values)
-    wrong += [f"{f.name} is missing" for f in fields(cls)
-              if f.name not in values and f.default is MISSING]
-    if wrong:
-        raise BadInput(f"{source}: {'; '.join(wrong[:3])}. Take the file beside the weights.")
+    wrong = misfits(cls, values) + [f"{f.name} is missing" for f in fields(cls)
+                                    if f.name not in values
+                                    and f.default is MISSING is f.default_factory]
     try:
-        return cls(**chosen)
-    except BadInput as error:  # what a dataclass finds in its fields together
+        if wrong:
+            raise BadInput("; ".join(wrong[:3]))
+        return cls(**chosen)  # which may find that its fields do not go together
+    except BadInput as error:
         raise BadInput(f"{source}: {error}. Take the file beside the weights.") from None
 
 
 def misfits(cls, values):
     """What is wrong with those of a dataclass's fields that `values` has, in words."""
-    wrong = []
-    for f in fields(cls):
-        if f.name in values and (wanted := _unlike(f, values[f.name])):
-            wrong.append(f"{f.name} is {repr(values[f.name])[:60]}, wanted {wanted}")
-    return wrong
+    return [f"{f.name} is {repr(values[f.name])[:60]}, wanted {wanted}" for f in fields(cls)
+            if f.name in values and (wanted := unlike(f, values[f.name]))]
 
 
-def _unlike(f, value):
+def unlike(f, value):
     """What a field wants, when the value is not that; else None."""
     known, least, most = (f.metadata.get(name) for name in ("known", "least", "most"))
     if known:
@@ -101,9 +101,11 @@ def _unlike(f, value):
     if not _is(value, f.type):
         return getattr(f.type, "__name__", str(f.type)) if f.type in (int, float) else str(f.type)
     several = value if isinstance(value, list) else [value]
+    if f.type in (int, list[int]) and least is None:
+        least, most = 1, 2**16
     if least is not None and not all(v is None or least <= v <= most for v in several):
         return f"{least:g} to {most:g}"
-    return None if several and len(several) <= LONGEST else f"1 to {LONGEST} of them"
+    return None if 0 < len(several) <= 64 else "1 to 64 of them"
 
 
 def _is(value, kind):
@@ -114,80 +116,34 @@ def _is(value, kind):
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(_is(v, *typing.get_args(kind)) for v in value)
     if kind in (int, float):
-        numbers = (int, float) if kind is float else (int,)
-        return type(value) in numbers and -HUGE < value < HUGE
+        return type(value) in {int: (int,), float: (int, float)}[kind] and abs(value) < 1e18
     return isinstance(value, kind)
 
 
 WHOLE = ("position_ids", "num_batches_tracked", "alpha")  # names that may hold whole numbers
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_tensors(path, lists=False):
     """The tensors of a .safetensors, .bin, .pt or .pth file, by name, or, where `lists` are allowed
-    too, a file's plain list of tensors. Nothing in the file can run.
-
-    Raises BadInput, naming the file, when it is missing, damaged, or holds anything but finite
-    floating-point numbers (whole ones under a few names alone), or claims more than it holds.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a folder, or a pipe, for which one would wait
-        raise BadInput(f"{path} is no file; give the file itself.")
-    try:
-        state = _load(path)
-    except FileNotFoundError:
-        raise BadInput(f"{path} does not exist; check the path.") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, MemoryError) as error:
-        lines = str(error).strip().splitlines() or ["empty"]
-        raise BadInput(f"{path} cannot be read ({lines[0][:120]}); download or save it again."
-                       ) from None
-    except Exception as error:  # pickle's own errors: code in the file, or not a checkpoint at all
-        raise BadInput(f"{path} is not a file of plain tensors ({type(error).__name__}); "
-                       "nothing in it was run. Get it as .safetensors.") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    named = state
-    if lists and isinstance(state, list):
-        named = {str(i): tensor for i, tensor in enumerate(state)}
-    if not isinstance(named, dict) or not all(
-            isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in named.items()):
-        raise BadInput(f"{path} does not map names to tensors; is it the right file?")
-    for name, tensor in named.items():
-        if problem := _unusable(name, tensor):
-            raise BadInput(f"{path}: {name[:80]} {problem}; download or save it again.")
-    return state
-
-
-def _load(path):
-    """What a file of tensors holds, without asking for more memory than the file is long."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            claimed = sum(entry.file_size for entry in archive.infolist())
-        if claimed > path.stat().st_size:
-            raise ValueError(f"it claims {claimed:,} bytes")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _unusable(name, tensor):
-    """What keeps a tensor from being used as numbers, or None."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        return f"is a {tensor.layout} tensor on {tensor.device}, wanted plain numbers"
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"claims to be {tuple(tensor.shape)}, more than the file holds"
-    if tensor.dtype not in FLOATS:
-        whole = name.endswith(WHOLE) and not tensor.is_complex() and not tensor.is_floating_point()
-        return None if whole else f"is {tensor.dtype}, wanted one of {FLOATS}"
-    return None if torch.isfinite(tensor).all() else "holds NaN or infinity"
+    too, a file's plain list of tensors. Nothing in the file can run. Raises BadInput when it is
+    missing, damaged, or holds anything but finite floating-point numbers."""
+    with reading(path, "download or save it again"):
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state) if isinstance(state, dict) else state
+        named = state if isinstance(state, dict) or not lists else dict(enumerate(state))
+        for name, tensor in named.items():
+            whole = str(name).endswith(WHOLE) and not tensor.is_complex()
+            if not (tensor.is_floating_point() or whole) or not torch.isfinite(tensor).all():
+                raise BadInput(f"{path}: {str(name)[:80]} holds NaN, infinity, or {tensor.dtype}; "
+                               "download or save it again.")
+        return state
 
 
 # ------------------------------------------------------------------------------------------------
 # What flags name, judged before anything is loaded
-
-
-HUB = r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)(?:/.*)?"
-OWNER, KNOWN = "cerspense/", ("zeroscope_v2_576w", "zeroscope_v2_XL")  # given without whose it is
 
 
 def check_weights(path, flag="--weights"):
@@ -195,55 +151,31 @@ def check_weights(path, flag="--weights"):
     model, always is."""
     if path is None or Path(path).is_dir():
         return
-    path = Path(path)
-    if path.exists():
-        raise BadInput(f"{flag} {path} is a file; give the folder in the hub's layout: unet/, "
-                       "vae/, text_encoder/ and scheduler/.")
-    bare = str(path) in KNOWN
-    model = re.fullmatch(HUB, OWNER + str(path) if bare else str(path))
-    if model and (bare or not path.is_absolute() and not path.parent.is_dir()):
+    model = re.fullmatch(r"(?:.*(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)", str(path))
+    if model and not Path(path).parent.is_dir():
         folder = model[1].partition("/")[2]
         raise BadInput(f"{flag} {path} is not a folder here. A model of the Hugging Face hub is "
                        f"fetched by: hf download {model[1]} --local-dir {folder} (hf comes with "
                        f"pip install huggingface_hub); then give {flag} {folder}")
-    if re.match(r"\w+:/", str(path)):
-        raise BadInput(f"{flag} {path} is an address; download it, and give the folder.")
-    raise BadInput(f"{flag} {path} is not a folder; check the path.")
+    raise BadInput(f"{flag} {path} is not a folder here; give one in the hub's layout: unet/, vae/,"
+                   " text_encoder/ and scheduler/ (ZeroScope: hf download "
+                   "cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w).")
 
 
 def check_there(path, instead):
     """Raises BadInput where there is nothing at a path; instead: what to give, in words."""
-    if Path(path).exists():
-        return
-    if re.match(r"\w+:/", str(path)):
-        raise BadInput(f"{path} is an address; download it, and give the file.")
-    raise BadInput(f"{path} does not exist; {instead}.")
-
-
-LARGEST_SIDE = 4096  # pixels; sizes are judged here, before memory is asked for
+    if not Path(path).exists():
+        raise BadInput(f"{path} does not exist here; {instead}.")
 
 
 def read_size(text):
     """"576x320", a width and a height in pixels, as (height, width). Raises BadInput."""
-    found = re.fullmatch(r"(\d{1,6})[x×X](\d{1,6})", text.strip(), re.ASCII)
-    if not found:
-        raise BadInput(f"{text!r}: wanted WIDTHxHEIGHT in pixels, such as 576x320.")
-    width, height = int(found[1]), int(found[2])
-    for side in (width, height):
-        if side % 8 or not 8 <= side <= LARGEST_SIDE:
-            raise BadInput(f"{text}: wanted sides of 8 to {LARGEST_SIDE} pixels, multiples of 8.")
-    return height, width
-
-
-def check_folder_out(path, flag="--out"):
-    """Raises BadInput when a folder could not be made or written there. Makes nothing."""
-    path = nearest = Path(path)
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise BadInput(f"{flag} {path}: {nearest} is a file; give a folder.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise BadInput(f"{flag} {path}: {nearest} may not be written; give another folder.")
+    found = re.fullmatch(r"(\d{1,4})[x×X](\d{1,4})", text.strip(), re.ASCII)
+    sides = [int(side) for side in found.groups()] if found else [0]
+    if any(side % 8 or not 8 <= side <= 4096 for side in sides):
+        raise BadInput(f"{text!r}: wanted WIDTHxHEIGHT in pixels, multiples of 8 up to 4096, such "
+                       "as 576x320.")
+    return sides[1], sides[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,14 +183,6 @@ def check_folder_out(path, flag="--out"):
 
 
 PART = ".part-"  # files that are being written
-
-
-def room_for(path, size):
-    """Raises BadInput when the disk of `path` cannot take `size` more bytes."""
-    free = shutil.disk_usage(Path(path).parent).free
-    if free < size:
-        raise BadInput(f"{path} needs {size:,} bytes, the disk has {free:,} left; nothing was "
-                       "changed. Free some, or give another --out.")
 
 
 @contextlib.contextmanager
@@ -295,6 +219,36 @@ def write_json(path, content):
     with publish(path) as part:
         text = json.dumps(finite(content), indent=1, ensure_ascii=False, default=str)
         part.write_text(text + "\n")
+
+
+@contextlib.contextmanager
+def own_folder(out, default, resume=False):
+    """A folder that nobody else writes in while the block runs: one that was not there, or held
+    nothing; to `resume`, the one of a run. What is in a folder is never replaced: of the default,
+    out-2, out-3 … come next. Raises BadInput."""
+    folder = Path(out or default)
+    if not out and not resume:
+        others = (default.with_name(f"{default.name}-{n}") for n in itertools.count(2))
+        folder = next(f for f in itertools.chain([default], others) if not f.exists())
+    if resume and not folder.is_dir():
+        raise BadInput(f"{folder} is not there, so there is nothing to resume; leave --resume out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)  # closed by the system, too, however the process ends
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        inside = {p.name for p in folder.iterdir() if not p.name.startswith(PART)}
+        if inside and not (resume and ("run.json" in inside or inside == {"prior"})):
+            raise BadInput(f"--out {folder} holds files{' and no run' * resume}; give a new folder"
+                           f"{', or --resume' * ('run.json' in inside)}.")
+        for left in folder.rglob(PART + "*"):  # of a run that was killed while it wrote
+            left.unlink()
+        yield folder
+    except BlockingIOError:
+        raise BadInput(f"{folder} is in use by another command; give another --out.") from None
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where nothing was written
 
 
 def slug(text, longest=48):

@@ -7,11 +7,10 @@ than the chosen frames, at the size wanted, is ever held.
 
 Axes: C colours, F frames, H W picture. Videos are float32 in [-1, 1].
 """
+import contextlib
 import math
 import re
 import statistics
-import struct
-from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from itertools import islice, pairwise
@@ -23,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from support.files import BadInput, check_there, publish, say
+from support.files import BadInput, check_there, publish, reading, say
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FEWEST_FRAMES = 4  # residuals and directions mean nothing below that
 MOST_PIXELS = 2**26  # of a picture, twice 8K's: a file may claim any size, and is asked before
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow raises at twice as many
 
 
 # ------------------------------------------------------------------------------------------------
@@ -49,35 +49,32 @@ def read_video(path, frames, size, fps, start=0.0, learn=True):
     Raises BadInput for anything that is not a clip of at least four frames.
     """
     path = Path(path)
-    source = read_folder(path, fps) if path.is_dir() else decode(path, start)
-    chosen, times, shape = choose_frames(source, frames, fps, start, size)
+    with reading(path, f"give one of {', '.join(VIDEOS)}, or a folder of pictures"):
+        source = read_folder(path, fps) if path.is_dir() else decode(path, start)
+        chosen, times, (h, w) = choose_frames(source, frames, fps, start, size)
     if len(chosen) < FEWEST_FRAMES:
         raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; wanted "
                        f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher "
                        "--fps.")
-    video = torch.stack(chosen, dim=1)
-    if not learn:
-        return video
-    if len(chosen) < frames:
+    video, shape = torch.stack(chosen, dim=1), w / h * size[0] / size[1]
+    if learn and len(chosen) < frames:
         say(f"{path} has {len(chosen)} frames at {fps:g} fps, wanted {frames}: "
             "going on with its own length")
-    if len(set(times)) < len(times):
+    if learn and len(set(times)) < len(times):
         say(f"warning: {path} has fewer than {fps:g} frames a second, so frames repeat; "
             "a lower --fps avoids that")
-    side, cut = lost(shape, size)
-    if cut > 0.2:
-        say(f"warning: {cut:.0%} of the {side} of {path} is cut off; a --size of its shape "
-            "keeps it")
-    if (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
+    if learn and (cut := 1 - min(shape, 1 / shape)) > 0.2:
+        say(f"warning: {cut:.0%} of the {'width' if shape > 1 else 'height'} of {path} is cut off; "
+            "a --size of its shape keeps it")
+    if learn and (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
         say(f"warning: {path} hardly moves; there is little motion to learn from it")
     return video
 
 
 def choose_frames(source, frames, fps, start, size):
     """The pictures (3, *size) nearest in time to start, start + 1/fps, … while the clip lasts,
-    their times, and the shape (H, W, 3) that they had, from a source of (seconds, function that
-    makes the picture, uint8). Nothing is held of what is not chosen, and nothing read after the
-    last."""
+    their times, and the shape (H, W) that they had, from a source of (seconds, function that makes
+    the picture, uint8). Nothing is held of what is not chosen, and nothing read after the last."""
     wanted = start + np.arange(frames) / fps
     chosen, times, seen, shape = [], [], [], None
 
@@ -85,7 +82,7 @@ def choose_frames(source, frames, fps, start, size):
         nonlocal shape
         if not times or times[-1] != time:
             picture = make()
-            shape, last = picture.shape, fit(picture, size)
+            shape, last = picture.shape[:2], fit(picture, size)
         else:
             last = chosen[-1]
         chosen.append(last)
@@ -103,97 +100,48 @@ def choose_frames(source, frames, fps, start, size):
     spacing = np.median(np.diff(seen)) if len(seen) > 1 else 1 / fps
     while before and len(chosen) < frames and wanted[len(chosen)] < seen[-1] + 0.75 * spacing:
         take(*before)  # the last frame, too, is shown for a while
-    return chosen, times, shape
+    return chosen, times, shape or (1, 1)
 
 
 def decode(path, start=0.0):
     """Yields (seconds since the first frame, function that makes the picture) of a video file, from
     the key frame before `start` seconds on. The pictures (H, W, 3) uint8 are upright, with square
-    pixels. Raises BadInput."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path} does not exist; give a video file or a folder of pictures.")
-    if path.suffix.lower() in PICTURES:
-        raise BadInput(f"{path} is one picture; a motion needs a video, or a folder of pictures.")
-    count, first, target = 0, None, None
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BadInput(f"{path} has no picture, only sound; give a video.")
-            stream = container.streams.video[0]  # of an unknown codec, it has no size
-            judge(path, getattr(stream, "width", 0), getattr(stream, "height", 0))
-            aspect = float(stream.sample_aspect_ratio or 1)
-            rate = float(stream.average_rate or 25)
-            if start:
-                first, target = key_frame(path, start)
-            if target is not None:
-                container.seek(target, stream=stream)
-            for frame in container.decode(stream):
-                judge(path, frame.width * max(aspect, 1), frame.height * max(1 / aspect, 1))
-                first = frame.time if first is None else first
-                time = count / rate if frame.time is None else frame.time - first
-                count += 1
-                yield time, partial(upright, path, frame, aspect)
-    except BadInput:
-        raise
-    except (av.error.FFmpegError, ArithmeticError, ValueError, EOFError):
-        reason = f"broken after frame {count}" if count else "no video inside"
-        raise BadInput(f"{path} is not a video that can be read ({reason}); wanted one of "
-                       f"{', '.join(VIDEOS)}. Convert it, or save it again.") from None
-    if not count:
-        raise BadInput(f"{path} holds no frames; save it again.")
+    pixels."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+        rate, first = float(stream.average_rate or 25), None
+        if start and stream.start_time is not None:
+            first = float(stream.start_time * stream.time_base)
+            with contextlib.suppress(av.error.FFmpegError):
+                container.seek(int((first + start) / stream.time_base), stream=stream)
+        for count, frame in enumerate(container.decode(stream)):
+            if start and count == 0 and (frame.time or 0) - (first or 0) > start:
+                yield from decode(path)  # seeking does not lead there
+                return
+            first = frame.time if first is None else first
+            time = count / rate if frame.time is None else frame.time - first
+            yield time, partial(upright, frame, float(stream.sample_aspect_ratio or 1))
 
 
 def frame_rate(path):
     """Frames a second of a video file, by the median spacing of its first time stamps, in [0.01,
     1000]; inf where none says so, as of a folder of pictures."""
-    if not Path(path).is_file():
-        return math.inf
-    try:
-        with av.open(str(path)) as container:
-            packets = islice(container.demux(video=0), 64)
-            times = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None)
+    with contextlib.suppress(Exception), av.open(str(path)) as container:  # `decode` tells
+        packets = islice(container.demux(video=0), 64)
+        times = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None)
         return min(max(1 / statistics.median(b - a for a, b in pairwise(times)), 0.01), 1000.0)
-    except (av.error.FFmpegError, ArithmeticError, LookupError, TypeError, ValueError):
-        return math.inf  # what is wrong with it, `decode` tells
+    return math.inf
 
 
-def key_frame(path, start):
-    """A video's first time in seconds, and the stream's time stamp to seek, so as to read from the
-    last key frame before `start` seconds on; (None, None) where seeking does not lead there."""
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            first = next(container.decode(stream)).time
-            target = int((first + start) / stream.time_base)
-            container.seek(target, stream=stream)
-            landed = next(container.decode(stream)).time
-            return (first, target) if landed <= first + start else (None, None)
-    except (av.error.FFmpegError, ArithmeticError, AttributeError, LookupError, StopIteration,
-            TypeError, ValueError):
-        return None, None  # `decode` reads from the beginning, and tells what is wrong
-
-
-def upright(path, frame, aspect):
-    """A decoded frame as (H, W, 3) uint8, turned as the file says and with square pixels. Raises
-    BadInput for colours that cannot be converted."""
-    try:
-        picture = frame.to_ndarray(format="rgb24")
-    except (av.error.FFmpegError, ValueError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise BadInput(f"{path} has pixels of an unknown kind ({reason}); convert it.") from None
+def upright(frame, aspect):
+    """A decoded frame as (H, W, 3) uint8, turned as the file says and with square pixels, of which
+    there are never more than were decoded."""
+    picture = frame.to_ndarray(format="rgb24")
     if aspect != 1:
-        wide = max(1, round(picture.shape[1] * aspect)), picture.shape[0]
-        picture = np.asarray(Image.fromarray(picture).resize(wide))
+        square = frame.width * min(aspect, 1), frame.height * min(1 / aspect, 1)
+        picture = np.asarray(Image.fromarray(picture).resize([max(1, round(s)) for s in square]))
     return np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90))
-
-
-def judge(path, width, height):
-    """Raises BadInput for a picture of more pixels than any that is real, before they are asked
-    for."""
-    if width * height > MOST_PIXELS:
-        raise BadInput(f"{path} claims {width:g}×{height:g} pixels; wanted at most {MOST_PIXELS:,} "
-                       "of them. Save it smaller.")
 
 
 def find_pictures(paths):
@@ -212,48 +160,14 @@ def find_pictures(paths):
 def read_folder(path, fps):
     """Yields (seconds, function that makes the picture) of a folder of pictures, one each 1/fps, in
     natural order. Raises BadInput."""
-    files = find_pictures([path])
-    sizes = sorted({picture_size(p) for p in files})
-    if len(sizes) > 1:
-        examples = " and ".join(f"{w}×{h}" for w, h in sizes[:2])
-        raise BadInput(f"{path} mixes pictures of {len(sizes)} sizes, such as {examples}; "
-                       "make them one size.")
-    for i, file in enumerate(files):
+    for i, file in enumerate(find_pictures([path])):
         yield i / fps, partial(read_picture, file)
-
-
-TURNED = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
-
-
-def picture_size(path):
-    """(width, height) of a picture as it is to be seen, read from its head. Raises BadInput."""
-    with open_picture(path) as image:
-        turned = image.getexif().get(0x0112) in TURNED
-        return image.size[::-1] if turned else image.size
 
 
 def read_picture(path):
     """(H, W, 3) uint8, turned as its EXIF says. Raises BadInput."""
-    with open_picture(path) as image:
+    with reading(path, "save it again"), Image.open(path) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-@contextmanager
-def open_picture(path):
-    """A picture file, whose pixels are read later. Raises BadInput for what is wrong then, too."""
-    if not Path(path).is_file():  # a pipe, say, for which one would wait
-        raise BadInput(f"{path} is not a file; give a picture.")
-    try:
-        with Image.open(path) as image:
-            judge(path, *image.size)
-            yield image
-    except Image.DecompressionBombError:
-        raise BadInput(f"{path} claims more than {MOST_PIXELS:,} pixels; save it smaller."
-                       ) from None
-    except BadInput:
-        raise
-    except (OSError, ValueError, SyntaxError, ArithmeticError, struct.error):
-        raise BadInput(f"{path} is not a picture that can be read; save it again.") from None
 
 
 def fit(picture, size):
@@ -269,12 +183,6 @@ def fit(picture, size):
     return x[0, :, top : top + H, left : left + W] / 127.5 - 1
 
 
-def lost(shape, size):
-    """The side of a picture (H, W, …) that `fit` cuts, and the share of it that is lost."""
-    wide = shape[1] / shape[0] * size[0] / size[1]  # than `size`, so many times
-    return ("width", 1 - 1 / wide) if wide > 1 else ("height", 1 - wide)
-
-
 # ------------------------------------------------------------------------------------------------
 # Out
 
@@ -285,12 +193,16 @@ def to_pixels(video):
     return pixels.permute(1, 2, 3, 0).numpy()
 
 
+def enlarged(pixels, least):
+    """(F, H, W, 3) pixels repeated as often as makes them about `least` high or more."""
+    scale = max(1, round(least / pixels.shape[1]))
+    return pixels.repeat(scale, 1).repeat(scale, 2)
+
+
 def write_video(path, video, fps):
     """(3, F, H, W) -> an H.264 mp4 that every player opens: yuv420p, even sides, about 256 high or
     more (small pictures are enlarged by a whole number)."""
-    pixels = to_pixels(video)
-    scale = max(1, round(256 / pixels.shape[1]))
-    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    pixels = enlarged(to_pixels(video), 256)
     odd = pixels.shape[1] % 2, pixels.shape[2] % 2
     pixels = np.pad(pixels, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), "edge")
     with publish(path) as part, av.open(str(part), "w") as container:
@@ -310,12 +222,7 @@ def every_nth(video, columns=8):
 
 def contact_sheet(path, videos):
     """One row a video (3, F, H, W), eight frames of each, as a PNG."""
-    rows = []
-    for video in videos:
-        frames = to_pixels(every_nth(video))
-        scale = max(1, round(96 / frames.shape[1]))
-        frames = frames.repeat(scale, 1).repeat(scale, 2)
-        rows.append(np.concatenate(list(frames), axis=1))
+    rows = [np.concatenate(list(enlarged(to_pixels(every_nth(v)), 96)), axis=1) for v in videos]
     width = max(r.shape[1] for r in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
     with publish(path) as part:

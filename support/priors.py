@@ -1,88 +1,63 @@
 """Prior clips: what a model shall not forget. They are always a folder of clips with captions;
-those that are made are written to one first, out/…/prior/, where they can be looked at and a
-resumed run finds them."""
-import json
-
+those that are made are written to out/…/prior/ first, each as its number and the seed have it, so
+that a resumed run finds them, or makes what is missing."""
 import torch
-from tqdm import tqdm
 
 import data
 import sampler
-from support import machine, media, runs
-from support.files import BadInput, say
+from support import machine, media
+from support.files import BadInput, publish, say
 
 
 def load(run):
     """The prior clips of a run, as its flags and recipe say; [] for none."""
-    flags, recipe = run.flags, run.recipe
+    flags, made = run.flags, {"world": of_the_world, "generated": by_the_base}
     if flags.prior in (None, "none"):
         return []
     if flags.prior == "folder":  # none was named
-        say(f"warning: no prior clips: {recipe.name} forgets more without; give --prior FOLDER, "
-            "best of real clips of similar scenes, or --prior generated")
+        say(f"warning: no prior clips: {run.recipe.name} forgets more without; give --prior FOLDER,"
+            " best of real clips of similar scenes, or --prior generated")
         return []
-    folder = flags.prior
-    if flags.prior in ("world", "generated"):
-        folder = flags.out / "prior"
-        if run.process == 0:
-            flags.out.mkdir(parents=True, exist_ok=True)
-            with machine.lock(flags.out / "lock"):
-                make(run, folder)
-        machine.agreed(None)  # the other processes wait for the first
+    folder = flags.out / "prior" if flags.prior in made else flags.prior
+    if flags.prior in made and not run.process:
+        for number in range(run.recipe.prior_clips):
+            path = folder / f"{number:03d}.mp4"
+            if not path.exists():  # it is written last, and whole
+                video, caption = made[flags.prior](run, number)
+                with publish(path.with_suffix(".txt")) as part:
+                    part.write_text(caption + "\n")
+                media.write_video(path, video, flags.fps)
+    machine.agreed(None)  # the other processes wait for the first
     return data.load_prior(folder, flags.frames, flags.size, flags.fps)
 
 
-def make(run, folder):
-    """Write the clips, unless a run with the same settings has, or the one that is resumed."""
-    flags, recipe, whole = run.flags, run.recipe, folder / "whole.json"
-    story = json.dumps({
-        "prior": flags.prior, "clips": recipe.prior_clips, "prompt": recipe.prior_prompt,
-        "base": run.fingerprint, "clip": runs.identity(run), "seed": flags.seed,
-        "frames": flags.frames, "size": flags.size, "fps": flags.fps,
-        "steps": flags.preview_steps, "guidance": recipe.guidance})
-    if whole.is_file() and (flags.resume or whole.read_text(errors="replace") == story):
-        return
-    runs.remove_listed(flags.out, lambda name: name.startswith("prior/"))
-    makers = {"world": of_the_world, "generated": by_the_base}
-    for number, (video, caption) in enumerate(makers[flags.prior](run)):
-        path = folder / f"{number:03d}.mp4"
-        media.write_video(runs.note(flags.out, path), video, flags.fps)
-        runs.note(flags.out, path.with_suffix(".txt")).write_text(caption + "\n")
-    runs.note(flags.out, whole).write_text(story)
-
-
-def of_the_world(run):
-    """Clips (3, F, H, W) of the tiny world's own motions, with captions."""
+def of_the_world(run, number):
+    """A clip (3, F, H, W) of the tiny world's own motions, and its caption."""
     from tiny import world  # only where it is asked for
 
     if run.flags.size != (world.SIZE, world.SIZE):
         raise BadInput(f"--prior world is of {world.SIZE}x{world.SIZE} pixels; leave --size out.")
     g = sampler.generator(run.flags.seed, 1, 1)
-    scenes = world.sample_scenes(run.recipe.prior_clips, g)
-    # As the clip's caption speaks, so do theirs: or what tells the two apart were its length.
+    scene = world.sample_scenes(run.recipe.prior_clips, g)[torch.tensor([number])]
+    # As the clip's caption speaks, so does this: or what tells the two apart were its length.
     said = run.clips[0].prompt
-    colour = any(word in said.split() for word in world.COLOURS)
-    ground = " background" in said
-    for i, video in enumerate(world.render(scenes, run.flags.frames)):
-        name = lambda table, field, i=i: list(table)[getattr(scenes, field)[i]]
-        yield video, world.caption(
-            name(world.COLOURS, "colour") if colour else None, name(world.SHAPES, "shape"),
-            name(world.MOTIONS, "motion"), name(world.SPEEDS, "speed"),
-            name(world.BACKGROUNDS, "background") if ground else None)
+    name = lambda table, field: list(table)[getattr(scene, field)[0]]
+    return world.render(scene, run.flags.frames)[0], world.caption(
+        name(world.COLOURS, "colour") if any(w in said.split() for w in world.COLOURS) else None,
+        name(world.SHAPES, "shape"), name(world.MOTIONS, "motion"), name(world.SPEEDS, "speed"),
+        name(world.BACKGROUNDS, "background") if " background" in said else None)
 
 
 @torch.no_grad()
-def by_the_base(run):
-    """Clips of the caption without its word, sampled from the untrained model (DreamBooth)."""
+def by_the_base(run, number):
+    """A clip of the caption without its word, sampled from the untrained model (DreamBooth)."""
     flags, recipe, model = run.flags, run.recipe, run.model
     word = recipe.parts["word"].text if "word" in recipe.parts else ""
     caption = " ".join(w for w in run.clips[0].prompt.split() if w != word)
     prompt = data.check_prompt(recipe.prior_prompt or caption or "a video")
     factor, channels = model.vae.config.factor, model.unet.config.in_channels
-    shape = (channels, run.clips[0].video.shape[1], flags.size[0] // factor,
-             flags.size[1] // factor)
-    for number in tqdm(range(recipe.prior_clips), desc="prior clips"):
-        source = sampler.generator(flags.seed, number, 4)  # no start that --seed could name
-        start = sampler.noise_like_shape(shape, [source]).to(flags.device)
-        yield sampler.sample(model, [prompt], start, [number], flags.preview_steps,
-                             recipe.guidance)[0], prompt
+    shape = (channels, run.clips[0].video.shape[1], *(side // factor for side in flags.size))
+    source = sampler.generator(flags.seed, number, 4)  # no start that --seed could name
+    start = sampler.noise_like_shape(shape, [source]).to(flags.device)
+    return sampler.sample(model, [prompt], start, [number], flags.preview_steps, recipe.guidance,
+                          progress=f"prior clip {number}")[0], prompt

@@ -231,7 +231,7 @@ def restory(r, path):
         ("", "abc", "-1", "nan", "inf", "1e999", "0", "2.5", "9" * 5000, "None", "a\nb", "é", "1e9",
          "[]", "true", "x" * 9999))
     save_file(load_file(path), path, meta | {name: text})
-    wanted = making.STORY.get(name)
+    wanted = making.Sampling.__dataclass_fields__.get(name)
     odd = wanted is not None and text in ("", "abc", "-1", "nan", "inf", "None", "a\nb", "é", "[]")
     return f"{name} = {text[:20]!r}", "refuse" if odd else ""
 
@@ -496,7 +496,7 @@ def find_fine():
                  "100% {a} \\n"):
         rows += text_of(text)
     rows += [method_of(name, method) for name, method in METHODS.items()]
-    rows += [of_a_run("--steps", 3, "--resume"), of_a_run("--overwrite"), of_a_run(),
+    rows += [of_a_run("--steps", 3, "--resume"),
              scored("set"), scored("clips"), scored("run"),
              ("votes", lambda case: ("eval", ["--votes", case.place / "votes/votes.json"]))]
     return rows

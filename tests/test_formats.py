@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model
-from support import formats, hub
+from support import export, formats, hub
 from support.files import BadInput
 
 diffusers = pytest.importorskip("diffusers")
@@ -350,22 +350,22 @@ def test_ours_load_in_peft_as_they_are(theirs, unet, base):
 def test_a_saved_folder_is_the_model_again(tmp_path):
     """In the hub's layout, with the base's other parts; and it is never written over."""
     tiny, new = model.load(), tmp_path / "new"
-    formats.save_hub(tiny, new, model.TINY)
+    export.save_hub(tiny, new, model.TINY)
     again = model.load(new)
     for part in ("vae", "text", "unet"):
         for name, tensor in getattr(again, part).state_dict().items():
             want = getattr(tiny, part).state_dict()[name]
             assert torch.equal(tensor, want.half().float() if part == "unet" else want)
     with pytest.raises(BadInput, match="there already"):
-        formats.save_hub(tiny, new, model.TINY)
+        export.save_hub(tiny, new, model.TINY)
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_saved_folder_opens_in_diffusers_and_a_pth_is_read_back(unet, base, tmp_path):
     Theirs(**NARROW).save_config(tmp_path / "base" / "unet")
-    formats.save_hub(SimpleNamespace(unet=unet, text=None), tmp_path / "new", tmp_path / "base")
+    export.save_hub(SimpleNamespace(unet=unet, text=None), tmp_path / "new", tmp_path / "base")
     opened = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "new" / "unet").state_dict()
-    formats.save_pth(unet, tmp_path / "unet.pth")
+    export.save_pth(unet, tmp_path / "unet.pth")
     back = hub.unet_from_pth(torch.load(tmp_path / "unet.pth", weights_only=True), unet)
     for state in (opened, back):
         assert set(state) == set(base)
@@ -374,7 +374,7 @@ def test_a_saved_folder_opens_in_diffusers_and_a_pth_is_read_back(unet, base, tm
 
 def test_a_pth_has_the_names_and_shapes_of_the_released_one(full):
     table = json.loads((ROOT / "tests/reference/unet_modelscope_pth_map.json").read_text())
-    state = formats.as_pth(full.state_dict(), full)
+    state = export.as_pth(full.state_dict(), full)
     assert {n: list(t.shape) for n, t in state.items()} == dict(table.values())
 
 
@@ -382,5 +382,5 @@ def test_what_fp16_cannot_hold_is_not_saved(unet, tmp_path):
     loud = copy.deepcopy(unet)
     loud.conv_in.bias.data[0] = 1e6
     with pytest.raises(BadInput, match="conv_in.bias is too large for fp16"):
-        formats.save_pth(loud, tmp_path / "unet.pth")
+        export.save_pth(loud, tmp_path / "unet.pth")
     assert not list(tmp_path.iterdir())

@@ -50,6 +50,7 @@ UNNAMED = len(MOTIONS)  # the motion's index of a scene that follows its own cou
 UNNAMED_WORDS = ("moving", "moving about", "in motion")
 POINTS = 61  # samples of a course; four between two frames, so that frames fall on samples
 SPEEDS = {"slowly": 0.55, "": 1.0, "quickly": 1.5}
+WORDS = (*COLOURS, *SHAPES, *BACKGROUNDS, *BASE, *SPEEDS, *UNNAMED_WORDS, "a an on thing background")
 UNHURRIED = ("standing still", "growing", "shrinking")  # have one speed only
 
 
