@@ -4,7 +4,7 @@
 
 A set of layers is a pattern over parameter names. A `Part` of a method says which of them learn,
 and how: in full, or by a LoRA (Hu et al. 2021), a pair of thin matrices beside each layer,
-W·x + s·B·A·x; a `Word` is a part too. `learner` makes what learns from it; support/adapter_file.py
+W·x + s·B·A·x; a `Word` is a part too. `learner` makes what learns from it; support/adapters.py
 keeps in a file what it holds in the end.
 """
 import re
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sampler
-from support import fast, formats
+from support import adapters, fast, formats
 from support.files import BadInput
 from support.tokenizer import words_to_ids
 
@@ -105,19 +105,6 @@ def sites(unet, layers):
         raise BadInput(f"layers={layers} has no linear layer or temporal convolution, so no LoRA "
                        "can stand beside it; choose other layers, or rank=0.")
     return found
-
-
-def kinds_of_layer(parameters):
-    """{kind of layer: (tensors, numbers)} of {name: parameter}; a kind: 'temp_attentions attn1'."""
-    count = {}
-    for name, p in parameters.items():
-        owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets)", name)
-        inner = re.search(r"\.(attn[12]|ff)\.", name)
-        parts = [n for n in name.split(".")[:-2] if not n.isdigit()]  # where the names are others
-        kind = " ".join(m.group(1) for m in (owner, inner) if m) or " ".join(parts) or "other"
-        tensors, numbers = count.get(kind, (0, 0))
-        count[kind] = tensors + 1, numbers + p.numel()
-    return count
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,9 +265,7 @@ class Borrowed:
     take the place of the model's own while on."""
 
     def __init__(self, model, path):
-        from support import adapter_file  # here, since it knows the learners
-
-        adapter = adapter_file.read_adapter(path, model, whole=True)
+        adapter = adapters.read_adapter(path, model, whole=True)
         if adapter.words:
             raise BadInput(f"{path} holds words ({', '.join(adapter.words)}), which no caption "
                            "here has; learn the absorber here, or give a LoRA.")
@@ -289,7 +274,7 @@ class Borrowed:
         for site, (A, B) in adapter.pairs.items():
             name = f"{site}.weight"
             W = self.swapped.get(name, self.own[name].data.float())
-            self.swapped[name] = W + product(A, B, W)
+            self.swapped[name] = W + adapters.lora_delta(A, B, W)
 
     @property
     def on(self):
@@ -393,13 +378,3 @@ def switch(learners, learn=(), act=(), clip=0):
             if isinstance(one, Words) and name.startswith("look"):
                 words.append(one.word)
     return words
-
-
-def product(A, B, W):
-    """B·A in the shape of W, also of convolutions."""
-    return (B.flatten(1).float() @ A.flatten(1).float()).view(W.shape).to(W)
-
-
-# {kind: apply(model, tensors, scale)} of learners of your own: their tensors are named "kind.…" in
-# an adapter's file, and come to `apply` without that, when it is put to work.
-KINDS = {}

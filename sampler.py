@@ -10,13 +10,24 @@ Symbols: ᾱ alpha_bar, the share of signal at a timestep; x latents (B, C, F, h
 """
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.files import BadInput, misfits, number, one_of, read_fields, read_json, say
+from support import adapters
+from support.files import (
+    BadInput,
+    misfits,
+    number,
+    one_of,
+    read_fields,
+    read_json,
+    reading,
+    say,
+    show,
+)
 
 # What diffusers' DDIMScheduler takes for a name that a file lacks.
 DIFFUSERS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0,
@@ -299,6 +310,58 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm_solver}
 
 # ------------------------------------------------------------------------------------------------
 # With a whole model: anything that has predict, read, decode, schedule and device (model.Model)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings, which an adapter's metadata keeps. The starting latents are
+    √p·inverted + √(1−p)·noise with p = noise_prior."""
+
+    sampler: str = one_of(*SAMPLERS)
+    sampling_steps: int = number(1, 10**4, 50)
+    guidance: float = number(0, 1000, 9.0)
+    noise_prior: float = number(0, 1, 0.0)
+    inverts: str = one_of("tuned", "base")  # the model that inverts the clip
+    inversion_steps: int = number(0, 10**4, 0)  # 0: as many as sampling steps
+    fps: float = number(0.01, 1000, 8.0)
+
+
+def read_sampling(path, meta):
+    """The Sampling in an adapter's metadata. Raises BadInput."""
+    with reading(path, "train it again"):
+        values = {f.name: f.type(meta[f.name]) for f in fields(Sampling) if f.name in meta}
+        return read_fields(Sampling, values, path)
+
+
+@torch.no_grad()
+def make(model, loaded, scales, jobs, s, shape, clip=None, negative="", batch=1,
+         progress="sampling"):
+    """Merge adapters into a base model and sample. Yields (job, video (3, F, H, W) in [-1, 1] on
+    the CPU) per job, a (prompt, seed), in order.
+
+    loaded, scales: the adapters, each with its scale; s: a Sampling; shape: (C, F, h, w) of the
+    latents; clip: clean latents (1, C, F, h, w), required where s.noise_prior > 0. Raises BadInput.
+    """
+    def inverted_clip():
+        steps = s.inversion_steps or s.sampling_steps
+        return invert(model, clip, steps, progress=progress and "inverting")
+
+    inverted = inverted_clip() if s.noise_prior and s.inverts == "base" else None
+    for path, count, change in adapters.apply_adapters(model, loaded, scales):
+        show(f"{path}: {count} layers change by ‖ΔW‖/‖W‖ = {change:.3g}")
+    model.store_frozen({name for adapter in loaded for name in adapter.tensors})
+    inverted = inverted_clip() if s.noise_prior and inverted is None else inverted
+    total = len(jobs) * s.sampling_steps
+    with tqdm(total=total, desc=progress, delay=2, disable=progress is None) as bar_:
+        for i in range(0, len(jobs), batch):
+            prompts, seeds = zip(*jobs[i : i + batch])
+            start = noise_like_shape(shape, seeds)
+            if inverted is not None:
+                start = blend_noise(inverted, start.to(inverted), s.noise_prior)
+            on_step = lambda t, x, count=len(seeds): bar_.update(count)
+            yield from zip(jobs[i : i + batch], sample(
+                model, prompts, start, seeds, s.sampling_steps, s.guidance, s.sampler, negative,
+                on_step=on_step))
 
 
 @torch.no_grad()

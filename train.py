@@ -27,10 +27,12 @@ import model
 import sampler
 from lora import Part, Word
 from losses import LOSSES, appearance_debiased, mse, unseen_by_cosine
-from support import adapter_file, machine, media, priors, runs
+from support import adapters, machine, media, runs
 from support.files import BadInput, check_weights, own_folder, read_size, say, slug
 from support.flags import Parser, real, some_text, whole
-from support.recipe import METHODS, SETTING, Recipe, method
+from support.recipe import CHOICES, METHODS, Recipe, method, split_settings
+
+CHOICES |= {"loss": LOSSES, "sampler": sampler.SAMPLERS, "augment": data.VIEWS}
 
 EXAMPLES = """A method's own settings are written name=value after the flags; --method NAME --help
 lists them.
@@ -52,10 +54,10 @@ def main(argv=None):
     with machine.first_alone(own_folder, flags.out, flags.default_out, flags.resume) as flags.out:
         run = prepare(flags, recipe, process, processes)
         optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
-        folder = runs.Folder(flags.out, run, optimizer)
         before = preview(run) if flags.preview_every else None
-        end, signal = train(run, folder, optimizer, folder.begin(), before)
-        folder.tell(end, signal)
+        folder = runs.Folder(run, optimizer)  # which restores the state of --resume
+        step, signal = train(run, folder, optimizer, before)
+        folder.finish(step, signal)
     if signal:
         sys.exit(128 + signal)
 
@@ -66,7 +68,7 @@ def main(argv=None):
 
 def parse(argv):
     """The flags, and the recipe with all its settings. Raises BadInput."""
-    settings = [a for a in argv if SETTING.match(a)]
+    argv, settings = split_settings(argv)
     parser = Parser(description=__doc__, epilog=EXAMPLES, add_help=False)
     add = parser.add_argument
     # what to learn
@@ -110,7 +112,7 @@ def parse(argv):
     add("--out", type=Path, help="folder (default: out/<clip>-<method>, numbered where it exists)")
     add("--resume", action="store_true", help="go on from the last saved state in the folder")
     add("-h", "--help", action="store_true", help="this page; with --method, its settings")
-    flags = parser.parse_args([a for a in argv if a not in settings])
+    flags = parser.parse_args(argv)
     if flags.help:
         named = any(a.startswith("--method") for a in argv)
         own = METHODS[flags.method].parser()
@@ -148,7 +150,7 @@ def settle(flags, settings):
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
     if not flags.fps:  # no frame is to be learned twice
         flags.fps = min([recipe.fps, *map(media.frame_rate, clips)]) if flags.weights else 8.0
-    flags.prior = flags.prior or recipe.prior
+    flags.prior = flags.prior or recipe.own.get("prior")
     flags.default_out = Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
     check_use(flags, recipe, clips, kind)
     return recipe
@@ -163,7 +165,7 @@ def check_use(flags, recipe, clips, kind):
     if "subject" in recipe.parts and bool(flags.images) != recipe.learns("subject"):
         raise BadInput("a subject is learned from --images, by subject.layers or "
                        "subject_word.vectors: give both, or neither.")
-    if flags.prior not in (None, "none") and recipe.prior is None:
+    if flags.prior not in (None, "none") and "prior" not in recipe.own:
         raise BadInput(f"--prior: {flags.method} takes no prior clips; newmove, dreambooth and "
                        "custom-diffusion do.")
     if flags.prior not in (None, "none", "folder", "world", "generated"):
@@ -171,7 +173,7 @@ def check_use(flags, recipe, clips, kind):
     if recipe.learns("look", "subject") and recipe.steps <= recipe.keywords.get("first", 0):
         say(f"warning: first={recipe.keywords['first']}, and {recipe.steps} steps: what comes "
             "after the first never learns; give more --steps, or a smaller first=")
-    if recipe.appearance_stop and not (flags.preview_prompt and flags.preview_every):
+    if recipe.own.get("appearance_stop") and not (flags.preview_prompt and flags.preview_every):
         raise BadInput("appearance_stop: the clip's own looks come back as it is learned; give "
                        "--preview-prompt with other ones, and --preview-every.")
 
@@ -193,6 +195,7 @@ class Run:
     sources: list  # where each clip's caption is from
     fingerprint: str  # of the base model
     learners: dict = field(default_factory=dict)  # part -> its learners: one, or one a clip
+    trained: dict = field(default_factory=dict)  # name -> parameter, of all learners
     base: model.Model = None  # the untrained model, where a method asks for it
     inverted: torch.Tensor = None  # the first clip's noise, for samples
     scorer: object = None  # the CLIP of appearance_stop
@@ -220,7 +223,7 @@ def prepare(flags, recipe, process=0, processes=1):
     caption = flags.image_prompt or (flags.prompt[0] if flags.prompt and not clips else None)
     images = data.load_images(flags.images, caption, flags.size, of("subject_word"), learned)
     run = Run(flags, recipe, whole, clips, images, [], sources,
-              adapter_file.fingerprint(whole.unet))
+              adapters.fingerprint(whole.unet))
     run.process, run.processes = process, processes
     run.batch = flags.batch or run.processes
     if run.batch % run.processes:
@@ -233,16 +236,18 @@ def prepare(flags, recipe, process=0, processes=1):
         from scores.clip import load_clip  # needed here alone
 
         run.scorer = load_clip(recipe.own["clip"], recipe.own["clip_weights"], device)
-    run.prior = priors.load(run)
+    flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
+    ends = [p.text for n, p in words.items() if n.startswith("look") and p.vectors]
+    for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
+        data.check_prompt(" ".join([caption, *ends]), learned)
+    runs.claim(run)
+    run.prior = data.load_prior_clips(run)
     for number, clip in enumerate((*clips, *images, *run.prior)):
         # Published codes with a VAE sample its posterior, and do so once.
         g = sampler.generator(flags.seed, number, 0, 7)
         clip.latents = whole.encode(clip.video[None], g)
     run.learners = lora.make_learners(recipe.parts, whole, len(clips or images), flags.seed)
-    flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
-    ends = [p.text for n, p in words.items() if n.startswith("look") and p.vectors]
-    for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
-        data.check_prompt(" ".join([caption, *ends]), learned)
+    run.trained = lora.named(run.learners)
     whole.unet.checkpointing = flags.checkpointing == "on"
     if not process:
         runs.report(run)
@@ -270,11 +275,11 @@ def check_recipe(recipe, schedule, preview_steps):
 # The loop. It knows none of the methods: a method yields losses, and each is one backward pass.
 
 
-def train(run, folder, optimizer, first, before):
-    """Steps until the recipe's last, a signal, or a look that is gone; returns the step at which it
-    ended, and the signal."""
+def train(run, folder, optimizer, before):
+    """Train until the recipe's last step, a signal, or the appearance stop. Returns the last step
+    and the signal."""
     flags, recipe, stop = run.flags, run.recipe, machine.Stop()
-    parameters = list(lora.named(run.learners).values())
+    first, parameters = folder.first, list(run.trained.values())
     every = 100 if sum(p.nbytes for p in parameters) < 2**28 else 1000  # steps between saves
     due = lambda step: step % every == 0 or flags.keep_every and step % flags.keep_every == 0
     with tqdm(initial=first, total=recipe.steps, desc=recipe.name, disable=run.process > 0) as bar:
@@ -283,7 +288,7 @@ def train(run, folder, optimizer, first, before):
             stopped = not end and stop.agree(flags.device)  # what is done can no longer be stopped
             if flags.preview_every and (step % flags.preview_every == 0 or end) and not stopped:
                 now = preview(run) if step else before
-                folder.show(step, before, now)
+                folder.preview(step, before, now)
                 end = end or looks_gone(run, step, now)
             if end or stopped or step > first and due(step):
                 folder.save(step)

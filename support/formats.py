@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from support.files import BadInput, read_json, reading, say
+from support.files import read_json, reading, say
 from support.hub import pth_name
 
 TEXT = r"(lora_te\d?_|text_encoder(_\d)?\.|text_model\.|(transformer\.)?resblocks\.)"
