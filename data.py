@@ -13,13 +13,13 @@ import torch.nn.functional as F
 
 import sampler
 from support import machine
-from support.files import BadInput, check_there, reading, say, write_text
+from support.files import BadInput, check_exists, log, reading, write_text
 from support.media import (
     VIDEOS,
-    find_pictures,
+    find_images,
     fit,
     natural,
-    read_picture,
+    read_image,
     read_video,
     write_video,
 )
@@ -59,7 +59,7 @@ def find_caption(video, prompt=None):
             return check_prompt(text.splitlines()[0], source=path), str(path)
     caption = re.sub(r"[\W_]+", " ", video.stem).strip()
     if not re.search(r"[^\W\d_]{3}", caption):  # no word
-        say(f"warning: the caption of {video} is its name, {caption!r}, which says nothing; give "
+        log(f"warning: the caption of {video} is its name, {caption!r}, which says nothing; give "
             "--prompt, or a text file of the same name beside it")
     return check_prompt(caption or "a video", source=video), "the file's name"
 
@@ -71,14 +71,14 @@ def read_prompts(path):
         return list(filter(None, lines)) or 1 / 0
 
 
-def explain_strange_words(texts, taught=()):
+def note_unknown_words(texts, taught=()):
     """Say in one line which words of texts the tiny model met neither in its world's captions nor
     in the texts `taught`."""
     from tiny import world  # needed here alone
 
     words = lambda several: set(re.findall(r"[^\W_]+", " ".join(several).lower()))
     if strange := words(texts) - words(taught) - words(world.WORDS):
-        say(f"note: the tiny model has never met {', '.join(sorted(strange))}; it knows "
+        log(f"note: the tiny model has never met {', '.join(sorted(strange))}; it knows "
             f"{', '.join(sorted(words(world.WORDS)))} and what it was taught with an adapter")
 
 
@@ -102,7 +102,7 @@ def check_clips(paths, prompts):
     there, and unless there is one caption for all, one a clip, or none."""
     clips = find_clips(paths)
     for clip in clips:
-        check_there(clip, "give a video file or a folder of pictures")
+        check_exists(clip, "give a video file or a folder of pictures")
     if clips and len(prompts or [None]) not in (1, len(clips)):
         raise BadInput(f"--prompt: {len(prompts)} captions for {len(clips)} clips; give one for "
                        "all, or one a clip; one caption is written in quotes: --prompt "
@@ -122,7 +122,7 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, word
     clips, sources, seen = [], [], set()
     for i, path in enumerate(paths):
         if path.resolve() in seen:
-            say(f"warning: {path} is given twice, and counts twice")
+            log(f"warning: {path} is given twice, and counts twice")
         seen.add(path.resolve())
         caption, source = find_caption(path, prompts[i % len(prompts)])
         if word and not has_word(caption, word):
@@ -132,7 +132,7 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, word
         clips.append(Clip(video.flip(1) if reverse else video, caption, path))
         sources.append(source)
     if any(source.endswith("word.text") for source in sources):
-        say(f"note: {word!r} was put at the end of a caption; the papers have it in the motion's "
+        log(f"note: {word!r} was put at the end of a caption; the papers have it in the motion's "
             f"place: --prompt \"a … doing the {word}\"")
     return clips, sources
 
@@ -141,12 +141,12 @@ def load_images(paths, prompt, size, word=None, learned=None):
     """The pictures that the paths name, as clips of one frame; word: put before a caption that
     lacks it. Raises BadInput."""
     images = []
-    for path in find_pictures(paths):
+    for path in find_images(paths):
         caption, _ = find_caption(path, prompt)
         if word and not has_word(caption, word):
             caption = f"{word} {caption}"
         check_prompt(caption, learned, path)
-        images.append(Clip(fit(read_picture(path), size)[:, None], caption, path))
+        images.append(Clip(fit(read_image(path), size)[:, None], caption, path))
     return images
 
 
@@ -177,18 +177,18 @@ def load_prior_clips(run):
     if flags.prior in (None, "none"):
         return []
     if flags.prior == "folder":  # none was named
-        say(f"warning: no prior clips: {run.recipe.name} forgets more without; give --prior FOLDER,"
+        log(f"warning: no prior clips: {run.recipe.name} forgets more without; give --prior FOLDER,"
             " best of real clips of similar scenes, or --prior generated")
         return []
     folder = flags.out / "prior" if flags.prior in made else flags.prior
-    if flags.prior in made and not run.process:
-        for number in range(run.recipe.prior_clips):
+    if flags.prior in made and not run.rank:
+        for number in range(run.recipe.num_prior_clips):
             path = folder / f"{number:03d}.mp4"
             if not path.exists():  # it is written last, and whole
                 video, caption = made[flags.prior](run, number)
                 write_text(path.with_suffix(".txt"), caption + "\n")
                 write_video(path, video, flags.fps)
-    machine.agreed(None)  # the other processes wait for the first
+    machine.broadcast(None)  # the other processes wait for the first
     return load_prior(folder, flags.frames, flags.size, flags.fps)
 
 
@@ -199,7 +199,7 @@ def of_the_world(run, number):
     if run.flags.size != (world.SIZE, world.SIZE):
         raise BadInput(f"--prior world is of {world.SIZE}x{world.SIZE} pixels; leave --size out.")
     g = sampler.generator(run.flags.seed, 1, 1)
-    scene = world.sample_scenes(run.recipe.prior_clips, g)[torch.tensor([number])]
+    scene = world.sample_scenes(run.recipe.num_prior_clips, g)[torch.tensor([number])]
     # As the clip's caption speaks, so does this: or what tells the two apart were its length.
     said = run.clips[0].prompt
     name = lambda table, field: list(table)[getattr(scene, field)[0]]
@@ -212,14 +212,14 @@ def of_the_world(run, number):
 @torch.no_grad()
 def by_the_base(run, number):
     """A clip of the caption without its word, sampled from the untrained model (DreamBooth)."""
-    flags, recipe, model = run.flags, run.recipe, run.model
+    flags, recipe, model = run.flags, run.recipe, run.pipe
     word = recipe.parts["word"].text if "word" in recipe.parts else ""
     caption = " ".join(w for w in run.clips[0].prompt.split() if w != word)
-    prompt = check_prompt(recipe.prior_prompt or caption or "a video")
+    prompt = check_prompt(recipe.class_prompt or caption or "a video")
     factor, channels = model.vae.config.factor, model.unet.config.in_channels
     shape = (channels, run.clips[0].video.shape[1], *(side // factor for side in flags.size))
     source = sampler.generator(flags.seed, number, 4)  # no start that --seed could name
-    start = sampler.noise_like_shape(shape, [source]).to(flags.device)
+    start = sampler.seeded_randn(shape, [source]).to(flags.device)
     return sampler.sample(model, [prompt], start, [number], flags.preview_steps, recipe.guidance,
                           progress=f"prior clip {number}")[0], prompt
 
@@ -235,28 +235,28 @@ def crop(video, g):
     """A random part of one random frame, a third to two thirds as wide and high, enlarged, (3, 1,
     H, W): what things look like, without where they are (Customize-A-Video)."""
     f = int(torch.randint(video.shape[1], (), generator=g))
-    return zoom(video[:, f : f + 1], *PATCH, g)
+    return random_resized_crop(video[:, f : f + 1], *PATCH, g)
 
 
 def augmented(video, g):
     """All frames, all alike a little enlarged, shifted, and changed in brightness, contrast and
     saturation (NewMove's supplement names spatial and colour augmentation, with no figures).
     Never flipped: a flip turns left into right."""
-    return tint(zoom(video, 0.8, 1.0, g), g)
+    return color_jitter(random_resized_crop(video, 0.8, 1.0, g), g)
 
 
-def recoloured(video, g):
+def recolored(video, g):
     """All frames, all alike with red, green and blue shuffled, half of the time as a negative, and
     tinted: another look at each step, and what the looks share is the motion."""
     shuffled = video[torch.randperm(3, generator=g)]
     negative = torch.rand((), generator=g) < 0.5
-    return tint(-shuffled if negative else shuffled, g)
+    return color_jitter(-shuffled if negative else shuffled, g)
 
 
-VIEWS = {"none": None, "augmented": augmented, "recoloured": recoloured}
+AUGMENTATIONS = {"none": None, "augmented": augmented, "recolored": recolored}
 
 
-def tint(video, g):
+def color_jitter(video, g):
     """Brightness, contrast and saturation up to a fifth more or less, the same in all frames."""
     light, contrast, colour = 0.8 + 0.4 * torch.rand(3, generator=g)
     video = ((video + 1) * light - 1 - video.mean()) * contrast + video.mean()
@@ -264,7 +264,7 @@ def tint(video, g):
     return (grey + (video - grey) * colour).clamp(-1, 1)
 
 
-def zoom(video, least, most, g):
+def random_resized_crop(video, least, most, g):
     """A random part of (3, F, H, W), least … most of its sides, at the video's own size."""
     H, W = video.shape[-2:]
     share = least + (most - least) * torch.rand((), generator=g)

@@ -18,8 +18,8 @@ from pathlib import Path
 from scores import figures, page, samples, study
 from scores.folders import read_runs
 from support import machine
-from support.files import BadInput, check_there, own_folder, show, write_json, write_text
-from support.flags import Parser, real, whole
+from support.files import BadInput, check_exists, output_folder, print_line, write_json, write_text
+from support.flags import Parser, float_in, int_in
 
 
 def main(argv=None):
@@ -27,10 +27,10 @@ def main(argv=None):
     args = parse(argv)
     if args.votes:
         return study.count_votes(args.votes, args.key)
-    machine.keep_memory()
+    machine.tune_malloc()
     args.device = machine.find_device(args.device)
     scorers = figures.load_scorers(args)
-    with own_folder(args.out, Path("out/evaluation")) as args.out:
+    with output_folder(args.out, Path("out/evaluation")) as args.out:
         runs = read_runs(args)
         notes = figures.choose_shared(runs)
         if args.world is None:
@@ -63,7 +63,7 @@ def write(runs, table, notes, threshold, args):
         "table": table, "notes": notes, "copy threshold": threshold, "videos": videos,
         "references": references, "settings": {k: str(v) for k, v in vars(args).items() if v}})
     for name in (*files, "metrics.json"):
-        show(f"written: {args.out / name}")
+        print_line(f"written: {args.out / name}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def parse(argv=None):
         "(default: those of the run's adapter)")
     add("--prompts", type=Path, help="for train.py's folders: what to sample, one prompt a line "
         "(default: the run's preview prompt)")
-    add("--seeds", type=whole(1, 10**6), default=1, help="and so many videos of each prompt "
+    add("--seeds", type=int_in(1, 10**6), default=1, help="and so many videos of each prompt "
         "(default: 1)")
     # the scorers
     add("--clip", help="an open_clip model such as ViT-H-14, or ViT-L-14-quickgelu for OpenAI's "
@@ -92,11 +92,11 @@ def parse(argv=None):
     add("--sscd", type=Path, help="sscd_disc_mixup.torchscript.pt of its authors' "
         "facebookresearch/sscd-copy-detection, for the copy score (default: the CLIP's picture "
         "features)")
-    add("--copy-threshold", type=real(-1, 1), help="of the share of copies (default: 0.25 for "
+    add("--copy-threshold", type=float_in(-1, 1), help="of the share of copies (default: 0.25 for "
         "SSCD; else the 99th percentile of the run of the base model, where there is one)")
     add("--classifier", type=Path, help="a video classifier, (1, 3, F, H, W) to logits, for motion "
         "accuracy; made by torch.jit.script(net).save(FILE)")
-    add("--motion-class", type=whole(0), help="the class wanted (default: the references')")
+    add("--motion-class", type=int_in(0), help="the class wanted (default: the references')")
     add("--lpips", type=Path, help="a distance of two batches of pictures, for diversity; made by "
         "import torch, lpips; a = torch.zeros(16, 3, 256, 256); "
         "torch.jit.trace(lpips.LPIPS(), (a, a)).save(FILE)")
@@ -108,12 +108,12 @@ def parse(argv=None):
     add("--world", action=argparse.BooleanOptionalAction, help="read the tiny world's looks and "
         "motions too (default: for the tiny model's videos)")
     # what is measured
-    add("--frames", type=whole(4, 4096), help="frames of each video (default: as generated, else "
+    add("--frames", type=int_in(4, 4096), help="frames of each video (default: as generated, else "
         "16)")
-    add("--keyframes", nargs="+", type=whole(0), help="measure these of them alone, by number from "
+    add("--keyframes", nargs="+", type=int_in(0), help="measure these of them alone, by number from "
         "0")
-    add("--fps", type=real(0.01, 1000), help="frames a second (default: as generated, else 8)")
-    add("--size", type=whole(32, 2048), default=256, help="pixels of the square everything is "
+    add("--fps", type=float_in(0.01, 1000), help="frames a second (default: as generated, else 8)")
+    add("--size", type=int_in(32, 2048), default=256, help="pixels of the square everything is "
         "measured at, cropped at the centre (default: 256)")
     # people
     add("--user-study", action="store_true", help="write study.html too: blind pairs")
@@ -144,7 +144,7 @@ def checked(args):
     if (args.prompts or args.seeds > 1) and not trained:
         raise BadInput("--prompts and --seeds apply to folders that train.py wrote; none is given.")
     if args.prompts:
-        check_there(args.prompts, "give a text file with one prompt per line")
+        check_exists(args.prompts, "give a text file with one prompt per line")
     for path in args.runs:
         if not path.is_dir():
             raise BadInput(f"{path} is not a folder; give a folder that train.py or generate.py "
@@ -176,15 +176,15 @@ def print_table(table, notes):
     metrics = list(dict.fromkeys(metric for rows in table.values() for metric in rows))
     width = max(map(len, metrics)) + 2
     columns = [max(8, min(len(name), 24)) for name in table]
-    show(" ".join([" " * width, *(f"{name[-24:]:>{w}}" for name, w in zip(table, columns))]))
+    print_line(" ".join([" " * width, *(f"{name[-24:]:>{w}}" for name, w in zip(table, columns))]))
     for metric in metrics:
         cells = []
         for rows, w in zip(table.values(), columns):
             value = rows.get(metric)
             cells.append(f"{'–' if value is None else f'{value:.4f}':>{w}}")
-        show(" ".join([f"{f'{metric} {page.better(metric)}':{width}}", *cells]))
+        print_line(" ".join([f"{f'{metric} {page.better(metric)}':{width}}", *cells]))
     for note in notes:
-        show(note)
+        print_line(note)
 
 
 if __name__ == "__main__":

@@ -27,26 +27,26 @@ from sampler import Sampling, read_sampling
 from support import adapters, export, machine, media
 from support.files import (
     BadInput,
-    check_there,
+    check_exists,
     check_weights,
-    own_folder,
+    log,
+    output_folder,
+    print_line,
     read_size,
-    say,
-    show,
     slug,
     write_json,
 )
-from support.flags import Parser, real, some_text, whole
+from support.flags import Parser, float_in, int_in, non_empty
 
 
 def main(argv=None):
     """Prompts to videos, a contact sheet and settings.json, in --out."""
     args = parse(argv)
     prompts = check(args)
-    machine.keep_memory()
+    machine.tune_malloc()
     args.device = machine.find_device(args.device)
     args.precision = args.precision or machine.default_precision(args.device)
-    with own_folder(args.out, Path("out/generated")) as out:
+    with output_folder(args.out, Path("out/generated")) as out:
         model = load(args.weights, args.device, args.precision)
         loaded = [adapters.read_adapter(path, model) for path in args.adapter]
         s, source = resolve(args, model, loaded)
@@ -57,22 +57,22 @@ def main(argv=None):
         names = [f"{i // args.seeds:03d}-{slug(p)}-seed{n}.mp4" for i, (p, n) in enumerate(jobs)]
         settings = vars(args) | asdict(s) | {"videos": [
             (name, *job) for name, job in zip(names, jobs)]}
-        show(f"settings: {json.dumps(settings, ensure_ascii=False, default=str)}")
+        print_line(f"settings: {json.dumps(settings, ensure_ascii=False, default=str)}")
         rows = []
         for name, (job, video) in zip(names, make(args, s, model, loaded, jobs, clip)):
             if second:  # one at a time, since its frames are large
                 video = refine(args, second, video, *job)
             media.write_video(out / name, video, args.fps)
             rows.append(media.every_nth(video))
-            show(f"{out / name}: {job[0]}")
+            print_line(f"{out / name}: {job[0]}")
         if args.save:  # the adapters are merged by now
             save = export.save_pth if args.save.suffix == ".pth" else export.save_hub
             save(model, args.save, args.weights or TINY)
-            show(f"merged model: {args.save}")
+            print_line(f"merged model: {args.save}")
         if rows:
             write_json(out / "settings.json", settings)
             media.contact_sheet(out / "sheet.png", rows)
-            show(f"contact sheet: {out / 'sheet.png'}")
+            print_line(f"contact sheet: {out / 'sheet.png'}")
 
 
 def make(args, s, model, loaded, jobs, clip):
@@ -82,7 +82,7 @@ def make(args, s, model, loaded, jobs, clip):
         return
     factor, (H, W) = model.vae.config.factor, args.size
     shape = model.unet.config.in_channels, args.frames, H // factor, W // factor
-    yield from sampler.make(model, loaded, args.scale, jobs, s, shape, clip, args.negative,
+    yield from sampler.sample_videos(model, loaded, args.scale, jobs, s, shape, clip, args.negative,
                             args.batch)
 
 
@@ -91,42 +91,42 @@ def make(args, s, model, loaded, jobs, clip):
 
 
 def parse(argv=None):
-    """The flags; those not given are None where something else decides."""
+    """The flags; those not given are None where something else fixed_settings."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     # what to make
-    add("--prompt", type=some_text, help="what to show")
+    add("--prompt", type=non_empty, help="what to show")
     add("--prompts", type=Path, help="a text file, one prompt a line, instead of --prompt")
     add("--negative", type=str, help="what not to show (default: nothing; with --dmt its code's "
         "words, but for the tiny model)")
-    add("--seed", type=whole(0, 2**63), default=0, help="first seed (default: 0)")
-    add("--seeds", type=whole(1, 10**6), default=1, help="videos a prompt, from --seed on "
+    add("--seed", type=int_in(0, 2**63), default=0, help="first seed (default: 0)")
+    add("--seeds", type=int_in(1, 10**6), default=1, help="videos a prompt, from --seed on "
         "(default: 1)")
     # the model
     add("--adapter", type=Path, nargs="+", default=[], help="what was learned: files that train.py "
         "wrote, or other programs' LoRAs; of several, the first gives the clip")
-    add("--scale", type=real(-100, 100), nargs="+", default=[1.0], help="strength of each adapter; "
+    add("--scale", type=float_in(-100, 100), nargs="+", default=[1.0], help="strength of each adapter; "
         "0 is the base model (default: 1)")
     add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
     # the shape
-    add("--frames", type=whole(1, 1024), help="frames (default: the clip's, else 16; "
+    add("--frames", type=int_in(1, 1024), help="frames (default: the clip's, else 16; "
         "with --dmt 24)")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "
         "model's; with --dmt 576x320)")
-    add("--fps", type=real(0.01, 1000), help="frames a second (default: the clip's, else 8)")
+    add("--fps", type=float_in(0.01, 1000), help="frames a second (default: the clip's, else 8)")
     # sampling
-    add("--noise-prior", type=real(0, 1), help="p in the start √p·inverted + √(1-p)·noise; 0 is "
+    add("--noise-prior", type=float_in(0, 1), help="p in the start √p·inverted + √(1-p)·noise; 0 is "
         "noise alone (default: the method's: VMC 1, MotionDirector 0.5, NewMove 0)")
     add("--init-video", type=Path, help="invert this clip instead of the adapter's")
-    add("--inversion-steps", type=whole(1, 10**4), help="default: --steps, else the method's; with "
+    add("--inversion-steps", type=int_in(1, 10**4), help="default: --steps, else the method's; with "
         "--dmt one a timestep, and with the tiny model as many as --steps")
     add("--sampler", choices=tuple(sampler.SAMPLERS), help="default: the method's, else ddim")
-    add("--steps", dest="sampling_steps", type=whole(1, 10**4), help="sampling steps (default: the method's, else 50)")
-    add("--guidance", type=real(0, 1000), help="classifier-free guidance (default: the method's, "
+    add("--steps", dest="sampling_steps", type=int_in(1, 10**4), help="sampling steps (default: the method's, else 50)")
+    add("--guidance", type=float_in(0, 1000), help="classifier-free guidance (default: the method's, "
         "else 9, with --dmt 10; tiny model: 4)")
-    add("--batch", type=whole(1), default=1, help="videos at a time on a GPU (default: 1)")
+    add("--batch", type=int_in(1), default=1, help="videos at a time on a GPU (default: 1)")
     # Diffusion Motion Transfer
     add("--dmt", type=Path, help="move as this clip does, by guidance, without training; its "
         "caption is its .txt, else its name")
@@ -135,9 +135,9 @@ def parse(argv=None):
     # a second model over the first one's videos, as ZeroScope XL
     add("--refine", type=Path, help="its hub-layout folder")
     add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: as made)")
-    add("--refine-steps", type=whole(1), default=50, help="its sampling steps (default: 50)")
-    add("--refine-guidance", type=real(0, 1000), help="default: 15; tiny model: 4")
-    add("--strength", type=real(0, 1), default=0.6, help="how much it may change (default: 0.6)")
+    add("--refine-steps", type=int_in(1), default=50, help="its sampling steps (default: 50)")
+    add("--refine-guidance", type=float_in(0, 1000), help="default: 15; tiny model: 4")
+    add("--strength", type=float_in(0, 1), default=0.6, help="how much it may change (default: 0.6)")
     # what is kept
     add("--save", type=Path, help="keep the merged model: a folder in the hub's layout, or a .pth "
         "in ModelScope's")
@@ -160,7 +160,7 @@ def check(args):
     check_weights(args.weights)
     check_weights(args.refine, "--refine")
     for clip in filter(None, (args.dmt, args.init_video)):
-        check_there(clip, "give a video file or a folder of pictures")
+        check_exists(clip, "give a video file or a folder of pictures")
     if args.save and (args.save.exists() or args.save.suffix not in ("", ".pth")):
         raise BadInput(f"--save {args.save}: wanted the name of a new folder, or of a .pth.")
     return data.read_prompts(args.prompts) if args.prompts else [args.prompt] * bool(args.prompt)
@@ -228,9 +228,9 @@ def check_sampling(args, prompts, model, loaded, s):
         data.check_prompt(prompt, learned)
     if is_tiny(args.weights):
         known = [f"{a.meta.get('prompt', '')} {' '.join(a.words)}" for a in loaded]
-        data.explain_strange_words(prompts, known)
+        data.note_unknown_words(prompts, known)
     if loaded and all(a.meta.get("part") == "appearance" for a in loaded):
-        say("note: the adapter holds appearance only; the motion is in another file")
+        log("note: the adapter holds appearance only; the motion is in another file")
     if torch.device(model.device).type == "cpu":  # a batch is no faster there, and its rows would
         args.batch = 1  # depend on each other in their last bits
 
@@ -255,8 +255,8 @@ def starting_clip(args, model, s, source):
 def load_refiner(args, first):
     """The second model, for `refine`. Raises BadInput when its numbers make no sense."""
     model = load(args.refine, args.device, args.precision, keep=())
-    if model.text.config.hidden_size == first.text.config.hidden_size:
-        model.text.learned = first.text.learned
+    if model.text_encoder.config.hidden_size == first.text_encoder.config.hidden_size:
+        model.text_encoder.learned = first.text_encoder.learned
     args.refine_size = args.refine_size or args.size
     args.refine_guidance = args.refine_guidance or (4.0 if is_tiny(args.refine) else 15.0)
     sampler.check_steps(model.schedule, args.refine_steps, "--refine-steps")
@@ -275,7 +275,7 @@ def refine(args, model, video, prompt, seed):
     run = min(int(steps * args.strength), steps)  # of the steps, the last so many
     if run == 0:
         return model.decode(x0)[0]
-    noise = sampler.noise_like_shape(x0.shape[1:], [sampler.generator(seed, 3)]).to(x0)
+    noise = sampler.seeded_randn(x0.shape[1:], [sampler.generator(seed, 3)]).to(x0)
     start = model.schedule.add_noise(x0, noise, model.schedule.timesteps(steps)[-run])
     return sampler.sample(model, [prompt], start, [seed], steps, args.refine_guidance,
                           negative=args.negative, progress="refining", skip=steps - run)[0]
@@ -298,7 +298,7 @@ def dmt_defaults(timesteps, tiny):
     """Its Sampling, and its shape, for a schedule of so many timesteps; inversion takes nearly each.
 
     The tiny model has its own shape, knows none of the negative words, is guided as always, and
-    inverts in as many steps as it samples in (0): all of its 700 would take a CPU half a minute.
+    inversion_model in as many steps as it samples in (0): all of its 700 would take a CPU half a minute.
     """
     if tiny:
         return {"guidance": 4.0}, {}
@@ -309,11 +309,11 @@ def dmt_defaults(timesteps, tiny):
 # Of the second upward block: the second resnet before its skip, the temporal convolution after it,
 # and the upsampling. In a network where that block is the last there is no upsampling.
 LAYERS = r"up_blocks\.1\.(resnets\.1\.conv2|temp_convs\.1|upsamplers\.0)"
-SHARE = 0.4  # of the steps, the first, pull
+SHARE = 0.4  # of the steps, the first, optimize_latents
 PULLS, RATES = 10, (0.007, 0.004)  # Adam's steps in each, and its rates from the first to the last
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """All that a forward pass was wanted for is there."""
 
 
@@ -328,12 +328,12 @@ def frame_features(model, x, t, text):
     def keep(layer, inputs, out):  # out (B·F, C, h, w)
         seen[layer] = out.float().mean((2, 3)).unflatten(0, (len(x), -1))
         if len(seen) == len(layers):
-            raise Enough
+            raise StopForward
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         model.predict(x, t, text)
-    except Enough:
+    except StopForward:
         pass
     finally:
         for hook in hooks:
@@ -369,15 +369,15 @@ def inversion_levels(s, model):
     """The timesteps at which the inverted clip is needed: its last, and nearest to the pulled ones.
     """
     times = model.schedule.timesteps(s.inversion_steps or s.sampling_steps)
-    return {times[0]} | {nearest(times, t) for t in pulled_timesteps(s, model)}
+    return {times[0]} | {nearest(times, t) for t in guided_timesteps(s, model)}
 
 
-def pulled_timesteps(s, model):
+def guided_timesteps(s, model):
     """Those before whose steps the latents are pulled."""
     return model.schedule.timesteps(s.sampling_steps)[: max(1, int(s.sampling_steps * SHARE))]
 
 
-def pull(model, x, t, text, want, rate):
+def optimize_latents(model, x, t, text, want, rate):
     """The latents x after some of Adam's steps towards the features `want`."""
     free = x.detach().clone().requires_grad_()
     adam = torch.optim.Adam([free], lr=rate)
@@ -390,13 +390,13 @@ def pull(model, x, t, text, want, rate):
     return free.detach()
 
 
-def restart(S, predict, x, t, steps, g):
+def step_down_and_up(S, predict, x, t, steps, g):
     """One DDIM step down from t and, with fresh noise of the generator g, up again (Xu et al.
-    2023): what the pull has put out of the network's way comes back to it."""
-    a, b = S.at(t, x), S.before(t - S.num_train_timesteps // steps)
-    x0, eps = S.split(predict(x, t), x, a)
+    2023): what the optimize_latents has put out of the network's way comes back to it."""
+    a, b = S.alpha_bar_at(t, x), S.alpha_bar_prev(t - S.num_train_timesteps // steps)
+    x0, eps = S.to_x0_eps(predict(x, t), x, a)
     below = b**0.5 * x0 + (1 - b) ** 0.5 * eps
-    noise = sampler.noise_like_shape(x.shape[1:], [g]).to(x)
+    noise = sampler.seeded_randn(x.shape[1:], [g]).to(x)
     return (a / b) ** 0.5 * below + (1 - a / b) ** 0.5 * noise
 
 
@@ -417,22 +417,22 @@ def transfer_motion(args, s, model, loaded, jobs, clip):
 def transfer_one(args, s, model, clip, inverted, prompt, seed):
     """A video (3, F, H, W) of the prompt. inverted: {timestep: latents of the inverted clip}."""
     S, times = model.schedule, model.schedule.timesteps(s.sampling_steps)
-    pulled = pulled_timesteps(s, model)
+    pulled = guided_timesteps(s, model)
     rates = torch.linspace(*RATES, len(pulled)).tolist()
-    text, source, empty = (model.read([p]) for p in (prompt, args.caption, args.negative))
-    predict = sampler.guide(model.predict, text, empty, s.guidance)
+    text, source, empty = (model.encode_text([p]) for p in (prompt, args.caption, args.negative))
+    predict = sampler.classifier_free_guidance(model.predict, text, empty, s.guidance)
     g = sampler.generator(seed, 4)
 
     def edit(x, t):
         if t in pulled:
             level = nearest(inverted, t)
             want = frame_features(model, inverted[level], level, source)
-            x = pull(model, x, t, text, want, rates[pulled.index(t)])
-        return x if t == times[-1] else restart(S, predict, x, t, s.sampling_steps, g)
+            x = optimize_latents(model, x, t, text, want, rates[pulled.index(t)])
+        return x if t == times[-1] else step_down_and_up(S, predict, x, t, s.sampling_steps, g)
 
     # The noise found by the inversion, at the level of the first step, with new fine detail.
-    top, noise = max(inverted), sampler.noise_like_shape(clip.shape[1:], [seed]).to(clip)
-    found = (inverted[top] - S.at(top, clip) ** 0.5 * clip) / (1 - S.at(top, clip)) ** 0.5
+    top, noise = max(inverted), sampler.seeded_randn(clip.shape[1:], [seed]).to(clip)
+    found = (inverted[top] - S.alpha_bar_at(top, clip) ** 0.5 * clip) / (1 - S.alpha_bar_at(top, clip)) ** 0.5
     start = noise + low_frequencies(S.add_noise(clip, found, times[0])) - low_frequencies(noise)
     return sampler.sample(model, [prompt], start, [seed], s.sampling_steps, s.guidance,
                           negative=args.negative, progress="transferring the motion", edit=edit)[0]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 import data
 from scores import samples
 from support import media
-from support.files import BadInput, number, read_fields, read_json, reading, say, slug
+from support.files import BadInput, log, number, read_fields, read_json, reading, slug
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Run:
     path: Path
     samples: list
     references: list
-    made: object  # a Made, or None
-    trained: object  # a Trained, or None
+    made: object  # a GeneratedInfo, or None
+    trained: object  # a TrainingInfo, or None
     compared: list = field(default_factory=list)
 
 
@@ -48,7 +48,7 @@ class Run:
 
 
 @dataclass
-class Trained:
+class TrainingInfo:
     """Of a run.json, what a run learned from, as its flags say it; and its folder and method."""
 
     folder: str
@@ -64,7 +64,7 @@ class Trained:
 
 
 @dataclass
-class Made:
+class GeneratedInfo:
     """A settings.json: how generate.py made the videos beside it; all may be missing."""
 
     videos: list[list] = field(default_factory=list)  # [file, prompt, seed] each
@@ -82,18 +82,18 @@ def read_trained(folder):
     path = folder / "run.json"
     with reading(path, "train again"):
         run = read_json(path)
-        return read_fields(Trained, run["flags"] | {"folder": str(folder), "method": slug(
+        return read_fields(TrainingInfo, run["flags"] | {"folder": str(folder), "method": slug(
             run["method"])}, path)
 
 
-def read_made(folder):
+def read_generated(folder):
     """What generate.py wrote beside its videos; None where nothing is. Raises BadInput, above all
     for a file that is not in the folder: what is read here ends up in a page."""
     path = folder / "settings.json"
     if not path.is_file():
         return None
     with reading(path, "make the folder again"):
-        made = read_fields(Made, read_json(path), path)
+        made = read_fields(GeneratedInfo, read_json(path), path)
         made.videos = [(str(file), str(prompt), int(seed)) for file, prompt, seed in made.videos]
         for file, _, _ in made.videos:
             video = folder / file  # its content ends up in a page
@@ -132,9 +132,9 @@ def read_runs(args):
 def read_run(name, folder, args):
     """A folder of videos. What generate.py wrote names its prompts, and through its adapter the
     clips that were learned from, unless --reference gives them. Raises BadInput."""
-    made = read_made(folder)
-    shape = args.frames or (made or Made()).frames, args.fps or (made or Made()).fps
-    files = [(folder / file, prompt, seed) for file, prompt, seed in (made or Made()).videos]
+    made = read_generated(folder)
+    shape = args.frames or (made or GeneratedInfo()).frames, args.fps or (made or GeneratedInfo()).fps
+    files = [(folder / file, prompt, seed) for file, prompt, seed in (made or GeneratedInfo()).videos]
     for file in [] if files else list_clips(folder):
         files.append((file, data.find_caption(file)[0], len(files)))  # a caption may come twice
     videos = []
@@ -151,7 +151,7 @@ def read_run(name, folder, args):
 def list_clips(folder):
     """The videos of a folder, and the folders in it of numbered pictures; or itself, where it is
     one. Raises BadInput."""
-    pictures = lambda p: any(f.suffix.lower() in media.PICTURES for f in p.iterdir())
+    pictures = lambda p: any(f.suffix.lower() in media.IMAGES for f in p.iterdir())
     found = []
     for path in sorted(folder.iterdir(), key=media.natural):
         if path.suffix.lower() in media.VIDEOS or path.is_dir() and pictures(path):
@@ -177,7 +177,7 @@ def learned_from(name, t, frames, args):
     found = []
     for clip in map(Path, t.video):
         if not clip.exists():
-            say(f"{name}: its clip {clip} is not here; give --reference")
+            log(f"{name}: its clip {clip} is not here; give --reference")
             continue
         for path in data.find_clips([clip]):
             video = read(path, args, frames, t.fps, t.start, *t.size)

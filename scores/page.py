@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from support import media
-from support.files import finite
+from support.files import nan_to_none
 
 TEMPLATES = Path(__file__).resolve().parent
 LOWER = ("copy score", "share of copies")  # metrics of which less is better, by their beginning
@@ -26,7 +26,7 @@ def better(metric):
 
 def fill(template, content):
     """A template from this folder, filled with JSON in which prompts cannot end the script."""
-    text = json.dumps(finite(content), ensure_ascii=True, default=str).replace("<", "\\u003c")
+    text = json.dumps(nan_to_none(content), ensure_ascii=True, default=str).replace("<", "\\u003c")
     return (TEMPLATES / template).read_text(encoding="utf-8").replace("__CONTENT__", text)
 
 

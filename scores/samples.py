@@ -51,7 +51,7 @@ def make_samples(folder, path, scale, s, name, jobs, trained, args):
     frames = trained.frames if latents is None else latents.shape[2]
     H, W = (side // base.vae.config.factor for side in trained.size)
     shape = base.unet.config.in_channels, frames, H, W
-    made = sampler.make(base, [adapter], [scale], jobs, s, shape, latents,
+    made = sampler.sample_videos(base, [adapter], [scale], jobs, s, shape, latents,
                         progress=f"sampling {name}")
     videos = []
     for i, ((prompt, seed), video) in enumerate(made):

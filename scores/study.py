@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 from scores.page import embed, fill
-from support.files import BadInput, read_json, reading, say, show
+from support.files import BadInput, log, print_line, read_json, reading
 
 RATES = range(1, 6)
 
@@ -59,7 +59,7 @@ def count_votes(paths, key=None):
         with reading(path, "save the votes again from the study's page, and give its --key"):
             file = read_json(path)
             if file.get("session") and file["session"] in sessions:
-                say(f"{path} is the same visit as another file, and not counted twice")
+                log(f"{path} is the same visit as another file, and not counted twice")
                 continue
             sessions.add(file.get("session"))
             for vote in file["votes"]:
@@ -74,10 +74,10 @@ def count_votes(paths, key=None):
         raise BadInput(f"no votes in {', '.join(map(str, paths))}.")
     for (a, b), votes in choices.items():
         wins, n = votes.count(a), len(votes)
-        show(f"{a} {100 * wins / n:.1f} %, {b} {100 - 100 * wins / n:.1f} % of {n} votes, "
+        print_line(f"{a} {100 * wins / n:.1f} %, {b} {100 - 100 * wins / n:.1f} % of {n} votes, "
               f"p = {binomial_p(wins, n):.3g}")
     for (run, kind), values in sorted(ratings.items()):
-        show(f"{run}: {kind} {1 + sum(values) / len(values):.2f} of 5 ({len(values)} ratings)")
+        print_line(f"{run}: {kind} {1 + sum(values) / len(values):.2f} of 5 ({len(values)} ratings)")
 
 
 def binomial_p(wins, n):

@@ -20,7 +20,7 @@ CLIP = "clip_latents"  # the tensor that holds the first clip, for methods that 
 
 # {kind: apply(model, tensors, scale)} for trainables added by users. Their tensors are named
 # "kind.…" in an adapter file; `apply` gets them without that prefix when the adapter is merged.
-LOADERS = {}
+ADAPTER_LOADERS = {}
 
 
 def fingerprint(unet):
@@ -38,7 +38,7 @@ def fingerprint(unet):
 class Adapter:
     """Trained weights: full tensors by parameter name, and LoRA pairs (A, B) by module name with the
     scale multiplied into B; vectors (n, D) of learned tokens; `more`, {kind: {name: tensor}}, for
-    LOADERS; the first clip's latents (C, F, h, w) or None; and meta, the file's metadata (str to
+    ADAPTER_LOADERS; the first clip's latents (C, F, h, w) or None; and meta, the file's metadata (str to
     str): format, method, base, prompt, step, sampling settings."""
 
     tensors: dict
@@ -73,7 +73,7 @@ def read_adapter(path, model, whole=False):
                        f"are {fingerprint(model.unet)}; give --weights the base it was trained on.")
     with reading(path, "it belongs to another model"):
         if own := meta.get("format") == FORMAT:
-            width, channels = model.text.config.hidden_size, model.unet.config.in_channels
+            width, channels = model.text_encoder.config.hidden_size, model.unet.config.in_channels
             latents = state.pop(CLIP, None)
             if latents is not None:
                 latents = formats.fit(latents, (channels, *latents.shape[1:]), CLIP)
@@ -82,7 +82,7 @@ def read_adapter(path, model, whole=False):
                 if kind == "word":
                     vectors = state.pop(name)
                     words[rest] = formats.fit(vectors, (len(vectors), width), name)
-                elif kind in LOADERS:
+                elif kind in ADAPTER_LOADERS:
                     more.setdefault(kind, {})[rest] = state.pop(name)
         tensors, pairs = {}, {}
         if state or not own:
@@ -113,8 +113,8 @@ def apply_adapters(model, adapters, scales=None):
             mine.append((delta.norm(), W.data.norm()))
             W.data = W.data + delta
         for kind, tensors in adapter.more.items():
-            LOADERS[kind](model, {n: t.to(device) for n, t in tensors.items()}, scale)
-        model.text.learned |= {w: t.to(device) for w, t in adapter.words.items()}
+            ADAPTER_LOADERS[kind](model, {n: t.to(device) for n, t in tensors.items()}, scale)
+        model.text_encoder.learned |= {w: t.to(device) for w, t in adapter.words.items()}
     return [(a.path, len(mine), relative_change(mine)) for a, mine in zip(adapters, norms)]
 
 

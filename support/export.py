@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from support.files import BadInput, publish, say
+from support.files import BadInput, atomic_write, log
 from support.hub import pth_name
 
 
@@ -23,7 +23,7 @@ def save_hub(model, folder, base_folder):
         part = Path(place) / folder.name
         shutil.copytree(base, part, copy_function=link, ignore=lambda path, names: [
             n for n in names if Path(path, n).parent == base / "unet" and n != "config.json"])
-        with publish(part / "unet" / "diffusion_pytorch_model.safetensors") as file:
+        with atomic_write(part / "unet" / "diffusion_pytorch_model.safetensors") as file:
             save_file(state, file, {"format": "pt"})
         os.replace(part, folder)
     warn_of_tokens(model, folder)
@@ -33,15 +33,15 @@ def save_pth(model, path, base_folder=None):
     """Write the UNet as ModelScope's .pth in fp16, for ComfyUI's and the web UI's nodes. Raises
     BadInput where the file exists."""
     state = as_pth(halved(model.unet, path), model.unet)
-    with publish(path) as part:
+    with atomic_write(path) as part:
         torch.save(state, part)
     warn_of_tokens(model, path)
 
 
 def warn_of_tokens(model, path):
     """A warning where the model has learned tokens, which these layouts cannot hold."""
-    if words := getattr(model.text, "learned", None):
-        say(f"warning: {path} does not hold the learned tokens {', '.join(words)}; their adapter "
+    if words := getattr(model.text_encoder, "learned", None):
+        log(f"warning: {path} does not hold the learned tokens {', '.join(words)}; their adapter "
             "does")
 
 

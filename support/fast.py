@@ -111,7 +111,7 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p, self.training)
 
 
-class TimeConv(nn.Conv3d):
+class TemporalConv1d(nn.Conv3d):
     """nn.Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0)), on (B, C, F, h·w) in the 2-D kernel, which is
     several times faster: same numbers."""
 

@@ -28,12 +28,12 @@ class BadInput(argparse.ArgumentTypeError, ValueError):
     argparse prints it next to the flag."""
 
 
-def show(text):
+def print_line(text):
     """Print a line of results to stdout. Control characters are escaped."""
     print(escaped(text), flush=True)
 
 
-def say(text):
+def log(text):
     """Print a line for the user to stderr. Control characters are escaped."""
     print(escaped(text), file=sys.stderr, flush=True)
 
@@ -88,7 +88,7 @@ def read_fields(cls, values, source):
     outside the field's range (`number`, `one_of`).
     """
     chosen = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-    wrong = misfits(cls, values)
+    wrong = field_errors(cls, values)
     for f in fields(cls):
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             wrong.append(f"{f.name} is missing")
@@ -100,16 +100,16 @@ def read_fields(cls, values, source):
         raise BadInput(f"{source}: {error}. Take the file beside the weights.") from None
 
 
-def misfits(cls, values):
+def field_errors(cls, values):
     """One text per wrong value among a dataclass's fields in `values`."""
     wrong = []
     for f in fields(cls):
-        if f.name in values and (expected := unlike(f, values[f.name])):
+        if f.name in values and (expected := expected_values(f, values[f.name])):
             wrong.append(f"{f.name} is {repr(values[f.name])[:60]}, expected {expected}")
     return wrong
 
 
-def unlike(f, value):
+def expected_values(f, value):
     """The values that a field accepts, as text, if `value` is not one of them; else None."""
     known, low, high = (f.metadata.get(name) for name in ("known", "low", "high"))
     if known:
@@ -122,6 +122,8 @@ def unlike(f, value):
         low, high = 1, 2**16
     if low is not None and not all(v is None or low <= v <= high for v in several):
         return f"{low:g} to {high:g}"
+    if f.default_factory is not MISSING:  # a list of any length
+        return None
     return None if 0 < len(several) <= 64 else "1 to 64 of them"
 
 
@@ -210,7 +212,7 @@ def save_tensors(path, tensors, meta):
     """Write a .safetensors file with a checksum. Equal tensors and metadata give equal files."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     meta = meta | {"digest": digest(tensors), "tensors": str(len(tensors))}
-    with publish(path) as part:
+    with atomic_write(path) as part:
         save_file(tensors, part, meta)
         with open(part, "rb+") as file:  # safetensors writes the metadata in random order
             size = int.from_bytes(file.read(8), "little")
@@ -241,7 +243,7 @@ def check_weights(path, flag="--weights"):
                    "cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w).")
 
 
-def check_there(path, instead):
+def check_exists(path, instead):
     """Raises BadInput where a path does not exist; instead: the advice, as text."""
     if not Path(path).exists():
         raise BadInput(f"{path} does not exist; {instead}.")
@@ -266,7 +268,7 @@ _private = None  # its path, while a command holds an output folder
 
 
 @contextlib.contextmanager
-def publish(path):
+def atomic_write(path):
     """A temporary path. When the block ends without error, its file is flushed to disk and renamed
     to `path`. Readers see the old file or the new one, never half a file."""
     path = Path(path)
@@ -297,28 +299,28 @@ def append_line(path, text):
         file.write("\n" + text)
 
 
-def finite(value):
+def nan_to_none(value):
     """The value with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        return {k: nan_to_none(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
+        return [nan_to_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path, content):
     """Write a JSON file atomically. Paths become text."""
-    write_text(path, json.dumps(finite(content), indent=1, ensure_ascii=False, default=str) + "\n")
+    write_text(path, json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def write_text(path, text):
     """Write a text file atomically, in UTF-8."""
-    with publish(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def own_folder(out, default, resume=False):
+def output_folder(out, default, resume=False):
     """An output folder, locked while the block runs. It is new or empty; with `resume`, it belongs
     to a run. Without --out, `default` is numbered: default-2, default-3, … Raises BadInput."""
     global _private

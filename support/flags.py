@@ -34,12 +34,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.removeprefix('argument ').split())}\n")
 
 
-def whole(low, high=2**31):
+def int_in(low, high=2**31):
     """A whole number within low … high, for `type=`."""
     return functools.partial(_number, int, "a whole number", low, high)
 
 
-def real(low, high=1e18):
+def float_in(low, high=1e18):
     """A number within low … high, and finite, for `type=`."""
     return functools.partial(_number, float, "a number", low, high)
 
@@ -54,7 +54,7 @@ def _number(kind, what, low, high, text):
     return value
 
 
-def one(*known):
+def choice(*known):
     """One of some words, for `type=`."""
     def read(text):
         if text not in known:
@@ -64,7 +64,7 @@ def one(*known):
     return read
 
 
-def some_text(value):
+def non_empty(value):
     """A text that is not empty, for `type=`."""
     if not value.strip():
         raise BadInput("is empty; write what to show in it.")

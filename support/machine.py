@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 
-from support.files import BadInput, say
+from support.files import BadInput, log
 
 # ------------------------------------------------------------------------------------------------
 # Device and precision
@@ -45,7 +45,7 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def keep_memory():
+def tune_malloc():
     """Make glibc keep freed memory instead of returning it to the system.
 
     Otherwise a training step on a Linux CPU maps and unmaps all its activations, which can cost
@@ -58,7 +58,7 @@ def keep_memory():
             libc.mallopt(option, size)
 
 
-def send(tensor, device):
+def to_device(tensor, device):
     """Copy a tensor to the device without a synchronization: a GPU reads from pinned memory."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -74,7 +74,7 @@ def distributed():
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def place(device):
+def init_distributed(device):
     """This process's rank and the world size; torchrun's processes connect here."""
     if not distributed():
         return 0, 1
@@ -88,7 +88,7 @@ def place(device):
     return rank, count
 
 
-def agreed(value):
+def broadcast(value):
     """Broadcast the value of rank 0 to all processes."""
     values = [value]
     if torch.distributed.is_initialized():
@@ -97,15 +97,15 @@ def agreed(value):
 
 
 @contextlib.contextmanager
-def first_alone(context, *args):
+def on_rank_zero(context, *args):
     """Enter a context in rank 0 only, and give its value to all processes."""
     first = not distributed() or os.environ["RANK"] == "0"
     with context(*args) if first else contextlib.nullcontext() as value:
-        yield agreed(value)
+        yield broadcast(value)
 
 
 @torch.no_grad()
-def add_gradients(parameters):
+def all_reduce_gradients(parameters):
     """All-reduce gradients by their sum. A parameter without a gradient in some processes counts as
     0 there; one without a gradient in all of them keeps None, so that the optimizer skips it."""
     if not torch.distributed.is_initialized():
@@ -128,7 +128,7 @@ class Stop:
     stops at once."""
 
     def __init__(self):
-        self.signal = self.caught = None  # agreed by all processes, and received by this one
+        self.signal = self.caught = None  # broadcast by all processes, and received by this one
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.catch)
 
@@ -148,7 +148,7 @@ class Stop:
         return self.signal
 
 
-def leave(number, frame):
+def exit_on_signal(number, frame):
     """The signal handler outside of training: one line, and exit."""
     os.write(2, b"stopped\n")
     raise SystemExit(128 + number)
@@ -161,7 +161,7 @@ def run(command):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, leave)
+        signal.signal(s, exit_on_signal)
     try:
         " ".join(sys.argv).encode()  # raises for arguments that are not UTF-8
         return command()
@@ -172,7 +172,7 @@ def run(command):
         line = user_error(error)
         if line is None:
             raise
-        say(f"error: {' '.join(line.split())}")
+        log(f"error: {' '.join(line.split())}")
         sys.exit(2)
 
 

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from support.files import BadInput, check_there, publish, reading, say
+from support.files import BadInput, atomic_write, check_exists, log, reading
 
 VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FEWEST_FRAMES = 4  # residuals and directions mean nothing below that
 MOST_PIXELS = 2**26  # of a picture, twice 8K's: a file may claim any size, and is asked before
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow raises at twice as many
@@ -58,16 +58,16 @@ def read_video(path, frames, size, fps, start=0.0, learn=True):
                        "--fps.")
     video, shape = torch.stack(chosen, dim=1), w / h * size[0] / size[1]
     if learn and len(chosen) < frames:
-        say(f"{path} has {len(chosen)} frames at {fps:g} fps, wanted {frames}: "
+        log(f"{path} has {len(chosen)} frames at {fps:g} fps, wanted {frames}: "
             "going on with its own length")
     if learn and len(set(times)) < len(times):
-        say(f"warning: {path} has fewer than {fps:g} frames a second, so frames repeat; "
+        log(f"warning: {path} has fewer than {fps:g} frames a second, so frames repeat; "
             "a lower --fps avoids that")
     if learn and (cut := 1 - min(shape, 1 / shape)) > 0.2:
-        say(f"warning: {cut:.0%} of the {'width' if shape > 1 else 'height'} of {path} is cut off; "
+        log(f"warning: {cut:.0%} of the {'width' if shape > 1 else 'height'} of {path} is cut off; "
             "a --size of its shape keeps it")
     if learn and (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
-        say(f"warning: {path} hardly moves; there is little motion to learn from it")
+        log(f"warning: {path} hardly moves; there is little motion to learn from it")
     return video
 
 
@@ -144,15 +144,15 @@ def upright(frame, aspect):
     return np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90))
 
 
-def find_pictures(paths):
+def find_images(paths):
     """The picture files that the paths name: files, or folders of them. Raises BadInput."""
     found = []
     for path in map(Path, paths):
-        check_there(path, "give a picture, or a folder of pictures")
+        check_exists(path, "give a picture, or a folder of pictures")
         inside = sorted(path.iterdir(), key=natural) if path.is_dir() else [path]
-        pictures = [p for p in inside if p.suffix.lower() in PICTURES]
+        pictures = [p for p in inside if p.suffix.lower() in IMAGES]
         if not pictures:
-            raise BadInput(f"{path} holds no pictures ({', '.join(PICTURES)}).")
+            raise BadInput(f"{path} holds no pictures ({', '.join(IMAGES)}).")
         found += pictures
     return found
 
@@ -160,11 +160,11 @@ def find_pictures(paths):
 def read_folder(path, fps):
     """Yields (seconds, function that makes the picture) of a folder of pictures, one each 1/fps, in
     natural order. Raises BadInput."""
-    for i, file in enumerate(find_pictures([path])):
-        yield i / fps, partial(read_picture, file)
+    for i, file in enumerate(find_images([path])):
+        yield i / fps, partial(read_image, file)
 
 
-def read_picture(path):
+def read_image(path):
     """(H, W, 3) uint8, turned as its EXIF says. Raises BadInput."""
     with reading(path, "save it again"), Image.open(path) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -205,7 +205,7 @@ def write_video(path, video, fps):
     pixels = enlarged(to_pixels(video), 256)
     odd = pixels.shape[1] % 2, pixels.shape[2] % 2
     pixels = np.pad(pixels, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), "edge")
-    with publish(path) as part, av.open(str(part), "w") as container:
+    with atomic_write(path) as part, av.open(str(part), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}
@@ -225,5 +225,5 @@ def contact_sheet(path, videos):
     rows = [np.concatenate(list(enlarged(to_pixels(every_nth(v)), 96)), axis=1) for v in videos]
     width = max(r.shape[1] for r in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
-    with publish(path) as part:
+    with atomic_write(path) as part:
         Image.fromarray(np.concatenate(rows)).save(part)

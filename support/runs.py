@@ -2,7 +2,7 @@
 not at all, and nothing is ever deleted.
 
     out/<clip>-<method>/run.json            method, settings, flags
-                        log.jsonl           one line per step; if a step repeats, its last line counts
+                        log.jsonl           one line per step; of repeated steps the last counts
                         state.safetensors   trainable parameters and AdamW's moments, for --resume
                         <method>.safetensors, samples/, steps/
 """
@@ -22,12 +22,12 @@ from support.files import (
     BadInput,
     append_line,
     check_digest,
+    log,
+    print_line,
     read_json,
     read_meta,
     reading,
     save_tensors,
-    say,
-    show,
     write_json,
 )
 from support.recipe import write_value
@@ -36,7 +36,7 @@ from support.recipe import write_value
 # Which run it is
 
 
-def decides(run):
+def fixed_settings(run):
     """Everything that determines the numbers of a step, and so must not change on --resume."""
     flags, digest = run.flags, hashlib.sha256()
     for clip in (*run.clips, *run.images):
@@ -53,7 +53,7 @@ def decides(run):
 
 def check_same(run, was):
     """Raises BadInput where a run would continue with other settings than it began with."""
-    now = decides(run)
+    now = fixed_settings(run)
     changed = [f"{k} was {str(was.get(k))[:60]}, is {str(now.get(k))[:60]}"
                for k in was | now if was.get(k) != now.get(k)]
     if changed:
@@ -67,8 +67,8 @@ def claim(run):
     path = run.flags.out / "run.json"
     if os.path.lexists(path):
         with reading(path, "start again in a new --out"):
-            check_same(run, read_json(path)["decides"])
-    elif run.process == 0:
+            check_same(run, read_json(path)["fixed_settings"])
+    elif run.rank == 0:
         write_settings(run)
 
 
@@ -76,7 +76,7 @@ def write_settings(run):
     """run.json, from which the run can be repeated."""
     write_json(run.flags.out / "run.json", {
         "method": run.recipe.name, "settings": run.recipe.settings(), "flags": vars(run.flags),
-        "clips": [c.path for c in run.clips], "decides": decides(run)})
+        "clips": [c.path for c in run.clips], "fixed_settings": fixed_settings(run)})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,7 +134,8 @@ class Folder:
 
     def __init__(self, run, optimizer):
         self.path, self.run, self.optimizer = run.flags.out, run, optimizer
-        self.writes, self.adapters = run.process == 0, []
+        self.writes, self.adapters = run.rank == 0, []
+        adapter_groups(run.trainables)
         self.first = load_state(self.path / "state.safetensors", run, optimizer)
         self.saved = self.first or None
         if self.writes:
@@ -159,27 +160,23 @@ class Folder:
                 raise BadInput(f"{name} is not finite at step {step}; {self.kept()}. Lower the "
                                "learning rate (motion.lr=…).")
         self.adapters = self.save_adapters(self.path, step)
-        keep = self.run.flags.keep_every
+        keep = self.run.flags.save_every
         if keep and step % keep == 0:
             self.save_adapters(self.path / "steps" / f"{step:06d}", step)
         save_state(self.path / "state.safetensors", step, self.run, self.optimizer)
         self.saved = step
 
     def save_adapters(self, folder, step):
-        """The motion in <method>.safetensors, and appearance, which is not part of it, in
-        <method>-look.safetensors (-look-2 … for further clips)."""
-        run, groups = self.run, {"": []}
-        for part, several in run.learners.items():
-            for i, one in enumerate(several):
-                suffix = "" if not part.startswith("look") else f"-look-{i + 1}" if i else "-look"
-                groups.setdefault(suffix, []).append(one)
-        written = []
-        for suffix, trainables in groups.items():
-            if any(one.tensors() for one in trainables):
-                meta = metadata(run) | {"step": step} | ({"noise_prior": 0.0} if suffix else {})
-                clip = run.clips[0].latents[0] if run.clips and not suffix else None
-                written.append(folder / f"{run.recipe.name}{suffix}.safetensors")
-                adapters.save_adapter(written[-1], trainables, clip, **meta)
+        """The motion in <method>.safetensors; appearance, which sampling leaves out, in
+        <method>-appearance.safetensors (-appearance-2 … for further clips)."""
+        run, written = self.run, []
+        for suffix, trainables in adapter_groups(run.trainables).items():
+            meta = metadata(run) | {"step": step}
+            if suffix:
+                meta |= {"noise_prior": 0.0, "part": "appearance"}
+            clip = run.clips[0].latents[0] if run.clips and not suffix else None
+            written.append(folder / f"{run.recipe.name}{suffix}.safetensors")
+            adapters.save_adapter(written[-1], trainables, clip, **meta)
         return written
 
     def preview(self, step, before, now):
@@ -193,14 +190,36 @@ class Folder:
     def finish(self, step, signal):
         """Print the results and the next command."""
         if signal and step < self.run.recipe.steps:
-            say(f"stopped and saved at step {step}; to continue, add --resume --out "
+            log(f"stopped and saved at step {step}; to continue, add --resume --out "
                 f"{quoted(self.path)} to the same command")
         elif self.writes:
             for path in self.adapters:
-                show(f"adapter: {path}")
+                print_line(f"adapter: {path}")
             weights, first = self.run.flags.weights, quoted(self.adapters[0])
             base = f" --weights {quoted(weights)}" if weights else ""
-            show(f"next: python generate.py --adapter {first}{base} --prompt \"…\"")
+            print_line(f"next: python generate.py --adapter {first}{base} --prompt \"…\"")
+
+
+def adapter_groups(trainables):
+    """{suffix of an adapter's name: trainables}. Raises BadInput for what a file cannot hold."""
+    groups = {}
+    for part, built in trainables.items():
+        for i, one in enumerate(built):
+            suffix = ""
+            if part.startswith("appearance"):
+                suffix = f"-appearance-{i + 1}" if i else "-appearance"
+            if one.tensors():
+                groups.setdefault(suffix, []).append(one)
+    for built in groups.values():
+        names = [name for one in built for name in one.tensors()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise BadInput(f"two parts train {sorted(twice)[0]}, and an adapter holds one; choose "
+                           "other layers, or per_video=off.")
+        for kind in {name.partition(".")[0] for name in names} - {"unet", "word"}:
+            if kind not in adapters.ADAPTER_LOADERS:
+                raise BadInput(f"no loader for {kind!r} in adapters.ADAPTER_LOADERS, so the "
+                               "adapter could not be used.")
+    return dict(sorted(groups.items()))
 
 
 def quoted(path):
@@ -216,21 +235,21 @@ def metadata(run):
             "prompt": (run.clips or run.images)[0].prompt, "fps": flags.fps,
             "sampler": recipe.sampler, "sampling_steps": recipe.sampling_steps,
             "inversion_steps": recipe.inversion_steps,
-            "noise_prior": recipe.noise_prior if run.clips else 0.0, "inverts": recipe.inverts,
-            "guidance": recipe.guidance}
+            "noise_prior": recipe.noise_prior if run.clips else 0.0,
+            "inversion_model": recipe.inversion_model, "guidance": recipe.guidance}
 
 
 # ------------------------------------------------------------------------------------------------
 # Output to the terminal and the log
 
 
-def log_line(step, losses, norm, seen, run, started):
+def step_record(step, losses, norm, seen, run, started):
     """One step's line of the log. All values reach the CPU in one GPU synchronization."""
     values = [norm, *losses, *(v for row in seen for v in row.values() if torch.is_tensor(v))]
     values = iter(torch.stack([v.detach().float() for v in values]).tolist())
     norm, losses = next(values), [next(values) for _ in losses]
     seen = [{k: next(values) if torch.is_tensor(v) else v for k, v in row.items()} for row in seen]
-    mine = len(range(run.process, run.batch, run.processes))
+    mine = len(range(run.rank, run.batch, run.world_size))
     return {"step": step, "loss": sum(losses) / mine, "grad": norm, "losses": losses,
             "seen": seen, "seconds": round(time.time() - started, 4)}
 
@@ -239,26 +258,26 @@ def report(run):
     """Print data, trainable parameters and settings."""
     flags, recipe = run.flags, run.recipe
     for clip, source in zip(run.clips, run.sources):
-        show(f"clip: {clip.path}, {clip.video.shape[1]} frames, {clip.prompt!r} (from {source})")
+        print_line(f"clip: {clip.path}, {clip.video.shape[1]} frames, {clip.prompt!r} (from {source})")
     for clip in run.images:
-        show(f"image: {clip.path}, {clip.prompt!r}")
+        print_line(f"image: {clip.path}, {clip.prompt!r}")
     if run.prior:
-        show(f"prior: {len(run.prior)} clips ({flags.prior}), e.g. {run.prior[0].prompt!r}")
+        print_line(f"prior: {len(run.prior)} clips ({flags.prior}), e.g. {run.prior[0].prompt!r}")
     count = lambda tensors: sum(p.numel() for p in tensors)
-    show(f"trainable: {count(run.trained.values()):,} parameters in {len(run.trained)} tensors (the "
-         f"UNet has {count(run.model.unet.parameters()):,})")
-    for part, several in run.learners.items():
+    print_line(f"trainable: {count(run.trained.values()):,} parameters in {len(run.trained)} tensors (the "
+         f"UNet has {count(run.pipe.unet.parameters()):,})")
+    for part, several in run.trainables.items():
         mine = several[0].parameters()
-        show(f"  {part}: {count(mine.values()):,} in {len(mine)}"
+        print_line(f"  {part}: {count(mine.values()):,} in {len(mine)}"
              + (f", for each of {len(several)} clips" if len(several) > 1 else ""))
         for kind, (tensors, numbers) in layer_types(mine).items():
-            show(f"    {kind}: {numbers:,} in {tensors}")
-    show(f"recipe: {recipe.source}")
-    for line in flags.own_lines:
-        show(f"changed: {line}")
+            print_line(f"    {kind}: {numbers:,} in {tensors}")
+    print_line(f"recipe: {recipe.source}")
+    for line in flags.overrides:
+        print_line(f"changed: {line}")
     settings = " ".join(f"{k}={write_value(v)}" for k, v in recipe.settings().items())
     height, width = flags.size
-    show(f"settings: {settings}\non: {width}x{height}, up to {flags.frames} frames at "
+    print_line(f"settings: {settings}\non: {width}x{height}, up to {flags.frames} frames at "
          f"{flags.fps:g} fps, {flags.device}, {flags.precision}, seed {flags.seed}")
 
 
