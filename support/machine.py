@@ -194,5 +194,5 @@ def user_error(error):
         return (f"{error.filename or 'a file'}: {error.strerror or error}; give another --out, or "
                 "free disk space.")
     if kind == "SafetensorError" or "PytorchStreamWriter" in text or "file write failed" in text:
-        return f"a file could not be written ({text[:120]}); give another --out, or free disk space."
+        return f"a file cannot be written ({text[:120]}); give another --out, or free disk space."
     return None
