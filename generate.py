@@ -115,7 +115,8 @@ def add_model_flags(add):
     add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
         "model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
+    add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
+        "on older GPUs, else fp32")
     add("--frames", type=int_in(1, 1024), help="frames (default: the clip's, else 16; with --dmt "
         "24)")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "

@@ -115,7 +115,8 @@ def add_training_flags(add):
     add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
         "model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
+    add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
+        "on older GPUs, else fp32")
     add("--checkpointing", choices=("auto", "on", "off"), default="auto", help="gradient "
         "checkpointing: less memory, a third more time (default: auto, on when memory runs out)")
     add("--preview-prompt", type=non_empty, help="prompt of the previews (default: the caption)")
@@ -210,6 +211,7 @@ class Run:
     base: model.Pipeline = None  # the frozen base model, loaded on first use
     inverted: torch.Tensor = None  # the first clip's inversion, for previews
     scorer: object = None  # the CLIP of appearance_stop
+    scaler: torch.amp.GradScaler = None  # loss scaling for fp16
     rank: int = 0
     world_size: int = 1
     batch: int = 1  # examples per step, over all processes
@@ -265,6 +267,8 @@ def prepare_training(run):
     run.trainables = lora.build_trainables(recipe.parts, pipe, clips, flags.seed)
     run.trained = lora.named(run.trainables)
     pipe.unet.checkpointing = flags.checkpointing == "on"
+    device = torch.device(flags.device).type
+    run.scaler = torch.amp.GradScaler(device, enabled=flags.precision == "fp16")
     if run.rank == 0:
         runs.report(run)
 
@@ -313,11 +317,13 @@ def train(run, folder, optimizer, before):
             started = time.time()
             losses, seen = fitting_step(run, step, optimizer)
             machine.all_reduce_gradients(parameters)
+            run.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             # The only GPU synchronization of a step.
             record = runs.step_record(step, losses, norm, seen, run, started)
-            check_finite(record, folder)
-            optimizer.step()
+            check_finite(record, folder, run.scaler)
+            run.scaler.step(optimizer)  # skips a step with overflow in fp16
+            run.scaler.update()
             optimizer.zero_grad(set_to_none=True)
             folder.log(record)
             bar.set_postfix(loss=f"{record['loss']:.4f}")
@@ -332,7 +338,7 @@ def one_step(run, step):
     for number in range(run.rank, batch, run.world_size):
         ex = Example(run, step, number)
         for loss in run.recipe.function(ex, **run.recipe.keywords):
-            (loss / batch).backward()
+            run.scaler.scale(loss / batch).backward()
             losses.append(loss.detach())
         seen += ex.close()
     return losses, seen
@@ -362,9 +368,13 @@ def set_train_mode(unet, recipe):
             layer.train(recipe.own.get("unet_dropout", True))
 
 
-def check_finite(record, folder):
-    """Raises BadInput where the loss or the gradient norm is NaN or infinite."""
+def check_finite(record, folder, scaler):
+    """Raises BadInput where the loss or the gradient norm is NaN or infinite, unless a smaller loss
+    scale may help."""
     if math.isfinite(record["loss"] + record["grad"]):
+        return
+    if scaler.is_enabled() and scaler.get_scale() > 1:
+        record["skipped"] = "overflow in fp16"
         return
     where = "; ".join(f"timestep {z['t']}, clip {z['clip']}" for z in record["seen"])
     raise BadInput(f"loss {record['loss']}, gradient norm {record['grad']} at step "

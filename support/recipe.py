@@ -127,7 +127,7 @@ class Recipe:
         return recipe, given
 
     def is_trainable(self, *parts):
-        """Whether any part whose name begins so is trainable, e.g. appearance and appearance_word."""
+        """True if a part whose name begins so is trainable: appearance covers appearance_word."""
         return any(part.trainable for name, part in self.parts.items() if name.startswith(parts))
 
 

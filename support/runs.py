@@ -97,7 +97,8 @@ def save_state(path, step, run, optimizer):
     for name, p in run.trained.items():
         for kind, tensor in {"": p, **optimizer.state.get(p, {})}.items():
             tensors[f"{kind}:{name}"] = tensor
-    save_tensors(path, tensors, {"step": str(step), "prior": prior_digest(run)})
+    save_tensors(path, tensors, {"step": str(step), "prior": prior_digest(run),
+                                 "scaler": json.dumps(run.scaler.state_dict())})
 
 
 def load_state(path, run, optimizer):
@@ -122,6 +123,7 @@ def load_state(path, run, optimizer):
             else:  # moments in the memory layout of their parameter
                 like = torch.empty_like(p) if tensor.shape == p.shape else tensor.to(p.device)
                 optimizer.state[p][kind] = like.copy_(tensor)
+        run.scaler.load_state_dict(json.loads(meta["scaler"]))
     return step
 
 
