@@ -40,12 +40,12 @@ def test_a_learned_word_counts_as_many_tokens_as_it_has_vectors(written, tiny):
     data.check_prompt("word " * 70 + written, {"sks": 5})
     with pytest.raises(BadInput, match="78 tokens"):
         data.check_prompt("word " * 71 + written, {"sks": 5})
-    tiny.text.learned["sks"] = torch.ones(2, 64)  # and in whatever case, it is read
+    tiny.text_encoder.learned["sks"] = torch.ones(2, 64)  # and in whatever case, it is read
     try:
         assert torch.equal(tiny.read([f"a {written} dance"]), tiny.read(["a sks dance"]))
         learned = tiny.read([f"a {written} dance"])
     finally:
-        tiny.text.learned.clear()
+        tiny.text_encoder.learned.clear()
     assert not torch.equal(learned, tiny.read([f"a {written} dance"]))
 
 
@@ -55,9 +55,9 @@ def test_clips_with_their_captions(tmp_path, capsys):
     load = lambda *a, **k: data.load_clips(*a, 8, (64, 64), 8, **k)
     clips, sources = load([tmp_path], None, token="sks")
     assert [c.prompt for c in clips] == ["9 00 sks", "a red ball, SKS"]
-    assert sources == ["the file's name, and word.text", str(tmp_path / "a ball.txt")]
+    assert sources == ["the file's name, and word.token", str(tmp_path / "a ball.txt")]
     said = capsys.readouterr().err
-    assert "9_00.mp4 is its name, '9 00', which says nothing" in said and "twice" not in said
+    assert "9_00.mp4 is its name, '9 00', which describes nothing" in said and "twice" not in said
     back, _ = load([first, first], ["one", "two"], reverse=True)
     assert "given twice" in capsys.readouterr().err and back[1].prompt == "two"
     assert torch.equal(back[0].video, clips[0].video.flip(1))
@@ -114,7 +114,7 @@ def test_a_folder_of_pictures_has_its_caption_inside(tmp_path):
                                         ("ein Ball rollt", False), ("мяч", False)])
 def test_a_name_without_a_word_is_no_caption(name, warns, tmp_path, capsys):
     data.find_caption(tmp_path / f"{name}.mp4")
-    assert ("which says nothing" in capsys.readouterr().err) == warns
+    assert ("which describes nothing" in capsys.readouterr().err) == warns
 
 
 @pytest.mark.parametrize("prompt", ["../../etc/passwd", "/etc/passwd", "🦈 sharks", "a\0b", "-rf x",
