@@ -14,87 +14,29 @@ import contextlib
 import gc
 import re
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+import sides
+import torch
+from PIL import Image
+from sides import PROMPT, ROOT, Loop, load, load_unet, model, our_step, prepare, sample
 
-import official  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import lora  # noqa: E402
-import model  # noqa: E402
-import sampler  # noqa: E402
-import train  # noqa: E402
-from support import machine  # noqa: E402
-from support.files import read_json, write_json  # noqa: E402
-from support.hub import TextConfig, UNetConfig, VAEConfig  # noqa: E402
+from support import machine
+from support.files import read_json, write_json
 
 PRECISIONS = ("bf16", "fp32")  # the most important one first
 SHAPES = {"vmc": (8, 320, 576), "motiondirector": (16, 384, 384), "newmove": (16, 384, 384),
           "customize-a-video": (16, 256, 256), "generate": (24, 320, 576)}  # F, H, W
 SMALL = {"cpu": (16, 64, 64), "dry": (4, 64, 64)}  # shape of all rows of these commands
-# Settings that make all steps of a run equal: both losses, the second stage, no augmentation.
-EQUAL = {"motiondirector": ("spatial=1",), "newmove": ("augment=none",),
-         "customize-a-video": ("first=0",)}
-# Widths of UNet, VAE and text encoder, and the text encoder's layers.
-SIZES = {"gpu": ([320, 640, 1280, 1280], [128, 256, 512, 512], 1024, 23),
-         "dry": ([32, 32, 64, 64], [32, 32, 64, 64], 128, 2)}
-PROMPT, GUIDANCE = "a ball doing the sks", 9.0
 WARM, SIDE_SECONDS = 2, 20  # untimed steps; once these seconds are over, two timed steps suffice
-
-
-def random_model(size, folder, device, precision="fp32", keep=None):
-    """Stands in for model.load: ZeroScope's architecture in these widths, with random weights."""
-    widths, vae, text, layers = size
-    down, up = ["CrossAttnDownBlock3D"] * 3, ["CrossAttnUpBlock3D"] * 3
-    config = UNetConfig(widths, text, [*down, "DownBlock3D"], ["UpBlock3D", *up],
-                        attention_head_dim=min(64, widths[0]))
-    torch.manual_seed(0)
-    with torch.device(device):
-        parts = [model.UNet(config), model.VAE(VAEConfig(vae)),
-                 model.TextEncoder(TextConfig(text, 4 * text, layers, text // 64))]
-    parts = [part.eval().requires_grad_(False) for part in parts]
-    whole = model.Model(*parts, sampler.Schedule(), device, precision)
-    if keep is not None:
-        whole.store_frozen(keep)
-    return whole
 
 
 # ------------------------------------------------------------------------------------------------
 # Rows. Each measures {side: function that builds a step}.
-
-
-def prepare(here, method, shape, flags=()):
-    """A run of train.py before its first step, on a clip of noise."""
-    frames, height, width = shape
-    argv = ["--method", method, "--video", here.scratch / "clips" / "0", "--prompt", PROMPT,
-            "--device", here.device, "--frames", frames, "--size", f"{width}x{height}", "--fps", 8,
-            "--preview-every", 0, "--out", here.scratch / "run", *EQUAL.get(method, ()), *flags]
-    argv += ["--prior", here.scratch / "clips"] if method == "newmove" else []
-    argv += ["--weights", here.scratch] if here.alone else []
-    with contextlib.redirect_stdout(None):
-        return train.prepare(*train.parse([str(arg) for arg in argv]))
-
-
-def our_step(run):
-    """The training step of train.py."""
-    parameters, count = list(lora.named(run.learners).values()), iter(range(10**6))
-    optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
-
-    def step():
-        train.one_step(run, next(count))
-        torch.nn.utils.clip_grad_norm_(parameters, run.recipe.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def training(here, row, method, checkpointing="off"):
@@ -106,34 +48,15 @@ def training(here, row, method, checkpointing="off"):
         return our_step(made[0])
 
     def theirs():
-        run, whole = made[0], replace(made[0].model, unet=None)
-        if here.alone:
-            run.model.unet, run.learners = None, {}
-        return official.Loop(
-            method, official.load_unet(model.load(None, here.device).unet), run.recipe.parts,
-            [run.clips[0], *run.prior[:1]], whole,
-            partial(machine.autocast, here.device, row["precision"])).step
+        run = made.pop() if here.alone else made[0]
+        parts, clips = run.recipe.parts, [run.clips[0], *run.prior[:1]]
+        whole, run = replace(run.model, unet=None), None
+        autocast = partial(machine.autocast, here.device, row["precision"])
+        unet = load_unet(model.load(None, here.device).unet)
+        return Loop(method, unet, parts, clips, whole, autocast).step
 
-    compared = hasattr(official.Loop, method) and checkpointing == "off"
+    compared = hasattr(Loop, method) and checkpointing == "off"
     measure(here, row, {"ours": ours} | ({"diffusers": theirs} if compared else {}))
-
-
-def load(here, row, precision):
-    """A model, and (prompt states, empty states, start) for sampling."""
-    whole = model.load(None, here.device, precision, keep=())
-    frames, *sides = row["shape"]
-    shape = [whole.unet.config.in_channels, frames, *(n // whole.vae.config.factor for n in sides)]
-    with torch.no_grad():
-        start = sampler.noise_like_shape(shape, [0]).to(here.device)
-        return whole, (whole.read([PROMPT]), whole.read([""]), start)
-
-
-@torch.no_grad()
-def sample(whole, inputs, steps):
-    """Latents by guided DDIM."""
-    text, empty, start = inputs
-    predict = sampler.guide(whole.predict, text, empty, GUIDANCE)
-    return sampler.ddim(whole.schedule, predict, start, steps)
 
 
 def sampling(here, row, steps):
@@ -146,12 +69,12 @@ def sampling(here, row, steps):
         return partial(sample, *made, steps)
 
     def theirs():
-        schedule = {k: v for k, v in vars(made[0].schedule).items() if k != "alpha_bar"}
-        made[0].unet = None if here.alone else made[0].unet
-        unet = official.load_unet(model.load(None, here.device).unet,
-                                  dtypes.get(precision, torch.float32))
+        whole, inputs = made
+        whole.unet = None if here.alone else whole.unet
+        unet = model.load(None, here.device).unet
+        unet = load_unet(unet, dtypes.get(precision, torch.float32))
         autocast = partial(machine.autocast, here.device, precision)
-        return partial(official.sample, unet, schedule, *made[1], steps, GUIDANCE, autocast)
+        return partial(sides.official_sample, unet, whole.schedule, *inputs, steps, autocast)
 
     measure(here, row, {"ours": ours, "diffusers": theirs})
 
@@ -252,7 +175,7 @@ def run(here):
     """Measure rows while there is time, and write the results after each."""
     card = torch.cuda.get_device_name() if here.device != "cpu" else "CPU"
     result = {"command": here.command, "machine": f"{card}, {torch.get_num_threads()} threads",
-              "torch": torch.__version__, "diffusers": official.diffusers.__version__,
+              "torch": torch.__version__, "diffusers": sides.diffusers.__version__,
               "rows": []}
     began = time.perf_counter()
     chosen = [row for row in rows(here) if re.search(here.only, ", ".join(row[:2]))]
@@ -328,7 +251,7 @@ def main():
     here.out = here.out or Path(f"out/bench-{here.command}.json")
     here.device, here.alone = "cuda" if here.command == "gpu" else "cpu", here.command != "cpu"
     if here.alone:
-        model.load = partial(random_model, SIZES[here.command])
+        model.load = partial(sides.random_model, sides.SIZES[here.command])
     with tempfile.TemporaryDirectory() as scratch:
         here.scratch = Path(scratch)
         clip = here.scratch / "clips" / "0"

@@ -1,18 +1,109 @@
-"""The official training loops on the diffusers UNet, operation by operation, for bench.py.
+"""The two sides that bench.py measures: the product, and the official loops on the diffusers UNet.
 
-As in the official code, the UNet keeps fp32 weights under autocast, LoRA layers wrap linear layers,
-the text is encoded at every step (VMC: once), MotionDirector runs two forward passes before its two
-backward passes, and NewMove batches the clip with the regularization clip. As in bench.py, latents
-are cached, and there is no gradient checkpointing.
+As in the official code, the diffusers UNet keeps fp32 weights under autocast, LoRA layers wrap
+linear layers, the text is encoded at every step (VMC: once), MotionDirector runs two forward passes
+before its two backward passes, and NewMove batches the clip with the regularization clip. On both
+sides latents are cached.
 """
+import contextlib
+import sys
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
-import diffusers
-import torch
-import torch.nn.functional as F
-from torch import nn
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
 
-import lora
+import diffusers  # noqa: E402
+import open_clip  # noqa: E402, F401  (must not be imported inside `with torch.device`)
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+import lora  # noqa: E402
+import model  # noqa: E402
+import sampler  # noqa: E402
+import train  # noqa: E402
+from support.hub import TextConfig, UNetConfig, VAEConfig  # noqa: E402
+
+PROMPT, GUIDANCE = "a ball doing the sks", 9.0
+# Settings that make all steps of a run equal: both losses, the second stage, no augmentation.
+EQUAL = {"motiondirector": ("spatial=1",), "newmove": ("augment=none",),
+         "customize-a-video": ("first=0",)}
+# Widths of UNet, VAE and text encoder, and the text encoder's layers.
+SIZES = {"gpu": ([320, 640, 1280, 1280], [128, 256, 512, 512], 1024, 23),
+         "dry": ([32, 32, 64, 64], [32, 32, 64, 64], 128, 2)}
+MOTION, APPEARANCE = "motion", "look"  # the parts of MotionDirector's recipe
+
+
+# ------------------------------------------------------------------------------------------------
+# The product
+
+
+def random_model(size, folder, device, precision="fp32", keep=None):
+    """Stands in for model.load: ZeroScope's architecture in these widths, with random weights."""
+    widths, vae, text, layers = size
+    down, up = ["CrossAttnDownBlock3D"] * 3, ["CrossAttnUpBlock3D"] * 3
+    config = UNetConfig(widths, text, [*down, "DownBlock3D"], ["UpBlock3D", *up],
+                        attention_head_dim=min(64, widths[0]))
+    torch.manual_seed(0)
+    with torch.device(device):
+        parts = [model.UNet(config), model.VAE(VAEConfig(vae)),
+                 model.TextEncoder(TextConfig(text, 4 * text, layers, text // 64))]
+    parts = [part.eval().requires_grad_(False) for part in parts]
+    whole = model.Model(*parts, sampler.Schedule(), device, precision)
+    if keep is not None:
+        whole.store_frozen(keep)
+    return whole
+
+
+def prepare(here, method, shape, flags=()):
+    """A run of train.py before its first step, on a clip of noise."""
+    frames, height, width = shape
+    argv = ["--method", method, "--video", here.scratch / "clips" / "0", "--prompt", PROMPT,
+            "--device", here.device, "--frames", frames, "--size", f"{width}x{height}", "--fps", 8,
+            "--preview-every", 0, "--out", tempfile.mkdtemp(dir=here.scratch), *flags]
+    argv += EQUAL.get(method, ())
+    argv += ["--prior", here.scratch / "clips"] if method == "newmove" else []
+    argv += ["--weights", here.scratch] if here.alone else []
+    with contextlib.redirect_stdout(None):
+        return train.prepare(*train.parse([str(arg) for arg in argv]))
+
+
+def our_step(run):
+    """The training step of train.py."""
+    parameters, count = list(lora.named(run.learners).values()), iter(range(10**6))
+    optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
+
+    def step():
+        train.one_step(run, next(count))
+        torch.nn.utils.clip_grad_norm_(parameters, run.recipe.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def load(here, row, precision):
+    """A model, and (prompt states, empty states, start) for sampling."""
+    whole = model.load(None, here.device, precision, keep=())
+    frames, *sides = row["shape"]
+    shape = [whole.unet.config.in_channels, frames, *(n // whole.vae.config.factor for n in sides)]
+    with torch.no_grad():
+        start = sampler.noise_like_shape(shape, [0]).to(here.device)
+        return whole, (whole.read([PROMPT]), whole.read([""]), start)
+
+
+@torch.no_grad()
+def sample(whole, inputs, steps):
+    """Latents by guided DDIM."""
+    text, empty, start = inputs
+    predict = sampler.guide(whole.predict, text, empty, GUIDANCE)
+    return sampler.ddim(whole.schedule, predict, start, steps)
+
+
+# ------------------------------------------------------------------------------------------------
+# The official loops
 
 
 def load_unet(ours, dtype=torch.float32):
@@ -108,40 +199,41 @@ class Loop:
         difference = lambda v: (v[:, :, 1:] - v[:, :, :-1]).abs()
         loss = 1 - F.cosine_similarity(difference(out), difference(target), dim=2)
         loss.mean().backward()
-        nn.utils.clip_grad_norm_(self.groups["motion"], 1.0)
+        nn.utils.clip_grad_norm_(self.groups[MOTION], 1.0)
 
     def newmove(self):
         target, inputs = self.noised()
         out = self.predict(*inputs)
         (F.mse_loss(out[:1], target[:1]) + 0.5 * F.mse_loss(out[1:], target[1:])).backward()
-        nn.utils.clip_grad_norm_(self.groups["motion"], 1.0)
+        nn.utils.clip_grad_norm_(self.groups[MOTION], 1.0)
 
     def motiondirector(self):
         target, (x, t, text) = self.noised()
         i = int(torch.randint(x.shape[2], ()))
-        for layer in self.lora["motion"]:
+        for layer in self.lora[MOTION]:
             layer.scale = 0.0
         frame = self.predict(x[:, :, i : i + 1], t, text)
-        for layer in self.lora["motion"]:
+        for layer in self.lora[MOTION]:
             layer.scale = 1.0
         out = self.predict(x, t, text)
         debiased = lambda v: 2**0.5 * v - v[:, :, i : i + 1]
         F.mse_loss(frame, target[:, :, i : i + 1]).backward()
-        kept = [p.grad for p in self.groups["look"]]
-        self.optimizers["look"].zero_grad(set_to_none=True)
+        kept = [p.grad for p in self.groups[APPEARANCE]]
+        self.optimizers[APPEARANCE].zero_grad(set_to_none=True)
         (F.mse_loss(out, target) + F.mse_loss(debiased(out), debiased(target))).backward()
-        for p, grad in zip(self.groups["look"], kept):  # the second gradient is discarded
+        for p, grad in zip(self.groups[APPEARANCE], kept):  # the second gradient is discarded
             p.grad = grad
 
 
 @torch.no_grad()
-def sample(unet, schedule, text, empty, start, steps, guidance, autocast):
+def official_sample(unet, schedule, text, empty, start, steps, autocast):
     """Latents by the loop of diffusers' TextToVideoSDPipeline, with its DDIM scheduler."""
-    scheduler = diffusers.DDIMScheduler.from_config(schedule)
+    config = {name: value for name, value in vars(schedule).items() if name != "alpha_bar"}
+    scheduler = diffusers.DDIMScheduler.from_config(config)
     scheduler.set_timesteps(steps, device=start.device)
     both, x = torch.cat([empty, text]), start
     for t in scheduler.timesteps:
         with autocast():
             plain, prompted = unet(torch.cat([x, x]), t, both).sample.chunk(2)
-        x = scheduler.step(plain + guidance * (prompted - plain), t, x).prev_sample
+        x = scheduler.step(plain + GUIDANCE * (prompted - plain), t, x).prev_sample
     return x
