@@ -50,10 +50,10 @@ def training(here, row, method, checkpointing="off"):
     def theirs():
         run = made.pop() if here.alone else made[0]
         parts, clips = run.recipe.parts, [run.clips[0], *run.prior[:1]]
-        whole, run = replace(run.model, unet=None), None
+        pipe, run = replace(run.pipe, unet=None), None
         autocast = partial(machine.autocast, here.device, row["precision"])
         unet = load_unet(model.load(None, here.device).unet)
-        return Loop(method, unet, parts, clips, whole, autocast).step
+        return Loop(method, unet, parts, clips, pipe, autocast).step
 
     compared = hasattr(Loop, method) and checkpointing == "off"
     measure(here, row, {"ours": ours} | ({"diffusers": theirs} if compared else {}))
@@ -69,12 +69,12 @@ def sampling(here, row, steps):
         return partial(sample, *made, steps)
 
     def theirs():
-        whole, inputs = made
-        whole.unet = None if here.alone else whole.unet
+        pipe, inputs = made
+        pipe.unet = None if here.alone else pipe.unet
         unet = model.load(None, here.device).unet
         unet = load_unet(unet, dtypes.get(precision, torch.float32))
         autocast = partial(machine.autocast, here.device, precision)
-        return partial(sides.official_sample, unet, whole.schedule, *inputs, steps, autocast)
+        return partial(sides.official_sample, unet, pipe.schedule, *inputs, steps, autocast)
 
     measure(here, row, {"ours": ours, "diffusers": theirs})
 
@@ -116,7 +116,7 @@ def rows(here):
         found += block(precision)
     if here.command == "cpu":
         frames = {f"{n} frames": ("vmc", n) for n in (8, 16, 24, 32)}
-        ranks = {f"rank {n}": ("motiondirector", 16, f"motion.rank={n}", f"look.rank={n}")
+        ranks = {f"rank {n}": ("motiondirector", 16, f"motion.rank={n}", f"appearance.rank={n}")
                  for n in (4, 32, 128)}
         found.append(("Step time of vmc", first, "vmc", growth, frames))
         found.append(("Step time of motiondirector", first, "motiondirector", growth, ranks))
@@ -247,7 +247,7 @@ def main():
     here = parser.parse_args()
     if here.command == "page":
         return page(here.files)
-    machine.keep_memory()
+    machine.tune_malloc()
     here.out = here.out or Path(f"out/bench-{here.command}.json")
     here.device, here.alone = "cuda" if here.command == "gpu" else "cpu", here.command != "cpu"
     if here.alone:

@@ -28,12 +28,11 @@ from support.hub import TextConfig, UNetConfig, VAEConfig  # noqa: E402
 
 PROMPT, GUIDANCE = "a ball doing the sks", 9.0
 # Settings that make all steps of a run equal: both losses, the second stage, no augmentation.
-EQUAL = {"motiondirector": ("spatial=1",), "newmove": ("augment=none",),
-         "customize-a-video": ("first=0",)}
+EQUAL = {"motiondirector": ("spatial_prob=1",), "newmove": ("augment=none",),
+         "customize-a-video": ("absorber_steps=0",)}
 # Widths of UNet, VAE and text encoder, and the text encoder's layers.
 SIZES = {"gpu": ([320, 640, 1280, 1280], [128, 256, 512, 512], 1024, 23),
          "dry": ([32, 32, 64, 64], [32, 32, 64, 64], 128, 2)}
-MOTION, APPEARANCE = "motion", "look"  # the parts of MotionDirector's recipe
 
 
 # ------------------------------------------------------------------------------------------------
@@ -51,10 +50,10 @@ def random_model(size, folder, device, precision="fp32", keep=None):
         parts = [model.UNet(config), model.VAE(VAEConfig(vae)),
                  model.TextEncoder(TextConfig(text, 4 * text, layers, text // 64))]
     parts = [part.eval().requires_grad_(False) for part in parts]
-    whole = model.Model(*parts, sampler.Schedule(), device, precision)
+    pipe = model.Pipeline(*parts, sampler.NoiseSchedule(), device, precision)
     if keep is not None:
-        whole.store_frozen(keep)
-    return whole
+        pipe.store_frozen(keep)
+    return pipe
 
 
 def prepare(here, method, shape, flags=()):
@@ -72,12 +71,12 @@ def prepare(here, method, shape, flags=()):
 
 def our_step(run):
     """The training step of train.py."""
-    parameters, count = list(lora.named(run.learners).values()), iter(range(10**6))
-    optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
+    parameters, count = list(run.trained.values()), iter(range(10**6))
+    optimizer = lora.build_optimizer(run.recipe.parts, run.trainables)
 
     def step():
         train.one_step(run, next(count))
-        torch.nn.utils.clip_grad_norm_(parameters, run.recipe.clip_grad)
+        torch.nn.utils.clip_grad_norm_(parameters, run.recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -86,20 +85,20 @@ def our_step(run):
 
 def load(here, row, precision):
     """A model, and (prompt states, empty states, start) for sampling."""
-    whole = model.load(None, here.device, precision, keep=())
+    pipe = model.load(None, here.device, precision, keep=())
     frames, *sides = row["shape"]
-    shape = [whole.unet.config.in_channels, frames, *(n // whole.vae.config.factor for n in sides)]
+    shape = [pipe.unet.config.in_channels, frames, *(n // pipe.vae.config.factor for n in sides)]
     with torch.no_grad():
-        start = sampler.noise_like_shape(shape, [0]).to(here.device)
-        return whole, (whole.read([PROMPT]), whole.read([""]), start)
+        start = sampler.seeded_randn(shape, [0]).to(here.device)
+        return pipe, (pipe.encode_text([PROMPT]), pipe.encode_text([""]), start)
 
 
 @torch.no_grad()
-def sample(whole, inputs, steps):
+def sample(pipe, inputs, steps):
     """Latents by guided DDIM."""
     text, empty, start = inputs
-    predict = sampler.guide(whole.predict, text, empty, GUIDANCE)
-    return sampler.ddim(whole.schedule, predict, start, steps)
+    predict = sampler.classifier_free_guidance(pipe.predict, text, empty, GUIDANCE)
+    return sampler.ddim(pipe.schedule, predict, start, steps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -145,14 +144,14 @@ def bypass_temporal_layers(unet):
 
 
 class Loop:
-    """An official training loop. parts: the product's, by name; model: for text and schedule."""
+    """An official training loop. parts: the product's recipe.parts; pipe: without its UNet."""
 
-    def __init__(self, method, unet, parts, clips, model, autocast):
-        self.clips, self.model, self.autocast, self.unet = clips, model, autocast, unet
+    def __init__(self, method, unet, parts, clips, pipe, autocast):
+        self.clips, self.pipe, self.autocast, self.unet = clips, pipe, autocast, unet
         self.backward, self.lora = getattr(self, method), {}
         bypass_temporal_layers(unet.train())
         self.groups = {name: self.trainable(name, part) for name, part in parts.items()
-                       if isinstance(part, lora.Part) and part.learns}
+                       if isinstance(part, lora.Trainable) and part.trainable}
         self.optimizers = {name: torch.optim.AdamW(group, parts[name].lr)
                            for name, group in self.groups.items()}
         self.encoded_once = self.encode(clips[0].prompt) if method == "vmc" else None
@@ -162,7 +161,7 @@ class Loop:
         if not part.rank:
             return [p.requires_grad_() for p in lora.select(self.unet, part.layers).values()]
         self.lora[name] = []
-        for site, linear in lora.sites(self.unet, part.layers).items():
+        for site, linear in lora.lora_targets(self.unet, part.layers).items():
             owner, _, last = site.rpartition(".")
             self.lora[name].append(WrappedLinear(linear, part.rank, part.dropout))
             setattr(self.unet.get_submodule(owner), last, self.lora[name][-1])
@@ -181,11 +180,11 @@ class Loop:
     @torch.no_grad()
     def encode(self, prompt):
         with self.autocast():
-            return self.model.text([prompt])
+            return self.pipe.text_encoder([prompt])
 
     def noised(self):
         """All clips as one batch: noisy latents, target, timesteps and text."""
-        S, latents = self.model.schedule, torch.cat([clip.latents for clip in self.clips])
+        S, latents = self.pipe.schedule, torch.cat([clip.latents for clip in self.clips])
         noise = torch.randn_like(latents)
         t = torch.randint(S.num_train_timesteps, (len(latents),))
         text = self.encoded_once
@@ -199,36 +198,37 @@ class Loop:
         difference = lambda v: (v[:, :, 1:] - v[:, :, :-1]).abs()
         loss = 1 - F.cosine_similarity(difference(out), difference(target), dim=2)
         loss.mean().backward()
-        nn.utils.clip_grad_norm_(self.groups[MOTION], 1.0)
+        nn.utils.clip_grad_norm_(self.groups["motion"], 1.0)
 
     def newmove(self):
         target, inputs = self.noised()
         out = self.predict(*inputs)
         (F.mse_loss(out[:1], target[:1]) + 0.5 * F.mse_loss(out[1:], target[1:])).backward()
-        nn.utils.clip_grad_norm_(self.groups[MOTION], 1.0)
+        nn.utils.clip_grad_norm_(self.groups["motion"], 1.0)
 
     def motiondirector(self):
         target, (x, t, text) = self.noised()
         i = int(torch.randint(x.shape[2], ()))
-        for layer in self.lora[MOTION]:
+        for layer in self.lora["motion"]:
             layer.scale = 0.0
         frame = self.predict(x[:, :, i : i + 1], t, text)
-        for layer in self.lora[MOTION]:
+        for layer in self.lora["motion"]:
             layer.scale = 1.0
         out = self.predict(x, t, text)
         debiased = lambda v: 2**0.5 * v - v[:, :, i : i + 1]
         F.mse_loss(frame, target[:, :, i : i + 1]).backward()
-        kept = [p.grad for p in self.groups[APPEARANCE]]
-        self.optimizers[APPEARANCE].zero_grad(set_to_none=True)
+        kept = [p.grad for p in self.groups["appearance"]]
+        self.optimizers["appearance"].zero_grad(set_to_none=True)
         (F.mse_loss(out, target) + F.mse_loss(debiased(out), debiased(target))).backward()
-        for p, grad in zip(self.groups[APPEARANCE], kept):  # the second gradient is discarded
+        for p, grad in zip(self.groups["appearance"], kept):  # the second gradient is discarded
             p.grad = grad
 
 
 @torch.no_grad()
 def official_sample(unet, schedule, text, empty, start, steps, autocast):
     """Latents by the loop of diffusers' TextToVideoSDPipeline, with its DDIM scheduler."""
-    config = {name: value for name, value in vars(schedule).items() if name != "alpha_bar"}
+    config = vars(schedule).copy()
+    del config["alpha_bar"], config["dpm_spacing"]
     scheduler = diffusers.DDIMScheduler.from_config(config)
     scheduler.set_timesteps(steps, device=start.device)
     both, x = torch.cat([empty, text]), start
