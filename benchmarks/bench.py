@@ -32,7 +32,7 @@ PRECISIONS = ("bf16", "fp32")  # the most important one first
 SHAPES = {"vmc": (8, 320, 576), "motiondirector": (16, 384, 384), "newmove": (16, 384, 384),
           "customize-a-video": (16, 256, 256), "generate": (24, 320, 576)}  # F, H, W
 SMALL = {"cpu": (16, 64, 64), "dry": (4, 64, 64)}  # shape of all rows of these commands
-WARM, SIDE_SECONDS = 2, 20  # untimed steps; once these seconds are over, two timed steps suffice
+WARM, SIDE_SECONDS = 2, 20  # untimed steps; after so many seconds, one timed step is enough
 
 
 # ------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def growth(here, row, settings):
 
 def rows(here):
     """[(case, precision, key of SHAPES, function, its arguments ...)], the most important first."""
-    steps, methods, first = 10 if here.command == "gpu" else 2, list(SHAPES)[:4], PRECISIONS[0]
+    steps, methods, first = 5 if here.command == "gpu" else 2, list(SHAPES)[:4], PRECISIONS[0]
 
     def block(precision):
         trained = [(f"train.py --method {m}", precision, m, training, m) for m in methods]
@@ -163,7 +163,7 @@ def take_turns(here, row, group):
             if cuda:
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - started)
-        if turn > WARM and time.perf_counter() - began > SIDE_SECONDS:
+        if turn >= WARM and time.perf_counter() - began > SIDE_SECONDS:
             break
     row["seconds"] |= {name: several[WARM:] for name, several in times.items()}
     if cuda:
@@ -174,7 +174,7 @@ def take_turns(here, row, group):
 def run(here):
     """Measure rows while there is time, and write the results after each."""
     card = torch.cuda.get_device_name() if here.device != "cpu" else "CPU"
-    result = {"command": here.command, "machine": f"{card}, {torch.get_num_threads()} threads",
+    result = {"command": here.command, "machine": f"{card}, {torch.get_num_threads()} CPU thread(s)",
               "torch": torch.__version__, "diffusers": sides.diffusers.__version__,
               "rows": []}
     began = time.perf_counter()
@@ -213,6 +213,8 @@ def line_of(row):
         ratios = torch.tensor([b / a for a, b in zip(*row["seconds"].values())])
         low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
         found.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")
+    else:
+        found.append("")
     return f"| {' | '.join(found)} |"
 
 
@@ -226,7 +228,7 @@ def page(files):
         table = ["| command | precision | F×H×W | ms per step | diffusers | speedup |",
                  "|---|---|---|---|---|---|", *[line for line in lines if line[0] == "|"], "",
                  f"{result['machine']}, torch {result['torch']}, diffusers {result['diffusers']}.",
-                 *[line for line in lines if line[0] != "|"], ""]
+                 "", *[f"- {line}" for line in lines if line[0] != "|"], ""]
         before, mark, after = text.partition(f"<!-- {command} -->\n")
         text = before + mark + "\n".join(table) + after[after.index("<!-- end -->"):]
     path.write_text(text)
