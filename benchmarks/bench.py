@@ -174,7 +174,8 @@ def take_turns(here, row, group):
 def run(here):
     """Measure rows while there is time, and write the results after each."""
     card = torch.cuda.get_device_name() if here.device != "cpu" else "CPU"
-    result = {"command": here.command, "machine": f"{card}, {torch.get_num_threads()} CPU thread(s)",
+    machine_text = f"{card}, {torch.get_num_threads()} CPU thread(s)"
+    result = {"command": here.command, "machine": machine_text,
               "torch": torch.__version__, "diffusers": sides.diffusers.__version__,
               "rows": []}
     began = time.perf_counter()

@@ -16,8 +16,6 @@ import generate  # noqa: E402
 import train  # noqa: E402
 from support.files import read_json  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
-from tiny.claims_page import number as number_of  # noqa: E402
-from tiny.judging import SO_FAR  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 MAKE = (ROOT / "Makefile").read_text().replace("\\\n", "").replace("$(BIN)/", "").replace(
@@ -107,6 +105,9 @@ def test_every_setting_has_a_description():
 
 def test_the_readme_says_of_the_claims_what_was_measured():
     """`README.md` was brought up to date after `python tiny/claims.py`."""
+    from tiny.claims_page import number as number_of
+    from tiny.judging import SO_FAR
+
     claims = read_json(ROOT / "docs" / "claims.json")["claims"]
     section = README.split("## Do the papers' claims hold?")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \| (.*) \|$", section, re.MULTILINE)
