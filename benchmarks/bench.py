@@ -32,7 +32,7 @@ PRECISIONS = ("bf16", "fp32")  # the most important one first
 SHAPES = {"vmc": (8, 320, 576), "motiondirector": (16, 384, 384), "newmove": (16, 384, 384),
           "customize-a-video": (16, 256, 256), "generate": (24, 320, 576)}  # F, H, W
 SMALL = {"cpu": (16, 64, 64), "dry": (4, 64, 64)}  # shape of all rows of these commands
-WARM, SIDE_SECONDS = 2, 20  # untimed steps; after so many seconds, one timed step is enough
+WARM, SIDE_SECONDS = 2, 20  # untimed steps; seconds after which one timed step is enough
 
 
 # ------------------------------------------------------------------------------------------------

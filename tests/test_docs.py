@@ -113,9 +113,9 @@ def test_the_readme_says_of_the_claims_what_was_measured():
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \| (.*) \|$", section, re.MULTILINE)
     assert 5 <= len(rows) <= 10
     for number, measured, verdict in rows:
-        said = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", measured)
+        printed = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", measured)
         true = [number_of(record) for record in claims[number]["measures"]]
-        assert verdict == claims[number]["verdict"] and said and set(said) <= set(true), number
+        assert verdict == claims[number]["verdict"] and printed and set(printed) <= set(true), number
     verdicts = [row["verdict"].removesuffix(SO_FAR) for row in claims.values()]
     counts = re.findall(r"(\d+) (?:are |is )?(agree|disagree|too close to call|not measured)\b",
                         section)
@@ -131,6 +131,6 @@ def test_the_readmes_table_of_methods_is_of_the_results():
     for name, row in methods.items():
         cells = row["cells"]
         own = cells.get("tuned, own start", cells["tuned, noise"])
-        agreement, looks = own["agreement"][0], own["all three"][0]
-        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * looks:.0f} % \|$", README,
+        agreement, appearance = own["agreement"][0], own["all three"][0]
+        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * appearance:.0f} % \|$", README,
                          re.MULTILINE)
