@@ -115,7 +115,8 @@ def test_the_readme_says_of_the_claims_what_was_measured():
     for number, measured, verdict in rows:
         printed = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", measured)
         true = [number_of(record) for record in claims[number]["measures"]]
-        assert verdict == claims[number]["verdict"] and printed and set(printed) <= set(true), number
+        assert verdict == claims[number]["verdict"], number
+        assert printed and set(printed) <= set(true), number
     verdicts = [row["verdict"].removesuffix(SO_FAR) for row in claims.values()]
     counts = re.findall(r"(\d+) (?:are |is )?(agree|disagree|too close to call|not measured)\b",
                         section)
@@ -131,6 +132,6 @@ def test_the_readmes_table_of_methods_is_of_the_results():
     for name, row in methods.items():
         cells = row["cells"]
         own = cells.get("tuned, own start", cells["tuned, noise"])
-        agreement, appearance = own["agreement"][0], own["all three"][0]
-        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * appearance:.0f} % \|$", README,
+        agreement, share = own["agreement"][0], own["all three"][0]
+        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * share:.0f} % \|$", README,
                          re.MULTILINE)
