@@ -28,7 +28,7 @@ from sides import PROMPT, ROOT, Loop, load, load_unet, model, our_step, prepare,
 from support import machine
 from support.files import read_json, write_json
 
-PRECISIONS = ("bf16", "fp32")  # the most important one first
+PRECISIONS = ("bf16", "fp32", "fp16")  # the most important one first
 SHAPES = {"vmc": (8, 320, 576), "motiondirector": (16, 384, 384), "newmove": (16, 384, 384),
           "customize-a-video": (16, 256, 256), "generate": (24, 320, 576)}  # F, H, W
 SMALL = {"cpu": (16, 64, 64), "dry": (4, 64, 64)}  # shape of all rows of these commands
@@ -62,7 +62,6 @@ def training(here, row, method, checkpointing="off"):
 def sampling(here, row, steps):
     """Guided sampling to latents, next to the loop of the diffusers pipeline."""
     row["steps"], precision, made = steps, row["precision"], []
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16} if here.alone else {}
 
     def ours():
         made.extend(load(here, row, precision))
@@ -71,8 +70,8 @@ def sampling(here, row, steps):
     def theirs():
         pipe, inputs = made
         pipe.unet = None if here.alone else pipe.unet
-        unet = model.load(None, here.device).unet
-        unet = load_unet(unet, dtypes.get(precision, torch.float32))
+        dtype = machine.DTYPES[precision if here.alone else "fp32"]
+        unet = load_unet(model.load(None, here.device).unet, dtype)
         autocast = partial(machine.autocast, here.device, precision)
         return partial(sides.official_sample, unet, pipe.schedule, *inputs, steps, autocast)
 
@@ -112,7 +111,7 @@ def rows(here):
     found = block(first) + [("Sampled latents", first, "generate", accuracy, steps)]
     found += [(f"train.py --method {m} --checkpointing on", first, m, training, m, "on")
               for m in methods]
-    for precision in PRECISIONS[1:]:
+    for precision in PRECISIONS[1 : 2 if here.command == "cpu" else None]:  # slow fp16 on CPUs
         found += block(precision)
     if here.command == "cpu":
         frames = {f"{n} frames": ("vmc", n) for n in (8, 16, 24, 32)}

@@ -76,8 +76,10 @@ def our_step(run):
 
     def step():
         train.one_step(run, next(count))
+        run.scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, run.recipe.max_grad_norm)
-        optimizer.step()
+        run.scaler.step(optimizer)
+        run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     return step

@@ -25,7 +25,7 @@ COMMANDS = re.findall(r"^\s*python (train|generate|eval)\.py (.*)$", README + MA
 
 def test_methods_page_is_current():
     """If it fails, run `python docs/write.py`."""
-    assert (ROOT / "docs" / "methods.md").read_text() == write.methods_page()
+    assert (ROOT / "docs" / "methods.md").read_text() == write.page()
 
 
 def test_speed_page_has_the_measured_tables():
