@@ -102,7 +102,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size):
-        # The size is the skip's, not ×2: downsampling rounds odd sizes up.
+        # `size` is the skip's and not ×2, since downsampling rounds odd sizes up.
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
@@ -142,8 +142,8 @@ class Attention(nn.Module):
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def maps(self, x, context=None):
-        """Attention maps softmax(q·kᵀ/√d), (B, heads, N, M) for M context tokens. A forward hook can
-        compute them from the layer's inputs."""
+        """Attention maps softmax(q·kᵀ/√d), (B, heads, N, M) for M context tokens. Forward hooks can
+        call it with the inputs they receive."""
         q, k = self.split(self.to_q(x)), self.split(self.to_k(x if context is None else context))
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
@@ -192,8 +192,8 @@ class TransformerBlock(nn.Module):
         if text is None:
             x = self.attn2(self.norm2(x)) + x
         else:
-            # All frames of a clip share one prompt. Their queries form one row, so the keys and
-            # values are computed once per prompt instead of once per frame.
+            # The frames of a clip share a prompt. With their queries in one row, keys and values
+            # are computed once per prompt, not once per frame.
             queries = self.norm2(x).reshape(text.shape[0], -1, x.shape[-1])
             x = self.attn2(queries, text).view(x.shape) + x
         return self.ff(self.norm3(x)) + x
@@ -228,8 +228,8 @@ class SpatialTransformer(Transformer):
 
 
 class TemporalTransformer(Transformer):
-    """Each pixel attends over time, without text, mask or position embedding. Only the zero padding
-    of the temporal convolutions carries the order of the frames."""
+    """Each pixel attends over time, without text, mask or position embedding. Frame order enters
+    only through the zero padding of the temporal convolutions."""
 
     def forward(self, x, frames):
         h, w = x.shape[-2:]
@@ -241,7 +241,8 @@ class TemporalTransformer(Transformer):
 
 
 class TemporalConvLayer(nn.Module):
-    """Four convolutions along time. The last is zero-initialized, so the layer starts as identity."""
+    """Four convolutions along time. The last is zero-initialized: the layer starts as the identity.
+    """
 
     def __init__(self, channels, groups, dropout=0.1):
         super().__init__()
@@ -281,7 +282,8 @@ class TimeEmbedding(nn.Module):
 
 class Block(nn.Module):
     """One level of the UNet. Each layer is a resnet and a temporal convolution; the first
-    `transformers` layers add a spatial and a temporal transformer. skips: skip channels per layer."""
+    `transformers` of them add a spatial and a temporal transformer. skips: skip channels per layer.
+    """
 
     def __init__(self, config, c_in, c_out, layers, transformers, skips=None):
         super().__init__()
@@ -562,8 +564,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(z, z, 1)
 
     def encode(self, frames):
-        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation, each (B, C, H/8, W/8), unscaled.
-        """
+        """(B, 3, H, W) in [-1, 1] -> unscaled mean and standard deviation (B, C, H/8, W/8)."""
         frames = frames.contiguous(memory_format=torch.channels_last)
         moments = self.quant_conv(self.encoder(frames))
         mean, logvar = moments.chunk(2, dim=1)
@@ -636,13 +637,12 @@ class TextEncoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# The pipeline, and loading a folder in the hub's layout
+# The pipeline, and loading it from a folder in the hub's layout
 
 
 @dataclass
 class Pipeline:
-    """A text-to-video model, built by `load`: UNet, VAE, text encoder and noise schedule, with
-    device and precision."""
+    """A text-to-video model: UNet, VAE, text encoder, noise schedule, device and precision."""
 
     unet: UNet
     vae: VAE
@@ -732,7 +732,7 @@ def load_unet(folder, device="cpu", dtype=torch.float32):
 
 
 def load_vae(folder, device="cpu", dtype=torch.float32):
-    """The VAE of a hub-layout folder, with old or new parameter names. Raises BadInput."""
+    """The VAE of a hub-layout folder. Old parameter names are accepted. Raises BadInput."""
     convert = lambda state, vae: hub.vae_from_legacy(state)
     return _load(VAE, VAEConfig, Path(folder) / "vae", device, dtype, convert)
 
@@ -751,8 +751,8 @@ def load_schedule(folder):
 
 
 def _load(cls, config, folder, device, dtype, convert):
-    """Build a network on the meta device, then assign the tensors of its weights file. dtype: one
-    for all parameters, or a function of the name."""
+    """Build a network without allocating memory, then assign the tensors of its weights file.
+    dtype: one for all parameters, or a function of the name."""
     dtype_of = dtype if callable(dtype) else lambda name: dtype
     path = folder / "config.json"
     with reading(path, "take the config.json released with the weights"), torch.device("meta"):

@@ -32,8 +32,8 @@ def _apply(x, *layers):
 
 
 def sequential(layers, x):
-    """nn.Sequential(*layers)(x). The layers are a norm, an activation and a convolution. If they are
-    large, the backward pass recomputes them, since they cost little time and much memory."""
+    """nn.Sequential(*layers)(x) for norms and activations before a convolution. These cost little
+    time and much memory, so the backward pass recomputes large ones."""
     return _checkpointed(_apply, x, *layers)
 
 
@@ -91,8 +91,8 @@ class _Masked(torch.autograd.Function):
 
 
 def dropout(x, p, training):
-    """F.dropout(x, p, training). On a CPU, each element compares 16 random bits with p, in a quarter
-    of the time of Bernoulli sampling; p is rounded to 1/65536."""
+    """F.dropout(x, p, training). On a CPU, the mask compares 16 random bits per element with p, in
+    a quarter of the time of Bernoulli sampling; p is rounded to 1/65536."""
     if x.device.type != "cpu" or not training or p == 0:
         return F.dropout(x, p, training)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -123,8 +123,8 @@ class TemporalConv1d(nn.Conv3d):
 
 
 def in_fp32(name, keep=()):
-    """True if a parameter of the UNet stays in fp32 when frozen weights are stored in bf16: those in
-    `keep`, the norms (layer 0 of a temporal convolution) and the last layer, which run in fp32."""
+    """True if a UNet parameter stays in fp32 when frozen weights are stored in bf16: those in
+    `keep`, and those that run in fp32: the norms (".convN.0.") and the last layer."""
     return name in keep or re.search(r"norm|\.conv\d\.0\.|^conv_out", name) is not None
 
 
