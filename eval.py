@@ -78,7 +78,7 @@ def parse(argv=None):
         "of videos")
     add("--reference", nargs="+", type=Path, default=[], help="the training clips (default: those "
         "of the run's adapter)")
-    add("--prompts", type=Path, help="a file with prompts for training runs, one per line (default: "
+    add("--prompts", type=Path, help="file of prompts for training runs, one per line (default: "
         "the run's preview prompt)")
     add("--seeds", type=int_in(1, 10**6), default=1, help="videos per prompt for training runs "
         "(default: 1)")

@@ -35,7 +35,7 @@ def read_foreign(state, meta, unet, path, clip=0, full_weights=False):
     state: {name: tensor} of diffusers, peft, kohya, ComfyUI or stable_lora, with the layer names of
     the hub or of ModelScope; or a MotionDirector list, from which `clip` selects a clip. meta: the
     metadata of a .safetensors. `pairs` maps layers to (A, B), with all scales multiplied into B;
-    `tensors` maps parameters to full values. `full_weights` also accepts all weights of a UNet.
+    `tensors` maps parameters to full values. full_weights: accept all weights of a UNet, too.
     Raises BadInput.
     """
     parameters, path = dict(unet.named_parameters()), Path(path)
@@ -56,8 +56,8 @@ def read_foreign(state, meta, unet, path, clip=0, full_weights=False):
             pairs[layer] = A, B * find_scale(layer, found, settings, meta)
         spatial = [n for n in parameters if not re.search(r"temp_|transformer_in", n)]
         if not (full_weights or pairs) and all(n in tensors for n in spatial):
-            raise ValueError("it holds all weights of a UNet and is not an adapter; use its folder "
-                             "as --weights, or the file as an absorber's load_from=")
+            raise ValueError("it has all weights of a UNet and is not an adapter; give its folder "
+                             "to --weights, or the file to absorber.load_from=")
         if both := [layer for layer in pairs if f"{layer}.weight" in tensors]:
             raise ValueError(f"it has both full weights and a LoRA for {both[0]}")
         return tensors, pairs
@@ -88,11 +88,11 @@ def match_names(state, parameters, config):
             unknown.append(name)
             continue
         if key in group:
-            raise ValueError(f"{name} duplicates another tensor for the same layer")
+            raise ValueError(f"duplicate tensor {name}")
         group[key] = tensor
-    if unknown or not layers and not full:
-        raise ValueError(f"{len(unknown)} of its {len(state)} tensors match no layer of this UNet, "
-                         f"first {(unknown or ['none'])[0]}")
+    if unknown or not state:
+        raise ValueError(f"{len(unknown)} of its {len(state)} tensors match no layer, e.g. "
+                         f"{unknown[0]}" if unknown else "it has no tensor for the UNet")
     return layers, full
 
 
@@ -113,11 +113,9 @@ def build_pair(layer, found, shape):
     Here, k rows of B become one row, each with a copy of A.
     """
     c_out, c_in, *kernel = shape
-    if not {"A", "B"} <= set(found):
-        raise ValueError(f"{layer} has {', '.join(sorted(found))} only, expected A and B")
+    if not {"A", "B"} <= set(found) or not len(found["A"]):
+        raise ValueError(f"expected A and B of rank 1 or more, found {sorted(found)} for {layer}")
     A, B, rank = found["A"], found["B"], len(found["A"])
-    if not rank:
-        raise ValueError(f"{layer} has a LoRA of rank 0")
     if kernel and (k := kernel[0]) > 1 and A.dim() == 2:
         A = torch.block_diag(*[fit(A, (rank, k * c_in), layer)] * k).view(-1, c_in, k, k)
         A = A.mean(-1, keepdim=True) if len(kernel) == 3 else A
@@ -153,7 +151,7 @@ def read_settings(state, meta, path):
     other += ["init_lora_weights"] * (values.get("init_lora_weights") not in INITS)
     other += ["peft_type"] * (values.get("peft_type") not in (None, "LORA"))
     if other:
-        raise ValueError(f"its settings {', '.join(other)} are not supported")
+        raise ValueError(f"its adapter settings are not supported: {', '.join(other)}")
     return SETTINGS | {k: v for k, v in values.items() if k in SETTINGS and v is not None}
 
 
@@ -168,7 +166,8 @@ def find_scale(layer, found, settings, meta):
         r = match_pattern(settings["rank_pattern"], layer, settings["r"])
         alpha = match_pattern(settings["alpha_pattern"], layer, settings["lora_alpha"])
         if r != rank or type(settings["use_rslora"]) is not bool:
-            raise ValueError(f"{layer} has rank {rank}, but rank {r} in its settings")
+            raise ValueError(f"its settings have r={r!r} and use_rslora={settings['use_rslora']!r}, "
+                             f"expected {rank} and a boolean, for {layer}")
         scales.append(alpha / (math.sqrt(r) if settings["use_rslora"] else r))
     if not all(0 < s < 1e6 and math.isclose(s, scales[0], rel_tol=1e-3) for s in scales):
         raise ValueError(f"the scale of {layer} is {scales}; expected one positive number")
