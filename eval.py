@@ -87,7 +87,7 @@ def parse(argv=None):
     add("--frames", type=int_in(4, 4096), help="frames per video (default: as generated, else 16)")
     add("--keyframes", nargs="+", type=int_in(0), help="score only these frames, numbered from 0")
     add("--fps", type=float_in(0.01, 1000), help="frame rate (default: as generated, else 8)")
-    add("--size", type=int_in(32, 2048), default=256, help="pixels, a square (default: 256)")
+    add("--size", type=int_in(32, 2048), default=256, help="height and width (default: 256)")
     # the user study
     add("--user-study", action="store_true", help="also write study.html, a page of blind pairs")
     add("--ratings", action="store_true", help="also rate motion, appearance and text from 1 to 5")

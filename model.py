@@ -2,10 +2,10 @@
 
     python -c "import model; print(model.load().unet.config)"
 
-Modules have the names of the released files, so state dicts load strictly and without a name table.
-The one exception is the text encoder, which is open_clip's (support/hub.py). The same classes build
-the full-size model (1.41 B parameters) and the tiny one; only config.json differs. The functions of
-support/fast.py replace plain torch code and return the same numbers.
+Parameters have the names of the released files, so state dicts load with strict=True and without a
+name table. The one exception is the text encoder, which is open_clip's (support/hub.py). The same
+classes build the full-size model (1.41 B parameters) and the tiny one; only config.json differs.
+Functions of `fast` give the same results as the torch functions they replace (support/fast.py).
 
 Axes: B prompts or clips, F frames, C channels, H W pixels, h w latent (H/8, W/8), N text tokens,
 D text width. "Folded" tensors are (B·F, C, h, w): spatial layers treat each frame as an image.
@@ -73,7 +73,7 @@ def over_time(x, frames):
 
 
 class Resnet(nn.Module):
-    """Residual block: twice norm, SiLU, conv, with the time embedding added in between."""
+    """Residual block: (norm, SiLU, conv) twice, with the time embedding added in between."""
 
     def __init__(self, c_in, c_out, groups, eps, time_dim=None):
         super().__init__()
@@ -102,7 +102,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size):
-        # `size` is the skip's and not ×2, since downsampling rounds odd sizes up.
+        # To the size of the skip, not ×2, since downsampling rounds odd sizes up.
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
@@ -142,8 +142,8 @@ class Attention(nn.Module):
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def maps(self, x, context=None):
-        """Attention maps softmax(q·kᵀ/√d), (B, heads, N, M) for M context tokens. Forward hooks can
-        call it with the inputs they receive."""
+        """Attention maps softmax(q·kᵀ/√d), (B, heads, N, M) for M context tokens. A forward hook
+        can compute them from the layer's inputs."""
         q, k = self.split(self.to_q(x)), self.split(self.to_k(x if context is None else context))
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """x·gelu(gate), where x and gate are linear in the input (Shazeer 2020). gelu is exact."""
+    """x·gelu(gate), with x and gate linear in the input and the exact gelu (Shazeer 2020)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -192,8 +192,8 @@ class TransformerBlock(nn.Module):
         if text is None:
             x = self.attn2(self.norm2(x)) + x
         else:
-            # The frames of a clip share a prompt. With their queries in one row, keys and values
-            # are computed once per prompt, not once per frame.
+            # The frames of a clip share a prompt. With all their queries in one row, keys and
+            # values are computed once per prompt, not once per frame.
             queries = self.norm2(x).reshape(text.shape[0], -1, x.shape[-1])
             x = self.attn2(queries, text).view(x.shape) + x
         return self.ff(self.norm3(x)) + x
@@ -228,7 +228,7 @@ class SpatialTransformer(Transformer):
 
 
 class TemporalTransformer(Transformer):
-    """Each pixel attends over time, without text, mask or position embedding. Frame order enters
+    """Each pixel attention over time, without text, mask or position embedding. Frame order enters
     only through the zero padding of the temporal convolutions."""
 
     def forward(self, x, frames):
@@ -237,7 +237,7 @@ class TemporalTransformer(Transformer):
         B, C = y.shape[:2]
         y = y.permute(0, 3, 2, 1).reshape(B * h * w, frames, C).contiguous()
         y = self.blocks(y).view(B, h * w, frames, C).transpose(1, 2)  # (B, F, hw, C)
-        return x + to_image(y.reshape(B * frames, h * w, C), h, w)  # in the memory layout of x
+        return x + to_image(y.reshape(B * frames, h * w, C), h, w)  # keeps the memory layout of x
 
 
 class TemporalConvLayer(nn.Module):
@@ -321,9 +321,9 @@ class Block(nn.Module):
 class DownBlock(Block):
     """A downsampling level. The outputs of all layers and of the downsampling become skips."""
 
-    def __init__(self, config, c_in, c_out, attends, last):
+    def __init__(self, config, c_in, c_out, attention, last):
         layers = config.layers_per_block
-        super().__init__(config, c_in, c_out, layers, layers * attends)
+        super().__init__(config, c_in, c_out, layers, layers * attention)
         self.last = last
         if not last:
             self.downsamplers = nn.ModuleList([Downsample(c_out, config.downsample_padding)])
@@ -351,10 +351,10 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    """An upsampling level. Each layer first concatenates a skip of the downsampling levels."""
+    """An upsampling level. Each layer concatenates a skip from a downsampling level."""
 
-    def __init__(self, config, c_in, c_out, skips, attends, last):
-        super().__init__(config, c_in, c_out, len(skips), len(skips) * attends, skips)
+    def __init__(self, config, c_in, c_out, skips, attention, last):
+        super().__init__(config, c_in, c_out, len(skips), len(skips) * attention, skips)
         self.last = last
         if not last:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
@@ -385,25 +385,25 @@ class UNet(nn.Module):
 
         self.down_blocks, skips, c_in = nn.ModuleList(), [first], first
         for block_type, c_out in zip(c.down_block_types, width):
-            end = len(self.down_blocks) == len(width) - 1
-            attends = block_type == "CrossAttnDownBlock3D"
-            self.down_blocks.append(DownBlock(c, c_in, c_out, attends, end))
-            skips += [c_out] * (layers + (not end))
+            is_last = len(self.down_blocks) == len(width) - 1
+            attention = block_type == "CrossAttnDownBlock3D"
+            self.down_blocks.append(DownBlock(c, c_in, c_out, attention, is_last))
+            skips += [c_out] * (layers + (not is_last))
             c_in = c_out
         self.mid_block = MidBlock(c, last)
         self.up_blocks = nn.ModuleList()
         for block_type, c_out in zip(c.up_block_types, reversed(width)):
-            end = len(self.up_blocks) == len(width) - 1
-            attends = block_type == "CrossAttnUpBlock3D"
+            is_last = len(self.up_blocks) == len(width) - 1
+            attention = block_type == "CrossAttnUpBlock3D"
             block_skips = [skips.pop() for _ in range(layers + 1)]
-            self.up_blocks.append(UpBlock(c, c_in, c_out, block_skips, attends, end))
+            self.up_blocks.append(UpBlock(c, c_in, c_out, block_skips, attention, is_last))
             c_in = c_out
 
         self.conv_norm_out = nn.GroupNorm(groups, first, c.norm_eps)
         self.conv_out = nn.Conv2d(first, c.out_channels, 3, padding=1)
 
     def forward(self, latents, timesteps, text, temporal=True):
-        """The prediction (epsilon or v, by the schedule's prediction_type) for noisy latents.
+        """Predict epsilon or v (the schedule's prediction_type) for noisy latents.
 
         latents (B, C, F, h, w), timesteps (B,) or a number, text (B, N, D) -> (B, C, F, h, w).
         With k·B texts, ordered as k batches of B, -> (k·B, C, F, h, w): classifier-free guidance
@@ -661,8 +661,8 @@ class Pipeline:
 
     @torch.no_grad()
     def encode(self, video, generator=None):
-        """(B, 3, F, H, W) in [-1, 1] -> scaled latents (B, C, F, h, w): the posterior mean, or a
-        posterior sample with a CPU generator (or a list of them, one per clip)."""
+        """(B, 3, F, H, W) in [-1, 1] -> scaled latents (B, C, F, h, w): the posterior mean, or,
+        given a CPU generator (or a list, one per clip), a posterior sample."""
         mean, std = self.vae.moments(to_device(video, self.device))
         if generator is not None:
             generators = generator if isinstance(generator, list) else [generator] * len(mean)
@@ -708,13 +708,13 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
     """The Pipeline of a hub-layout folder (ZeroScope, ModelScope; None: the tiny model).
 
     With precision bf16 and a collection of names `keep` (() for none), all other parameters of the
-    UNet are converted to bf16 as they are read, so the fp32 weights are never in memory at once.
-    Raises BadInput when a file is missing, damaged, or does not match its config.json.
+    UNet are converted to bf16 one by one, so that they are never all in memory in fp32. Raises
+    BadInput when a file is missing, damaged, or does not match its config.json.
     """
     folder = TINY if folder is None else Path(folder)
     if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give one in the hub's layout, with unet/, vae/, "
-                       "text_encoder/ and scheduler/ in it.")
+        raise BadInput(f"{folder} is not a folder; give one in the hub's layout: unet/, vae/, "
+                       "text_encoder/ and scheduler/.")
     bf16 = keep is not None and precision == "bf16"
     dtype = lambda name: torch.bfloat16 if bf16 and not fast.in_fp32(name, keep) else torch.float32
     pipe = Pipeline(load_unet(folder, dtype=dtype), load_vae(folder), load_text(folder),

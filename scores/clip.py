@@ -60,8 +60,8 @@ def tiny_clip(folder=model.TINY, device="cpu"):
 
 
 def load_clip(name=None, weights=None, device="cpu"):
-    """The tiny CLIP, or an open_clip model by name with local weights, also in the hub's format.
-    Raises BadInput."""
+    """An open_clip model with local weights, in open_clip's or the hub's format; without arguments,
+    the tiny CLIP. Raises BadInput."""
     if not name and not weights:
         return tiny_clip(device=device)
     if not name:

@@ -71,7 +71,7 @@ def score(run, args, scorers):
 
 
 def score_frames(s, args, scorers):
-    """Metrics of a sample's frames, from its prompt and from each other."""
+    """Metrics of a sample's frames: match with the prompt, and temporal consistency."""
     text = scorers.clip.text_features([s.prompt])
     row = {alignment_name(scorers): clips.alignment(s.features, text),
            f"temporal consistency ({scorers.clip.name})": clips.temporal_consistency(s.features)}
@@ -141,8 +141,8 @@ def choose_shared(runs):
         return [f"The prompts differ. The columns cover the {len(shared)} prompts that all runs "
                 f"share. Left out: {', '.join(excluded)}."]
     if not shared:
-        return ["The runs share no prompt. Each column covers other prompts, so the columns cannot "
-                "be compared."]
+        return ["The runs share no prompt. Each column covers different prompts, so the columns "
+                "cannot be compared."]
     return []
 
 

@@ -16,7 +16,7 @@ RATINGS = range(1, 6)
 
 
 def build_study(runs, ratings, question):
-    """{file name: text} of study.html and study-key.json. The page compares each two runs on their
+    """{file name: text} of study.html and study-key.json. The page compares every two runs on their
     common prompts and seeds, and shuffles pairs and sides for each visitor. Only the key has the
     names of the runs. Raises BadInput, e.g. if two trained models have no prompt in common."""
     rng, pairs, key = random.Random(), [], {}

@@ -1,4 +1,4 @@
-"""Metrics of the tiny world: does a video show the appearance in the prompt, and the right motion?
+"""Metrics of the tiny world: appearance as in the prompt, motion as in the reference.
 
     world_scores(video, "a red star", reference)     # {"color": 1.0, …}
 
@@ -15,9 +15,9 @@ SIDE = 64  # pixels: the size of the tiny world
 
 
 def world_scores(video, prompt, reference=None):
-    """Metrics of a video (3, F, H, W). Color, shape and background: 1 if the video shows the one in
-    the prompt, 0 if not, None if the prompt names none. With a reference video: 1 for the same kind
-    of motion, and the correlation of the trajectories."""
+    """Metrics of a video (3, F, H, W). Color, shape and background are 1 if they match the prompt,
+    0 if not, None if the prompt has none. With a reference video, also 1 or 0 for the same kind of
+    motion, and the correlation of the trajectories."""
     from tiny import instruments, world  # imported only where needed
 
     frames = min(v.shape[1] for v in (video, reference) if v is not None)

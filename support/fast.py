@@ -1,5 +1,5 @@
-"""Faster or smaller versions of torch functions. Each returns the result of the plain torch code in
-its docstring.
+"""Versions of torch functions that are faster or need less memory. Each gives the same result as
+the torch code in its docstring.
 
     python -m pytest tests/test_model.py -k plain
 
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LARGE = 2**20  # elements; from this size on, saving memory is worth a recomputation
+LARGE = 2**20  # elements; tensors of this size and above are recomputed instead of saved
 MAX_GRID = 65_535  # blocks of a CUDA grid along one axis
 
 
 def _checkpointed(f, *inputs):
-    """f(*inputs). For large inputs, only these are saved for the backward pass, which recomputes f
-    up to its last operation."""
+    """f(*inputs), with gradient checkpointing if the first input is large. The backward pass
+    recomputes f, except its last operation."""
     x = inputs[0]
     if torch.is_grad_enabled() and x.requires_grad and x.numel() >= LARGE:
         return checkpoint(f, *inputs, use_reentrant=False)
@@ -49,7 +49,7 @@ def geglu(x_gate):
 
 def _plain_attention(q, k, v):
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-    # On a CPU, the softmax of rows shorter than 128 is faster in fp32 than in bf16, and more exact.
+    # On a CPU, the softmax of rows under 128 is faster in fp32 than in bf16, and more accurate.
     dtype = torch.promote_types(q.dtype, torch.float32 if k.shape[-2] < 128 else q.dtype)
     return scores.softmax(-1, dtype).to(v.dtype) @ v
 
@@ -123,8 +123,8 @@ class TemporalConv1d(nn.Conv3d):
 
 
 def in_fp32(name, keep=()):
-    """True if a UNet parameter stays in fp32 when frozen weights are stored in bf16: those in
-    `keep`, and those that run in fp32: the norms (".convN.0.") and the last layer."""
+    """True for UNet parameters that stay in fp32 when frozen weights are stored in bf16: those in
+    `keep`, and the norms (also ".conv1.0." …) and the last layer, which run in fp32."""
     return name in keep or re.search(r"norm|\.conv\d\.0\.|^conv_out", name) is not None
 
 

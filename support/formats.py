@@ -1,9 +1,9 @@
-"""LoRA files of other programs, read completely or refused.
+"""LoRA files of other programs, read completely or rejected.
 
     tensors, pairs = read_foreign(read_tensors("x.safetensors"), {}, unet, "x.safetensors")
 
 A partly applied LoRA looks like an undertrained one. Therefore every tensor and every setting of a
-file is used, or the file is refused with an error. Only text encoder tensors are skipped.
+file is used, or the file is rejected. Only text encoder tensors are skipped, with a message.
 
 The update of a layer is s·B·A: A is (r, in, *kernel), B (out, r, 1, …), s usually alpha/r.
 """
@@ -166,8 +166,8 @@ def find_scale(layer, found, settings, meta):
         r = match_pattern(settings["rank_pattern"], layer, settings["r"])
         alpha = match_pattern(settings["alpha_pattern"], layer, settings["lora_alpha"])
         if r != rank or type(settings["use_rslora"]) is not bool:
-            raise ValueError(f"its settings have r={r!r} and use_rslora={settings['use_rslora']!r}, "
-                             f"expected {rank} and a boolean, for {layer}")
+            raise ValueError(f"its settings are r={r!r}, use_rslora={settings['use_rslora']!r}; "
+                             f"expected r={rank} and a boolean for {layer}")
         scales.append(alpha / (math.sqrt(r) if settings["use_rslora"] else r))
     if not all(0 < s < 1e6 and math.isclose(s, scales[0], rel_tol=1e-3) for s in scales):
         raise ValueError(f"the scale of {layer} is {scales}; expected one positive number")
@@ -175,7 +175,7 @@ def find_scale(layer, found, settings, meta):
 
 
 def match_pattern(patterns, layer, default):
-    """The value of the first pattern that matches the layer's name, or its last components."""
+    """The value of the first pattern that matches the layer's name, or its end after a dot."""
     return next((value for pattern, value in patterns.items()
                  if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
@@ -205,7 +205,7 @@ def read_motiondirector(state, parameters, path, clip):
         if expected and expected == found and len(state) == 2 * len(expected):
             break
     else:
-        raise ValueError(f"its {len(state)} unnamed tensors are not MotionDirector's for this UNet")
+        raise ValueError(f"its {len(state)} unnamed tensors do not match MotionDirector's layers")
     if clip >= clips:
         raise ValueError(f"it has no clip {clip}, only #0 to #{clips - 1}")
     if clips > 1:

@@ -77,7 +77,7 @@ class TextConfig:
     intermediate_size: int
     num_hidden_layers: int = number(1, 100)
     num_attention_heads: int = number(1, 1000)
-    hidden_act: str = one_of("gelu")  # not quick_gelu, as in Stable Diffusion 1
+    hidden_act: str = one_of("gelu")  # Stable Diffusion 1 has quick_gelu
     layer_norm_eps: float = number(0, 1, 1e-5)
     max_position_embeddings: int = number(3, 2**12, 77)
     vocab_size: int = one_of(49408)
@@ -130,7 +130,7 @@ def load_strictly(module, state, source):
 # The text encoder and CLIP, which are open_clip modules here
 
 
-HUB_TEXT_NAMES = [  # (text in a hub name, text in an open_clip name), replaced in this order
+HUB_TEXT_NAMES = [  # (part of a hub name, part of an open_clip name), replaced in this order
     ("text_model.", ""),
     ("embeddings.token_embedding.weight", "token_embedding.weight"),
     ("embeddings.position_embedding.weight", "positional_embedding"),
@@ -182,7 +182,7 @@ def text_to_hub(state):
     return out
 
 
-CLIP_NAMES = [  # the image tower: the hub's CLIPModel, open_clip
+CLIP_NAMES = [  # the same for the image tower of the hub's CLIPModel
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
     ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
