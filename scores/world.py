@@ -1,8 +1,8 @@
-"""What the tiny world's instruments read off videos: the looks that a prompt names, and the motion.
+"""Metrics of the tiny world: appearance as in the prompt, motion as in the reference.
 
-    world_scores(video, "a red star", reference)     # {"colour": 1.0, …}
+    world_scores(video, "a red star", reference)     # {"color": 1.0, …}
 
-Axes: F frames, H W picture.
+Axes: F frames, H W pixels.
 """
 import math
 import re
@@ -15,35 +15,35 @@ SIDE = 64  # pixels: the size of the tiny world
 
 
 def world_scores(video, prompt, reference=None):
-    """What is read off a video (3, F, H, W). Of the looks: 1 where it is what the prompt names, 0
-    where not, None where the prompt names none. With a reference video: whether the kind of motion
-    is the same, and the correlation with its path."""
-    from tiny import instruments, world  # only where it is asked for
+    """Metrics of a video (3, F, H, W). Color, shape and background are 1 if they match the prompt,
+    0 if not, None if the prompt has none. With a reference video, also 1 or 0 for the same kind of
+    motion, and the correlation of the trajectories."""
+    from tiny import instruments, world  # imported only where needed
 
-    last = min(v.shape[1] for v in (video, reference) if v is not None)
-    reading = instruments.read(small(video[:, :last])[None])
-    # "an orange star moving in a circle on a blue striped background" is of neither a circle nor
-    # anything blue.
-    thing, _, ground = prompt.partition(" on a ")
-    thing = re.sub(word_pattern(world.MOTIONS), " ", thing)
-    row = {"colour": names(thing, world.COLOURS, reading.colour),
-           "shape": names(thing, world.SHAPES, reading.shape),
-           "background": names(ground, world.BACKGROUNDS, reading.background)}
+    frames = min(v.shape[1] for v in (video, reference) if v is not None)
+    measured = instruments.read(resize(video[:, :frames])[None])
+    # "an orange star moving in a circle on a blue striped background" names neither the shape
+    # circle nor the color blue.
+    subject, _, background = prompt.partition(" on a ")
+    subject = re.sub(word_pattern(world.MOTIONS), " ", subject)
+    row = {"color": matches(subject, world.COLOURS, measured.colour),
+           "shape": matches(subject, world.SHAPES, measured.shape),
+           "background": matches(background, world.BACKGROUNDS, measured.background)}
     if reference is not None:
-        goal = instruments.read(small(reference[:, :last])[None])
-        r = instruments.agreement(reading, goal).item()
-        same = float(reading.motion == goal.motion)
-        row["same kind of motion"] = same if goal.motion >= 0 else None
+        expected = instruments.read(resize(reference[:, :frames])[None])
+        r = instruments.agreement(measured, expected).item()
+        same = float(measured.motion == expected.motion)
+        row["same kind of motion"] = same if expected.motion >= 0 else None
         row["trajectory correlation"] = None if math.isnan(r) else r
     return row
 
 
-def names(text, table, read):
-    """1.0 where the text names entry `read` of a table, 0.0 where it names others; else None."""
-    named = [i for i, name in enumerate(table) if has_word(text, name)]
-    return float(int(read) in named) if named else None
+def matches(text, names, index):
+    """1.0 if the text has the name at this index, 0.0 if it has another of the names, else None."""
+    found = [i for i, name in enumerate(names) if has_word(text, name)]
+    return float(int(index) in found) if found else None
 
 
-def small(video):
-    """(3, F, H, W) at the world's size."""
+def resize(video):
+    """(3, F, H, W) at the size of the tiny world."""
     return F.interpolate(video.transpose(0, 1), (SIDE, SIDE), mode="area").transpose(0, 1)
