@@ -15,9 +15,9 @@ SIDE = 64  # pixels: the frame size of the tiny world
 
 
 def world_scores(video, prompt, reference=None):
-    """Scores of a video (3, F, H, W). Color, shape and background: 1 if the video shows the one that
-    the prompt names, 0 if not, None if the prompt names none. With a reference video: whether the
-    kind of motion is the same, and the correlation of the trajectories."""
+    """Scores of a video (3, F, H, W). Color, shape and background: 1 if the video shows the one
+    that the prompt names, 0 if not, None if the prompt names none. With a reference video: whether
+    the kind of motion is the same, and the correlation of the trajectories."""
     from tiny import measurements, world  # imported only if these scores are requested
 
     last = min(v.shape[1] for v in (video, reference) if v is not None)
@@ -39,8 +39,8 @@ def world_scores(video, prompt, reference=None):
 
 
 def names(text, table, index):
-    """1.0 if the text names entry `index` of a table, 0.0 if it names others, None if it names none.
-    """
+    """1.0 if the text names entry `index` of a table, 0.0 if it names others, None if it names
+    none."""
     named = [i for i, name in enumerate(table) if has_word(text, name)]
     return float(int(index) in named) if named else None
 

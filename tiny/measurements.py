@@ -54,10 +54,9 @@ def distance_to_backgrounds(pixels):
 
 
 def read_background(pixels):
-    """(B, F, H, W, 3) in [0, 1] -> the index (B,) of the background that explains most pixels, or -1
-    where it explains few, or where its pattern is missing; the same index without the -1; and the
-    distance (B, F, H, W) of each pixel to that background.
-    """
+    """(B, F, H, W, 3) in [0, 1] -> the index (B,) of the background that explains most pixels, or
+    -1 where it explains few, or where its pattern is missing; the same index without the -1; and
+    the distance (B, F, H, W) of each pixel to that background."""
     distance = distance_to_backgrounds(pixels)
     mean = distance.clamp(max=0.3).mean((1, 2, 3))  # (B, 5)
     best = mean.argmin(-1)

@@ -4,9 +4,9 @@
     python tiny/world.py --clip hopping.mp4       # one training clip and its caption
     python tiny/world.py --clip seven.mp4 --motion novel:7    # a random motion, drawn from seed 7
 
-A scene is an object (color, shape) that moves (motion, speed) in front of a background. The renderer
-is exact, antialiased, batched and a deterministic function of the scene; a scene is a function of
-its seed.
+A scene is an object (color, shape) that moves (motion, speed) in front of a background. The
+renderer is exact, antialiased, batched and a deterministic function of the scene; a scene is a
+function of its seed.
 
 Some motions have names. There is also a continuum of unnamed motions: random trajectories, growth,
 rotation and flattening, whose captions contain only "moving". As a real model does, a model of this
@@ -53,7 +53,8 @@ UNNAMED_WORDS = ("moving", "moving about", "in motion")
 POINTS = 61  # keyframes per motion; four between two frames, so that frames fall on keyframes
 SPEEDS = {"slowly": 0.55, "": 1.0, "quickly": 1.5}
 NOUN = "thing"  # the caption's noun where no shape is named
-WORDS = (*COLORS, *SHAPES, *BACKGROUNDS, *BASE, *SPEEDS, *UNNAMED_WORDS, f"a an on {NOUN} background")
+WORDS = (*COLORS, *SHAPES, *BACKGROUNDS, *BASE, *SPEEDS, *UNNAMED_WORDS, "a", "an", "on", NOUN,
+         "background")
 ONE_SPEED = ("standing still", "growing", "shrinking")
 
 
@@ -165,8 +166,8 @@ def random_path(g):
 
 
 def random_keyframes(g):
-    """A random unnamed motion (5, POINTS): x and y in units of the amplitude, size, angle in radians
-    and width. One in six stays in place; most of the others only change position."""
+    """A random unnamed motion (5, POINTS): x and y in units of the amplitude, size, angle in
+    radians and width. One in six stays in place; most of the others only change position."""
     path, rotation, scaling = random_path(g), random_path(g), random_path(g)
     stays, *chance = (torch.rand(4, generator=g) < torch.tensor([1 / 6, 0.2, 0.2, 0.15])).tolist()
     if stays and not any(chance):
