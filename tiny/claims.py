@@ -1,6 +1,6 @@
 """Do the papers' claims hold on the tiny world? Run the comparisons of tiny/claims_spec.py.
 
-    python tiny/claims.py                 # docs/claims.md, docs/claims.json, assets/claims-methods.svg
+    python tiny/claims.py                 # docs/claims.{md,json}, assets/claims-methods.svg
     python tiny/claims.py --seed 0        # half of the trials; --seed 1 in parallel on another core
     python tiny/claims.py --quick         # one minute, hardly any training: a test of the program
 
@@ -34,8 +34,8 @@ from tiny.claims_spec import CLAIMS, Side, own, trials_of  # noqa: E402
 QUICK = (17, 20, 21)
 
 # ------------------------------------------------------------------------------------------------
-# Statistics. The unit is a training run: its value is the mean over its prompts, and runs are paired
-# by motion and seed.
+# Statistics. The unit is a training run: its value is the mean over its prompts, and runs are
+# paired by motion and seed.
 
 
 def mean(values):
@@ -267,32 +267,35 @@ def over_motions(record):
     return f" (over motions: {interval}{other['verdict']})"
 
 
-ABOUT = f"""Written by `python tiny/claims.py`. Every comparison was registered in
-[tiny/claims_spec.py](../tiny/claims_spec.py) before the first result; its list `ARMS` has the settings
-of every arm. A value is the mean difference over pairs of training runs
-({len(claims_spec.NAMED)} named and {len(claims_spec.RANDOM)} random motions that the base model has
-never seen × {len(claims_spec.SEEDS)} seeds), each averaged over {benchmark.PROMPTS} prompts, with a 95 %
-bootstrap interval over pairs. A positive difference favors the paper. A claim *agrees* if the whole
-interval of every comparison is above its margin, and *disagrees* if that of any is below.
+ABOUT = f"""Written by `python tiny/claims.py`. All comparisons were registered in
+[claims_spec.py](../tiny/claims_spec.py) before the first result; its `ARMS` lists the settings of
+every arm. A value is the mean difference over pairs of training runs, each averaged over
+{benchmark.PROMPTS} prompts, with a 95 % bootstrap interval over the pairs. The pairs come from
+{len(claims_spec.NAMED)} named and {len(claims_spec.RANDOM)} random motions that the base model has
+never seen, and {len(claims_spec.SEEDS)} seeds. A positive difference favors the paper. A claim
+*agrees* if the whole interval of every comparison is above its margin, and *disagrees* if that of
+any is below.
 
 The metrics are measured from pixels. *Agreement* is the correlation of the object's trajectory with
-the clip's. *Appearance* is the share of videos whose color, shape and background are all those of the
-prompt. [benchmark.py](../tiny/benchmark.py) (`METRICS`) defines the others."""
+the clip's. *Appearance* is the share of videos whose color, shape and background are all those of
+the prompt. [benchmark.py](../tiny/benchmark.py) defines all `METRICS`."""
 
-LIMITS = """## Limits of these results
+LIMITS = """## What these results can and cannot show
 
+- They show whether an effect of a loss, a layer set, a start or a caption exists in a small video
+  diffusion model, with exact measurements and repeated runs.
 - The tiny model is hundreds of times smaller than the papers' models, and its world has one object
   per clip. A disagreement can come from the world, from the base model or from this code.
 - The model predicts v, so losses compare v; the papers' models predict ε.
-- All methods are trained for 200 steps on ten clips, or for their own steps on one clip. The papers
-  often stop at an equal appearance score instead.
-- Ten clips have ten appearances and a caption each; the papers use one caption for all.
+- Methods are trained for 200 steps on ten clips, or for their own steps on one clip; NewMove's
+  paper stops at an equal appearance score. The papers use one caption for all clips; here each clip
+  has its own appearance and caption.
 - Captions of NewMove, DreamBooth and Custom Diffusion name the appearance, as those of their
-  regularization clips do; the captions of the other methods name the shape alone.
-- Both runs of a motion share clip and prompts. Where the interval over the eight motions gives
-  another verdict, the page shows it.
-- The intervals are not corrected for the number of claims.
-- Learning rates were chosen once, on two motions that are not used here ([rates.json](rates.json))."""
+  regularization clips do. Captions of the other methods name the shape alone.
+- Both runs of a motion share clip and prompts, so the page shows where the interval over the eight
+  motions gives another verdict. Nothing corrects for the number of claims.
+- Learning rates were chosen once, on two motions that are not used here ([rates.json](rates.json)).
+"""
 
 
 def page(result, findings):
@@ -303,17 +306,18 @@ def page(result, findings):
         claim = CLAIMS[int(key)]
         values = "<br>".join(f"{c.metric} {number(record)}".strip()
                              for c, record in zip(claim.comparisons, row["comparisons"]))
-        lines.append(f"| [{key}](#claim-{key}) | {claim.text} | {values} | {row['verdict']} |")
-    lines += ["", "![Motion against appearance, by method](../assets/claims-methods.svg)", "", LIMITS]
+        lines.append(f"| [{key}](#claim-{key}) | {claim.text} | {values} | {row['verdict']}"
+                     f"{over_motions(row)} |")
+    lines += ["", "![Motion against appearance](../assets/claims-methods.svg)", "", LIMITS.strip()]
     for key, row in result["claims"].items():
         claim = CLAIMS[int(key)]
         lines += ["", f"## Claim {key}", f"{claim.text} ({claim.source}: {claim.numbers}). "
                   f"**{row['verdict'].capitalize()}.** {claim.limits}".strip(), ""]
         for comparison, record in zip(claim.comparisons, row["comparisons"]):
             why = f" ({comparison.why})" if comparison.why else ""
-            steps = [f"{side}: appearance {100 * v:.0f} %" for side, v in record.get("at", {}).items()]
+            at = [f"; {side}: appearance {100 * v:.0f} %" for side, v in record.get("at", {}).items()]
             lines.append(f"- {record['comparison']}{why}: {number(record)}, {record['runs']} runs, "
-                         f"{record['verdict']}{over_motions(record)}{'; '.join(['', *steps])}")
+                         f"{record['verdict']}{over_motions(record)}{''.join(at)}")
         if key in findings:
             lines += ["", findings[key]]
     return "\n".join([*lines, ""])
@@ -347,7 +351,8 @@ WIDE, HIGH, LEFT, TOP = 330, 240, 52, 34  # of a panel's field and its margins, 
 def chart(results):
     """The SVG of assets/claims-methods.svg: agreement against appearance, by method."""
     panels = []
-    for i, (title, arms) in enumerate((("ten clips", claims_spec.TEN), ("one clip", claims_spec.ONE))):
+    groups = (("ten clips", claims_spec.TEN), ("one clip", claims_spec.ONE))
+    for i, (title, arms) in enumerate(groups):
         points = []
         for arm in ("base", *arms):
             x = 100 * mean(values_of(own(arm), "appearance", results))
