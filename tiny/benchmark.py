@@ -1,12 +1,12 @@
 """Benchmark: train the methods on many motions of the tiny world and measure their samples.
 
-    python tiny/benchmark.py --write docs       # every method: docs/results.json, docs/results.md
-    python tiny/benchmark.py --methods vmc --motions 2 --seeds 1       # a small part
+    python tiny/benchmark.py --write            # every method: docs/results.json, docs/results.md
+    python tiny/benchmark.py --methods vmc --motions 2 --seeds 1       # print a small part
 
 A trial is one training run: one method, one motion that the base model has never seen, one seed. It
 is sampled from each start, for prompts whose appearance differs from the clip's in every respect,
 and the samples are measured from their pixels. Measured trials are recorded in docs/trials.json,
-and new ones in out/benchmark too, one folder per base model; what is recorded is not run again.
+and new ones in out/benchmark too; what is recorded is not run again.
 Numbers are means over trials with a 95 % bootstrap interval over trials, because the videos of one
 training run are not independent.
 
@@ -16,6 +16,7 @@ import argparse
 import functools
 import hashlib
 import json
+import re
 import shutil
 import signal
 import sys
@@ -55,8 +56,8 @@ MAX_CLIPS = 10
 IN_PLACE = ("growing", "shrinking", "spinning", "standing still")  # motions of "in place" priors
 NUM_IN_PLACE = 16
 METRICS = {
-    "agreement": "correlation with the exact trajectory of the clip; 0 if the amplitude is wrong or "
-                 "the object is lost",
+    "agreement": "correlation with the clip's exact trajectory; 0 if the amplitude is wrong or the "
+                 "object is lost",
     "recognized": "share of videos whose kind of motion is measured as the clip's",
     "appearance": "share of videos with the color, shape and background of the prompt, all three",
     "appearance_stability": "share of frames with the right color and shape",
@@ -77,8 +78,8 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run: a method, a motion (a name, "novel:7" or "posture:7"), a number of clips (0:
-    one image), and settings that differ from the method's. Method "base" trains nothing."""
+    """One training run: a method, a motion (a name, "novel:7" or "posture:7"), a number of clips
+    (0: one image), and settings that differ from the method's. Method "base" trains nothing."""
 
     method: str
     motion: str
@@ -96,12 +97,12 @@ class Trial:
     @property
     def key(self):
         """The name in docs/trials.json: the fields that differ from their defaults."""
-        text = [self.method, self.motion, f"seed {self.seed}", f"{self.clips} clips", *self.settings]
+        text = [self.method, self.motion, f"seed {self.seed}", f"{self.clips} clips"]
         for f in fields(self)[5:]:
             value = getattr(self, f.name)
             if value != f.default:
                 text.append(f"{f.name} ({value.key if f.name == 'absorber' else value})")
-        return ", ".join(text)
+        return ", ".join([*text[:4], *self.settings, *text[4:]])
 
     def folder(self, out):
         """The folder, unique for these fields and this line of train.TINY."""
@@ -149,8 +150,8 @@ FROM_OWN = [Cell(tuned=False, start="own"), Cell(start="own")]
 
 
 def scenes_of(trial):
-    """The training scenes, the first of which is the same for every method; and PROMPTS test scenes,
-    all different, whose color, shape and background all differ from the first's."""
+    """The training scenes, the first of which is the same for every method; and PROMPTS different
+    test scenes, whose color, shape and background all differ from the first's."""
     g = torch.Generator().manual_seed(sum(map(ord, trial.motion)))
     scenes = world.scenes_of(trial.motion, MAX_CLIPS, g)
     candidates = world.sample_scenes(480, g, world.BASE, speeds=False)
@@ -235,8 +236,8 @@ def train_trial(trial, out):
     try:
         data.PATCH = trial.patch
         with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-            train.main(["--method", trial.method, "--preview-every", "0", "--preview-steps",
-                        str(STEPS), "--seed", str(trial.seed), "--out", str(folder / "run"), *flags])
+            train.main(["--method", trial.method, "--seed", str(trial.seed), "--preview-every", "0",
+                        "--preview-steps", str(STEPS), "--out", str(folder / "run"), *flags])
     finally:  # train.py installs signal handlers, which would not interrupt sampling
         data.PATCH = patch
         for s, handler in handlers.items():
@@ -378,10 +379,8 @@ class Results:
             for one in filter(None, (trial, cell.appearance, cell.motion)):
                 train_trial(one, self.out)
             videos, expected = sample(trial, self.out, cell)
-            metrics = {k: sum(v) / len(v) for k, v in score(videos, trial, expected).items()}
-            self.add(trial, cell, metrics)
-            sheet = f"{slug(cell.name)}.png"
-            media.contact_sheet(trial.folder(self.out) / sheet, list(videos[:4]))
+            metrics = score(videos, trial, expected)
+            self.add(trial, cell, {name: sum(v) / len(v) for name, v in metrics.items()})
 
     def add(self, trial, cell, metrics):
         """Record the metrics of one cell, here and in the trial's folder."""
@@ -421,9 +420,9 @@ def interval(values, draws=2000):
 
 
 def summary(trials, seeds=1):
-    """{cell: {metric: (mean, low, high)}} of a list of {cell: {metric: mean}}, with the intervals
-    over motions: each motion is the mean of its `seeds` consecutive trials. "gain" is the tuned
-    agreement minus the base's from the same start, trial by trial."""
+    """{cell: {metric: (mean, low, high)}} of a list of {cell: {metric: mean}}, with intervals over
+    motions, each the mean of its `seeds` consecutive trials. "gain" is the tuned agreement minus
+    the base's from the same start."""
     by_motion = lambda means: interval(torch.tensor(means).view(-1, seeds).mean(1).tolist())
     table = {}
     for cell in trials[0]:
@@ -443,38 +442,25 @@ def start_cells(trial):
     return FROM_NOISE + FROM_OWN * bool(recipe.noise_prior)
 
 
-COLUMNS = {"agreement": "agreement", "gain": "gain", "appearance %": "appearance",
-           "stability %": "appearance_stability", "leak %": "leak"}
+COLUMNS = {"agreement": 2, "gain": 2, "appearance": 0, "appearance_stability": 0, "leak": 0}
 
 
-def page(result):
-    """docs/results.md from docs/results.json."""
-    meanings = METRICS | {"gain": "agreement minus the base model's from the same start"}
-    lines = [
-        "# The methods on the tiny world", "",
-        f"{result['motions']} motions that the base model has never seen, {result['seeds']} training "
-        f"seeds, one clip unless noted, {PROMPTS} prompts whose color, shape and background all "
-        f"differ from the clip's, {STEPS} sampling steps, guidance {GUIDANCE:g}. Written by "
-        f"`{result['command']}`.", "",
-        *(f"- *{column}*: {meanings[metric]}" for column, metric in COLUMNS.items()),
-        "- *seconds*: median training time of a trial on one CPU core", "",
-        "In brackets: a 95 % bootstrap interval over motions. Each motion is the mean of its seeds, "
-        "because these share clip and prompts.", "",
-        f"| method | start | {' | '.join(COLUMNS)} | seconds |", "|---" * (len(COLUMNS) + 3) + "|"]
+def page(text, result):
+    """docs/results.md with new rows in its table. All other text is written by hand."""
+    rows = []
     for name, row in result["methods"].items():
         for cell, metrics in row["cells"].items():
+            numbers = [show(metrics.get(metric), digits) for metric, digits in COLUMNS.items()]
             seconds = row["seconds"] if cell.startswith("tuned") else ""
-            numbers = [show(metrics.get(m), "%" in column) for column, m in COLUMNS.items()]
-            lines.append(f"| {name} | {cell} | {' | '.join(numbers)} | {seconds} |")
-    return "\n".join([*lines, ""])
+            rows.append(f"| {name} | {cell} | {' | '.join(numbers)} | {seconds} |\n")
+    return re.sub(r"(?<=---\|\n)(\|.*\n)+", "".join(rows), text)
 
 
-def show(value, percent=False):
-    """A mean with its interval, as text."""
+def show(value, digits):
+    """A mean with its interval; in per cent if there are no digits after the point."""
     if value is None:
         return ""
-    mean, low, high = (100 * v if percent else v for v in value)
-    digits = 0 if percent else 2
+    mean, low, high = (v if digits else 100 * v for v in value)
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -491,30 +477,31 @@ def main():
     add("--clips", type=int, default=1, choices=range(1, MAX_CLIPS + 1), metavar="N",
         help=f"training clips, up to {MAX_CLIPS} (default: 1)")
     add("--out", type=Path, default=ROOT / "out" / "benchmark", help="folder of new trials")
-    add("--write", type=Path, help="folder of results.json and results.md (default: --out)")
+    add("--write", action="store_true", help="write docs/trials.json, results.json and results.md")
     args = parser.parse_args()
     keep_memory()
     results, methods = Results(args.out / base_model()), {}
     motions = MOTIONS[: args.motions]
-    rows = {method: [Trial(method, motion, seed, args.clips, tuple(args.settings))
-                     for motion in motions for seed in range(args.seeds)] for method in args.methods}
-    with tqdm(total=sum(map(len, rows.values())), desc="trials") as bar:
-        for method, trials in rows.items():
-            cells = start_cells(trials[0])
-            for trial in trials:
-                results.measure(trial, cells)
-                bar.update()
-            seconds = sorted(results.trials[t.key]["seconds"] for t in trials)[len(trials) // 2]
-            measured = [{c.name: results.cells(t)[c.name] for c in cells} for t in trials]
-            methods[method] = {"cells": summary(measured, args.seeds), "seconds": seconds}
-    folder = (args.write or args.out).resolve()
+    for method in args.methods:
+        trials = [Trial(method, motion, seed, args.clips, tuple(args.settings))
+                  for motion in motions for seed in range(args.seeds)]
+        cells = start_cells(trials[0])
+        for trial in tqdm(trials, desc=method):
+            results.measure(trial, cells)
+        seconds = sorted(results.trials[t.key]["seconds"] for t in trials)[len(trials) // 2]
+        measured = [{c.name: results.cells(t)[c.name] for c in cells} for t in trials]
+        methods[method] = {"cells": summary(measured, args.seeds), "seconds": seconds}
     result = {"command": " ".join(["python tiny/benchmark.py", *sys.argv[1:]]),
               "motions": len(motions), "seeds": args.seeds, "methods": methods}
-    if folder == RECORDS.parent:
+    if args.write:
         results.write()
-    write_json(folder / "results.json", result)
-    (folder / "results.md").write_text(page(result))
-    print(folder / "results.md")
+        write_json(ROOT / "docs" / "results.json", result)
+        path = ROOT / "docs" / "results.md"
+        path.write_text(page(path.read_text(), result))
+    for method, row in methods.items():
+        for cell, metrics in row["cells"].items():
+            print(f"{method}, {cell}: agreement {show(metrics['agreement'], 2)}, "
+                  f"appearance {show(metrics['appearance'], 0)} %")
 
 
 if __name__ == "__main__":

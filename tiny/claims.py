@@ -2,12 +2,11 @@
 
     python tiny/claims.py                 # docs/claims.{md,json}, assets/claims-methods.svg
     python tiny/claims.py --seed 0        # half of the trials; --seed 1 in parallel on another core
-    python tiny/claims.py --quick         # one minute, hardly any training: a test of the program
+    python tiny/claims.py --claims 17 20  # only these claims
 
 A claim "agrees" only if the whole 95 % interval of every comparison is on the paper's side, and
 "disagrees" if that of any comparison is on the other side. Trials that are recorded in
 docs/trials.json or out/benchmark are not run again, so the command can be interrupted at any time.
-Paragraphs of docs/claims.md that begin with **Finding** are written by hand and preserved.
 """
 import argparse
 import functools
@@ -31,7 +30,7 @@ from tiny import benchmark, claims_spec, world  # noqa: E402
 from tiny.benchmark import Cell, Results, interval  # noqa: E402
 from tiny.claims_spec import CLAIMS, Side, own, trials_of  # noqa: E402
 
-QUICK = (17, 20, 21)
+DOCS = ROOT / "docs"
 
 # ------------------------------------------------------------------------------------------------
 # Statistics. The unit is a training run: its value is the mean over its prompts, and runs are
@@ -267,69 +266,29 @@ def over_motions(record):
     return f" (over motions: {interval}{other['verdict']})"
 
 
-ABOUT = f"""Written by `python tiny/claims.py`. All comparisons were registered in
-[claims_spec.py](../tiny/claims_spec.py) before the first result; its `ARMS` lists the settings of
-every arm. A value is the mean difference over pairs of training runs, each averaged over
-{benchmark.PROMPTS} prompts, with a 95 % bootstrap interval over the pairs. The pairs come from
-{len(claims_spec.NAMED)} named and {len(claims_spec.RANDOM)} random motions that the base model has
-never seen, and {len(claims_spec.SEEDS)} seeds. A positive difference favors the paper. A claim
-*agrees* if the whole interval of every comparison is above its margin, and *disagrees* if that of
-any is below.
-
-The metrics are measured from pixels. *Agreement* is the correlation of the object's trajectory with
-the clip's. *Appearance* is the share of videos whose color, shape and background are all those of
-the prompt. [benchmark.py](../tiny/benchmark.py) defines all `METRICS`."""
-
-LIMITS = """## What these results can and cannot show
-
-- They show whether an effect of a loss, a layer set, a start or a caption exists in a small video
-  diffusion model, with exact measurements and repeated runs.
-- The tiny model is hundreds of times smaller than the papers' models, and its world has one object
-  per clip. A disagreement can come from the world, from the base model or from this code.
-- The model predicts v, so losses compare v; the papers' models predict ε.
-- Methods are trained for 200 steps on ten clips, or for their own steps on one clip; NewMove's
-  paper stops at an equal appearance score. The papers use one caption for all clips; here each clip
-  has its own appearance and caption.
-- Captions of NewMove, DreamBooth and Custom Diffusion name the appearance, as those of their
-  regularization clips do. Captions of the other methods name the shape alone.
-- Both runs of a motion share clip and prompts, so the page shows where the interval over the eight
-  motions gives another verdict. Nothing corrects for the number of claims.
-- Learning rates were chosen once, on two motions that are not used here ([rates.json](rates.json)).
-"""
-
-
-def page(result, findings):
-    """docs/claims.md."""
-    lines = ["# The papers' claims on the tiny world", "", result["about"], "",
-             "| no. | claim | measured, with a 95 % interval | verdict |", "|---|---|---|---|"]
+def page(text, result):
+    """docs/claims.md with new results: the rows of the table, and the list of each claim. All other
+    text is written by hand."""
+    table = []
     for key, row in result["claims"].items():
-        claim = CLAIMS[int(key)]
-        values = "<br>".join(f"{c.metric} {number(record)}".strip()
-                             for c, record in zip(claim.comparisons, row["comparisons"]))
-        lines.append(f"| [{key}](#claim-{key}) | {claim.text} | {values} | {row['verdict']}"
-                     f"{over_motions(row)} |")
-    lines += ["", "![Motion against appearance](../assets/claims-methods.svg)", "", LIMITS.strip()]
-    for key, row in result["claims"].items():
-        claim = CLAIMS[int(key)]
-        lines += ["", f"## Claim {key}", f"{claim.text} ({claim.source}: {claim.numbers}). "
-                  f"**{row['verdict'].capitalize()}.** {claim.limits}".strip(), ""]
-        for comparison, record in zip(claim.comparisons, row["comparisons"]):
-            why = f" ({comparison.why})" if comparison.why else ""
-            at = [f"; {side}: appearance {100 * v:.0f} %" for side, v in record.get("at", {}).items()]
-            lines.append(f"- {record['comparison']}{why}: {number(record)}, {record['runs']} runs, "
-                         f"{record['verdict']}{over_motions(record)}{''.join(at)}")
-        if key in findings:
-            lines += ["", findings[key]]
-    return "\n".join([*lines, ""])
+        claim, records = CLAIMS[int(key)], row["comparisons"]
+        values = "<br>".join(f"{comparison.metric} {number(record)}".strip()
+                             for comparison, record in zip(claim.comparisons, records))
+        verdict = row["verdict"] + over_motions(row)
+        table.append(f"| [{key}](#claim-{key}) | {claim.text} | {values} | {verdict} |\n")
+        bullets = "".join(map(bullet, claim.comparisons, records))
+        bullets += f"- **{verdict.capitalize()}**\n" * (len(records) > 1)
+        text = re.sub(rf"(^## Claim {key}\n.*\n\n)(- .*\n)+", lambda m, new=bullets: m[1] + new,
+                      text, flags=re.MULTILINE)
+    return re.sub(r"(^\| \[.*\n)+", lambda m: "".join(table), text, flags=re.MULTILINE)
 
 
-def read_findings(path):
-    """{claim: the paragraph of a page that begins with **Finding**}."""
-    text = path.read_text() if path.is_file() else ""
-    sections = re.split(r"^## Claim (\d+)$", text, flags=re.MULTILINE)[1:]
-    paragraphs = [re.search(r"^\*\*Finding.*?(?=\n\n|\Z)", s.strip(), re.MULTILINE | re.DOTALL)
-                  for s in sections[1::2]]
-    return {key: found[0] for key, found in zip(sections[::2], paragraphs) if found}
+def bullet(comparison, record):
+    """A comparison and its result as a line of the page."""
+    why = f" ({comparison.why})" if comparison.why else ""
+    at = "".join(f"; {side}: appearance {100 * v:.0f} %" for side, v in record.get("at", {}).items())
+    return (f"- {comparison}{why}: {number(record)}, {record['runs']} runs, {record['verdict']}"
+            f"{over_motions(record)}{at}\n")
 
 
 def rounded(value):
@@ -390,62 +349,45 @@ def panel(title, points, left):
 # Command
 
 
-def report(claims, results, to, about, with_chart):
-    """Evaluate the claims; write the JSON, the page and the chart."""
+def main():
+    """Measure the missing trials, evaluate and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--claims", type=int, nargs="+", choices=CLAIMS, metavar="NO.", help="print only these "
+        "claims; writes no page")
+    add("--seed", type=int, choices=claims_spec.SEEDS, help="only measure trials of this seed")
+    add("--out", type=Path, default=ROOT / "out" / "benchmark", help="folder of new trials")
+    args = parser.parse_args()
+    keep_memory()
+    results, claims = Results(args.out / benchmark.base_model()), args.claims or list(CLAIMS)
+    todo = plan(claims, chart=not args.claims)
+    left = missing(todo, results, args.seed)
+    print(f"{len(todo)} trials; left to measure: {len(left)}")
+    for trial, cells in tqdm(left.items(), desc="trials", disable=not left):
+        results.measure(trial, cells)
+    if args.seed is not None:
+        return
     rows = {}
     for key in claims:
         records = [evaluate(comparison, results) for comparison in CLAIMS[key].comparisons]
         rows[str(key)] = {"verdict": combine(records), "by motion": {
             "verdict": combine([r["by motion"] for r in records])}, "comparisons": records}
         print(f"{key:>3} {rows[str(key)]['verdict']:18} {CLAIMS[key].text}")
-    result = {"about": about, "base": benchmark.base_model(), "claims": rows}
-    text = page(result, read_findings(to / "claims.md"))
-    write_json(to / "claims.json", rounded(result))
-    with publish(to / "claims.md") as part:
-        part.write_text(text)
-    if with_chart:
-        with publish(ROOT / "assets" / "claims-methods.svg") as part:
-            part.write_text(chart(results))
-    print(to / "claims.md")
+    if not args.claims:
+        write({"base": benchmark.base_model(), "claims": rows}, results)
 
 
-def make_quick():
-    """One motion, one seed, ten training steps and four sampling steps."""
-    claims_spec.MOTIONS, claims_spec.SEEDS = claims_spec.MOTIONS[:1], (0,)
-    benchmark.PROMPTS, benchmark.STEPS = 2, 4
-    for name, arm in claims_spec.ARMS.items():
-        claims_spec.ARMS[name] = arm | {"settings": (*arm["settings"], "steps=10")}
-
-
-def main():
-    """Measure the missing trials, evaluate and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--claims", type=int, nargs="+", choices=CLAIMS, metavar="NO.", help="only these claims")
-    add("--seed", type=int, choices=claims_spec.SEEDS, help="only trials of this training seed; "
-        "writes no page")
-    add("--quick", action="store_true", help="three claims in one minute; proves nothing")
-    add("--out", type=Path, default=ROOT / "out" / "benchmark", help="folder of new trials")
-    args = parser.parse_args()
-    keep_memory()
-    if args.quick:
-        make_quick()
-        args.out = args.out.with_name("quick")
-    part = args.quick or bool(args.claims)
-    claims = args.claims or (QUICK if args.quick else list(CLAIMS))
-    results = Results(args.out / benchmark.base_model())
-    todo = plan(claims, chart=not part)
-    left = missing(todo, results, args.seed)
-    print(f"{len(todo)} trials, {sum(map(len, todo.values()))} cells; left to measure: "
-          f"{len(left)} trials")
-    for trial, cells in tqdm(left.items(), desc="trials", disable=not left):
-        results.measure(trial, cells)
-    if args.seed is None:
-        if not part:
-            results.write()
-        about = "**Hardly any training: this proves nothing.**" if args.quick else ABOUT
-        report(claims, results, args.out if part else ROOT / "docs", about, not part)
+def write(result, results):
+    """Write the records, the JSON, the page and the chart."""
+    results.write()
+    write_json(DOCS / "claims.json", rounded(result))
+    text = page((DOCS / "claims.md").read_text(), result)
+    files = {DOCS / "claims.md": text, ROOT / "assets" / "claims-methods.svg": chart(results)}
+    for path, content in files.items():
+        with publish(path) as part:
+            part.write_text(content)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def measure_named(pipe, args):
 
 
 def spread(x, y):
-    """Standard deviations, in pixels, of positions (N, F): over clips at a frame, and over the frames
-    of a clip."""
+    """Standard deviations, in pixels, of positions (N, F): over clips, and over the frames of a
+    clip. """
     return [round((x.var(axis).mean() + y.var(axis).mean()).sqrt().item(), 1) for axis in (0, 1)]
 
 

@@ -156,12 +156,11 @@ def make_optimizer(module, no_decay):
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
 
 
-def run(stage, module, loss_of, export, args, no_decay=(), file=None):
-    """Train `module` on loss_of(step) until the stage's last step: resume, log, save and export.
-    The state is kept in <file>.pt, by default <stage>.pt."""
+def run(stage, module, loss_of, export, args, no_decay=()):
+    """Train `module` on loss_of(step) until the stage's last step: resume, log, save and export."""
     steps, peak = args.steps or STEPS[stage], args.rate or LEARNING_RATE[stage]
     optimizer, ema, first = make_optimizer(module, no_decay), EMA(module, 0.999), 0
-    path = args.work / f"{file or stage}.pt"
+    path = args.work / f"{stage}.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True, map_location=args.device)
         module.load_state_dict(saved["module"])
@@ -266,12 +265,6 @@ class Clip(nn.Module):
         self.directions, frame = word_directions()
         self.register_buffer("frame", frame, persistent=False)
 
-    def freeze_text(self, state):
-        """Load a text encoder's weights and freeze them."""
-        self.clip.load_state_dict(state, strict=False)
-        for name, p in self.clip.named_parameters():
-            p.requires_grad_(name not in state)
-
     def encode_text(self, ids):
         """The text encoder's states (B, N, 64), and CLIP's features (B, 64)."""
         clip, layers = self.clip, self.clip.transformer.resblocks
@@ -323,47 +316,40 @@ def train_clip(args):
     predicts the scene and mainly its trajectory from the text: "left" and "right" then get states
     as far apart as words of color. And CLIP leaves the states of words of shape and color almost
     equal (cosine 1.00 between "star" and "cross"), so these words get fixed directions of their
-    own.
-
-    --keep-text freezes the text encoder, which an existing UNet requires, and trains the rest."""
+    own."""
     torch.manual_seed(1)
     clip = Clip().to(args.device)
-    if args.keep_text:
-        clip.freeze_text(model.load_text(args.out, args.device).tower.state_dict())
 
     def loss_of(step):
-        g, loss = generator("clip", step), 0
-        with_images = args.keep_text or step % 3 == 0  # text alone, in two of three steps, is cheap
+        g = generator("clip", step)
+        with_images = step % 3 == 0  # text alone, in two of three steps, is cheap
         scenes = world.sample_scenes(BATCH["clip"] * (1 if with_images else 2), g)
         captions = world.captions(scenes, g)
         ids = tokenizer.tokenize(captions)[:, :24].to(args.device)  # causal: no effect of the rest
         with autocast(args):
             states, text = clip.encode_text(ids)
-        if not args.keep_text:
-            ends = last_token(states, ids)
-            loss = 10 * (clip.scene_loss(text, scenes) + clip.scene_loss(ends, scenes))
-            loss = loss + clip.word_loss(states.float(), ids)
+        ends = last_token(states, ids)
+        loss = 10 * (clip.scene_loss(text, scenes) + clip.scene_loss(ends, scenes))
+        loss = loss + clip.word_loss(states.float(), ids)
         if with_images:
             with autocast(args):
                 image = clip.clip.encode_image(random_frames(scenes, g).to(args.device))
             loss = loss + clip.contrastive_loss(image, text, captions)
         return loss
 
-    run("clip", clip, loss_of, export_clip(args), args, no_decay=("embedding",),
-        file="clip-kept" if args.keep_text else "clip")
+    run("clip", clip, loss_of, export_clip(args), args, no_decay=("embedding",))
 
 
 def export_clip(args):
-    """A function that writes the text encoder, unless it is frozen, and the rest of CLIP: the last
-    text layer, the projections, the image encoder."""
+    """A function that writes the text encoder, and the rest of CLIP: the last text layer, the
+    projections, the image encoder."""
     def export(state):
         state = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
         last = f"transformer.resblocks.{CLIP_CONFIG['text_cfg']['layers'] - 1}."
         stem = ("token_embedding", "positional_embedding", "transformer.", "ln_final")
         text = {n: t for n, t in state.items() if n.startswith(stem) and not n.startswith(last)}
-        if not args.keep_text:
-            hub_text = hub.text_to_hub(text)
-            write_component(args.out, "text_encoder", TEXT_CONFIG, hub_text, "model.safetensors")
+        write_component(args.out, "text_encoder", TEXT_CONFIG, hub.text_to_hub(text),
+                        "model.safetensors")
         rest = {n: t for n, t in state.items() if n not in text}
         write_component(args.out, "clip", CLIP_CONFIG, rest, "model.safetensors",
                         "open_clip_config.json")
@@ -666,7 +652,6 @@ def main():
     add("--work", type=Path, default=HERE / "work", help="folder of the training state")
     add("--steps", type=int, help="last step of the stage (default: per stage)")
     add("--rate", type=float, help="peak learning rate (default: per stage)")
-    add("--keep-text", action="store_true", help="clip stage: freeze the text encoder")
     add("--skew", type=float, default=0.8, help="clips stage: timesteps are T·u^skew; below 1 "
         "favors high noise (default: 0.8)")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,6 @@
 """The procedural world of the tiny model: a colored shape that moves in front of a background.
 
-    python tiny/world.py --sheet world.png        # an image of every motion
-    python tiny/world.py --clip hopping.mp4       # one training clip and its caption
+    python tiny/world.py --clip hopping.mp4 --motion hopping  # one training clip and its caption
     python tiny/world.py --clip seven.mp4 --motion novel:7    # a random motion, drawn from seed 7
 
 A scene is an object (color, shape) that moves (motion, speed) in front of a background. The
@@ -434,19 +433,6 @@ def captions(scenes, generator=None, motion=True):
 # Command
 
 
-def write_sheet(path):
-    """A contact sheet: one row per motion, every second frame; six random motions at the end."""
-    from PIL import Image
-
-    g = torch.Generator().manual_seed(0)
-    rows = []
-    for motion in (*MOTIONS, *(f"novel:{i}" for i in range(4)), "posture:0", "posture:1"):
-        video = render(scenes_of(motion, 1, g))[0, :, ::2]
-        rows.append(video.permute(2, 1, 3, 0).flatten(1, 2))  # (H, F·W, 3)
-    pixels = ((torch.cat(rows) + 1) * 127.5).round().byte().numpy()
-    Image.fromarray(pixels).save(path)
-
-
 def write_clip(path, motion, seed):
     """One clip as an mp4, and its caption in a .txt with the same name."""
     sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -468,20 +454,16 @@ def motion_name(text):
 
 
 def main():
-    """Write a contact sheet, a clip, or both."""
+    """Write a clip and its caption."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sheet", type=Path, help="contact sheet of all motions, a PNG")
-    parser.add_argument("--clip", type=Path, help="one clip, an mp4, and its caption")
+    parser.add_argument("--clip", type=Path, required=True, help="the clip, an mp4")
     parser.add_argument("--motion", default="hopping", type=motion_name, metavar="MOTION",
                         help=f"motion of the clip: {', '.join(MOTIONS)}; or novel:N, posture:N, "
                              "drawn from seed N (default: hopping)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the clip (default: 0)")
     args = parser.parse_args()
-    if args.sheet:
-        write_sheet(args.sheet)
-    if args.clip:
-        write_clip(args.clip, args.motion, args.seed)
+    write_clip(args.clip, args.motion, args.seed)
 
 
 if __name__ == "__main__":
