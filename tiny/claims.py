@@ -103,14 +103,16 @@ def evaluate(comparison, results):
     if not values or len(values) < expected:
         return record
     numbers, above = list(values.values()), comparison.above
+    short = lambda number: round(number, 4)
     middle, low, high = interval(numbers)
-    record |= {"mean": middle, "low": low, "high": high, "differences": numbers,
-               "verdict": verdict(low, high, above)}
+    record |= {"mean": short(middle), "low": short(low), "high": short(high),
+               "differences": list(map(short, numbers)), "verdict": verdict(low, high, above)}
     _, low, high = interval(by_motion(values))
-    record["by motion"] = {"low": low, "high": high, "verdict": verdict(low, high, above)}
+    over = verdict(low, high, above)
+    record["by motion"] = {"low": short(low), "high": short(high), "verdict": over}
     if comparison.more and comparison.more.equal:
         sides = [at_equal_appearance(s, results) for s in (comparison.more, comparison.less)]
-        record["at"] = {str(s): mean(values_of(s, "appearance", results)) for s in sides}
+        record["at"] = {str(s): short(mean(values_of(s, "appearance", results))) for s in sides}
     return record
 
 
@@ -286,18 +288,9 @@ def page(text, result):
 def bullet(comparison, record):
     """A comparison and its result as a line of the page."""
     why = f" ({comparison.why})" if comparison.why else ""
-    at = "".join(f"; {side}: appearance {100 * v:.0f} %" for side, v in record.get("at", {}).items())
+    at = [f"; {s}: appearance {100 * v:.0f} %" for s, v in record.get("at", {}).items()]
     return (f"- {comparison}{why}: {number(record)}, {record['runs']} runs, {record['verdict']}"
-            f"{over_motions(record)}{at}\n")
-
-
-def rounded(value):
-    """Numbers rounded to four digits, in nested lists and objects."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return round(value, 4) if isinstance(value, float) else value
+            f"{over_motions(record)}{''.join(at)}\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -381,7 +374,7 @@ def main():
 def write(result, results):
     """Write the records, the JSON, the page and the chart."""
     results.write()
-    write_json(DOCS / "claims.json", rounded(result))
+    write_json(DOCS / "claims.json", result)
     text = page((DOCS / "claims.md").read_text(), result)
     files = {DOCS / "claims.md": text, ROOT / "assets" / "claims-methods.svg": chart(results)}
     for path, content in files.items():

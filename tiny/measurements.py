@@ -303,9 +303,3 @@ def appearance_stability(scenes, reading):
     """Share of frames (B,) with the right color and the right shape."""
     right = reading.frame_colors == scenes.color[:, None]
     return (right & (reading.frame_shapes == scenes.shape[:, None])).float().mean(1)
-
-
-def accuracy(scenes, reading):
-    """{attribute: share of clips in which it was read correctly}."""
-    names = ("color", "shape", "background", "motion")
-    return {n: (getattr(scenes, n) == getattr(reading, n)).float().mean().item() for n in names}
