@@ -43,7 +43,7 @@ def of_the_world(run, number):
     said = run.clips[0].prompt
     name = lambda table, field: list(table)[getattr(scene, field)[0]]
     return world.render(scene, run.flags.frames)[0], world.caption(
-        name(world.COLOURS, "colour") if any(w in said.split() for w in world.COLOURS) else None,
+        name(world.COLORS, "color") if any(w in said.split() for w in world.COLORS) else None,
         name(world.SHAPES, "shape"), name(world.MOTIONS, "motion"), name(world.SPEEDS, "speed"),
         name(world.BACKGROUNDS, "background") if " background" in said else None)
 
