@@ -691,7 +691,7 @@ class Pipeline:
             return self.text_cache[prompt]
 
     def store_frozen(self, keep=()):
-        """If the precision is bf16 or fp16, store the UNet so too, except the parameters in `keep`."""
+        """In bf16 or fp16, store the UNet in that type, except the parameters in `keep`."""
         if self.precision != "fp32":
             fast.to_half(self.unet, DTYPES[self.precision], keep)
 

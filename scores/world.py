@@ -1,8 +1,8 @@
-"""Metrics of the tiny world: appearance as in the prompt, motion as in the reference.
+"""Scores on the tiny world, measured from pixels: the appearance named by the prompt, the motion.
 
     world_scores(video, "a red star", reference)     # {"color": 1.0, …}
 
-Axes: F frames, H W pixels.
+Axes: F frames, H W frame.
 """
 import math
 import re
@@ -11,39 +11,40 @@ import torch.nn.functional as F
 
 from support.tokenizer import has_word, word_pattern
 
-SIDE = 64  # pixels: the size of the tiny world
+SIDE = 64  # pixels: the frame size of the tiny world
 
 
 def world_scores(video, prompt, reference=None):
-    """Metrics of a video (3, F, H, W). Color, shape and background are 1 if they match the prompt,
-    0 if not, None if the prompt has none. With a reference video, also 1 or 0 for the same kind of
-    motion, and the correlation of the trajectories."""
-    from tiny import instruments, world  # imported only where needed
+    """Scores of a video (3, F, H, W). Color, shape and background: 1 if the video shows the one
+    that the prompt names, 0 if not, None if the prompt names none. With a reference video: whether
+    the kind of motion is the same, and the correlation of the trajectories."""
+    from tiny import measurements, world  # imported only if these scores are requested
 
-    frames = min(v.shape[1] for v in (video, reference) if v is not None)
-    measured = instruments.read(resize(video[:, :frames])[None])
-    # "an orange star moving in a circle on a blue striped background" names neither the shape
-    # circle nor the color blue.
-    subject, _, background = prompt.partition(" on a ")
+    last = min(v.shape[1] for v in (video, reference) if v is not None)
+    reading = measurements.read(resize(video[:, :last])[None])
+    # "an orange star moving in a circle on a blue striped background" names neither a circle as its
+    # shape nor blue as its color.
+    subject, _, ground = prompt.partition(" on a ")
     subject = re.sub(word_pattern(world.MOTIONS), " ", subject)
-    row = {"color": matches(subject, world.COLOURS, measured.colour),
-           "shape": matches(subject, world.SHAPES, measured.shape),
-           "background": matches(background, world.BACKGROUNDS, measured.background)}
+    row = {"color": names(subject, world.COLORS, reading.color),
+           "shape": names(subject, world.SHAPES, reading.shape),
+           "background": names(ground, world.BACKGROUNDS, reading.background)}
     if reference is not None:
-        expected = instruments.read(resize(reference[:, :frames])[None])
-        r = instruments.agreement(measured, expected).item()
-        same = float(measured.motion == expected.motion)
-        row["same kind of motion"] = same if expected.motion >= 0 else None
+        target = measurements.read(resize(reference[:, :last])[None])
+        r = measurements.agreement(reading, target).item()
+        same = float(reading.motion == target.motion)
+        row["same kind of motion"] = same if target.motion >= 0 else None
         row["trajectory correlation"] = None if math.isnan(r) else r
     return row
 
 
-def matches(text, names, index):
-    """1.0 if the text has the name at this index, 0.0 if it has another of the names, else None."""
-    found = [i for i, name in enumerate(names) if has_word(text, name)]
-    return float(int(index) in found) if found else None
+def names(text, table, index):
+    """1.0 if the text names entry `index` of a table, 0.0 if it names others, None if it names
+    none."""
+    named = [i for i, name in enumerate(table) if has_word(text, name)]
+    return float(int(index) in named) if named else None
 
 
 def resize(video):
-    """(3, F, H, W) at the size of the tiny world."""
+    """(3, F, H, W) at the frame size of the world."""
     return F.interpolate(video.transpose(0, 1), (SIDE, SIDE), mode="area").transpose(0, 1)
