@@ -17,7 +17,6 @@ from torch import nn
 import sampler
 from support import fast, formats
 from support.files import BadInput
-from support.tokenizer import words_to_ids
 
 # ------------------------------------------------------------------------------------------------
 # Sets of layers
@@ -59,28 +58,34 @@ LAYERS |= {  # two of them together
 
 def select(unet, layers):
     """{name: parameter} of a named set of layers, or of a pattern. BadInput if none match."""
-    pattern = pattern_of(layers)
+    pattern, sets = pattern_of(layers, unet), layer_sets(unet)
     chosen = {n: p for n, p in unet.named_parameters() if pattern.fullmatch(n)}
     if not chosen:
-        raise BadInput(f"no layer is called {layers!r}; known sets: {', '.join(LAYERS)}, "
+        raise BadInput(f"no layer is called {layers!r}; known sets: {', '.join(sets)}, "
                        "or a pattern over parameter names.")
     return chosen
 
 
-def pattern_of(layers):
+def layer_sets(network=None):
+    """The named layer sets of a network: LAYERS, unless it has its own."""
+    return getattr(network, "layer_sets", LAYERS)
+
+
+def pattern_of(layers, network=None):
     """The compiled pattern of a named set of layers, or of a pattern. Raises BadInput."""
-    return re.compile(LAYERS[layers]) if layers in LAYERS else read_pattern(layers)
+    sets = layer_sets(network)
+    return re.compile(sets[layers]) if layers in sets else read_pattern(layers)
 
 
 class Tuned:
     """The names of all parameters that a method's parts learn in full, before there is a network to
     look at: `name in Tuned(parts)`. The others can be stored in bf16 as they are read."""
 
-    def __init__(self, parts):
-        self.patterns = []
+    def __init__(self, parts, network=None):
+        self.parts, self.patterns = parts, []
         for part in parts.values():
             if isinstance(part, Part) and part.learns and not part.rank:
-                self.patterns.append(pattern_of(part.layers))
+                self.patterns.append(pattern_of(part.layers, network))
 
     def __contains__(self, name):
         return any(pattern.fullmatch(name) for pattern in self.patterns)
@@ -111,7 +116,8 @@ def kinds_of_layer(parameters):
     """{kind of layer: (tensors, numbers)} of {name: parameter}; a kind: 'temp_attentions attn1'."""
     count = {}
     for name, p in parameters.items():
-        owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets)", name)
+        owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets"
+                          r"|(?:temporal_)?transformer_blocks)", name)
         inner = re.search(r"\.(attn[12]|ff)\.", name)
         parts = [n for n in name.split(".")[:-2] if not n.isdigit()]  # where the names are others
         kind = " ".join(m.group(1) for m in (owner, inner) if m) or " ".join(parts) or "other"
@@ -256,10 +262,11 @@ class Words:
     def __init__(self, text, word, vectors, init, seed):
         if not word.strip():
             raise BadInput("a word that learns needs a text: word.text=sks.")
-        table, ids = text.tower.token_embedding.weight, words_to_ids(word)
+        table, ids = text.token_table, text.words_to_ids(word)
         # A word that is a single token begins as what it is; a made-up one as `init` or a thing,
         # with a little noise that tells its vectors apart.
-        known = ids if len(ids) == 1 and not init else words_to_ids(init.strip() or "thing")[:1]
+        init_ids = text.words_to_ids(init.strip() or "thing")
+        known = ids if len(ids) == 1 and not init else init_ids[:1]
         start = table[known].detach().float().expand(vectors, -1)
         noise = sampler.noise_like_shape(start.shape, [seed])[0].to(start) * table.std() * 0.1
         self.word, self.on = word, True

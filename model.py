@@ -10,6 +10,7 @@ What is called `fast.…` gives the same numbers as torch's function of that nam
 Axes: B prompts or clips, F frames, C channels, H W picture, h w latent (H/8, W/8), N text tokens,
 D text width. "Folded" tensors are (B·F, C, h, w): to a spatial layer each frame is a picture.
 """
+import importlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from support.fast import Dropout, TimeConv
 from support.files import BadInput, read_fields, read_json, reading
 from support.hub import TextConfig, UNetConfig, VAEConfig
 from support.machine import autocast, send
-from support.tokenizer import has_word, tokenize
+from support.tokenizer import has_word, tokenize, words_to_ids
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 
@@ -614,6 +615,12 @@ class TextEncoder(nn.Module):
         )
         self.tower.attn_mask = None  # made in `embed`, to fit the ids
         self.learned = {}  # word -> its vectors (n, D): words that the released table lacks
+        self.words_to_ids = words_to_ids
+
+    @property
+    def token_table(self):
+        """The embeddings of all tokens (V, D)."""
+        return self.tower.token_embedding.weight
 
     def forward(self, prompts):
         """list of B prompts -> (B, 77, D). Padding is not masked: the UNet sees all 77 states."""
@@ -715,6 +722,8 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one in the hub's layout, with unet/, vae/, "
                        "text_encoder/ and scheduler/ in it.")
+    if other := other_backbone(folder):
+        return other.load(folder, device, precision, keep)
     half = keep is not None and precision == "bf16"
     dtype = lambda name: torch.bfloat16 if half and not fast.in_fp32(name, keep) else torch.float32
     model = Model(load_unet(folder, dtype=dtype), load_vae(folder), load_text(folder),
@@ -722,6 +731,16 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
     if half:
         model.store_frozen(keep)
     return model.to(device)
+
+
+def other_backbone(folder):
+    """The module that loads another network than the UNet: <name>/load.py, where model_index.json
+    names the pipeline <Name>Pipeline. None for the UNet."""
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else {}
+    name = str(index.get("_class_name")).removesuffix("Pipeline").lower()
+    if name.isidentifier() and (Path(__file__).parent / name / "load.py").is_file():
+        return importlib.import_module(f"{name}.load")
 
 
 def load_unet(folder, device="cpu", dtype=torch.float32):

@@ -26,7 +26,7 @@ def fingerprint(unet):
     Taken from the configuration and from the last layer, which is never stored in bf16."""
     digest = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
     own = dict(unet.named_parameters())
-    for name in [n for n in own if n.startswith("conv_out")] or own:
+    for name in [n for n in own if n.startswith(("conv_out", "proj_out"))] or own:
         tensor = own[name].detach().to("cpu", torch.float16)
         digest.update(tensor.flatten()[:4096].contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
