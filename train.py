@@ -244,6 +244,9 @@ def prepare(flags, recipe, process=0, processes=1):
     for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
         data.check_prompt(" ".join([caption, *ends]), learned)
     whole.unet.checkpointing = flags.checkpointing == "on"
+    # Encoded together, once: a large text encoder leaves memory between calls.
+    frozen = [c.prompt for c in (*clips, *images, *run.prior)]
+    whole.read(["", flags.preview_prompt, recipe.own.get("look_prompt") or "", *frozen])
     if not process:
         runs.report(run)
     return run

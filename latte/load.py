@@ -1,7 +1,4 @@
-"""Loading a Latte folder in the hub's layout. model.load comes here for a LattePipeline.
-
-    python generate.py --weights Latte-1 --guidance 7.5 --prompt "a dog is running on a beach"
-"""
+"""Loading a Latte folder in the hub's layout. model.load comes here for a LattePipeline."""
 import torch
 
 import lora
@@ -28,8 +25,6 @@ def load(folder, device="cpu", precision="fp32", keep=None):
     text = PromptEncoder(folder, torch.bfloat16 if precision == "bf16" else torch.float32)
     pipeline = LattePipeline(network, model.load_vae(folder), text, model.load_schedule(folder),
                              precision=precision)
-    if isinstance(keep, lora.Tuned):
-        keep = lora.Tuned(keep.parts, network)
-    if keep is not None:
-        pipeline.store_frozen(keep)
+    if keep is not None:  # a lora.Tuned, for the layer sets of the UNet, or ()
+        pipeline.store_frozen(lora.Tuned(keep.parts, network) if keep else keep)
     return pipeline.to(device)

@@ -87,10 +87,10 @@ def distance_buckets(N, config):
     half = config.relative_attention_num_buckets // 2
     near = half // 2
     distance = torch.arange(N)[None] - torch.arange(N)[:, None]
-    ratio = torch.log(distance.abs().clamp(min=1) / near)
-    ratio = ratio / math.log(config.relative_attention_max_distance / near)
+    size, most = distance.abs(), config.relative_attention_max_distance
+    ratio = torch.log(size.clamp(min=1) / near) / math.log(most / near)
     far = (near + (ratio * (half - near)).long()).clamp(max=half - 1)
-    return torch.where(distance.abs() < near, distance.abs(), far) + half * (distance > 0)
+    return torch.where(size < near, size, far) + half * (distance > 0)
 
 
 class PromptEncoder:
@@ -129,15 +129,13 @@ class PromptEncoder:
         for word, vectors in self.learned.items():  # their ids follow the table's
             new_ids[word] = list(range(len(table), len(table) + len(vectors)))
             table = torch.cat([table, vectors.to(table)])
-        ids = [self.padded_ids(prompt, new_ids) for prompt in prompts]
-        ids = torch.tensor(ids, device=table.device)
+        rows = []
+        for prompt in prompts:  # lowercased, as in the published pipeline
+            row = [*self.words_to_ids(prompt.lower().strip(), new_ids), END]
+            if len(row) > LENGTH:
+                raise BadInput(f"prompt {prompt[:40]!r}… has {len(row)} tokens, expected at most "
+                               f"{LENGTH}; shorten it.")
+            rows.append(row + [PAD] * (LENGTH - len(row)))
+        ids = torch.tensor(rows, device=table.device)
         states = self.t5(table[ids], ids != PAD)
         return torch.cat([states, (ids != PAD)[..., None].to(states)], dim=-1)
-
-    def padded_ids(self, prompt, new_ids):
-        """120 ids. The prompt is lowercased, as in the published pipeline. Raises BadInput."""
-        ids = [*self.words_to_ids(prompt.lower().strip(), new_ids), END]
-        if len(ids) > LENGTH:
-            raise BadInput(f"prompt {prompt[:40]!r}… has {len(ids)} tokens, expected at most "
-                           f"{LENGTH}; shorten it.")
-        return ids + [PAD] * (LENGTH - len(ids))

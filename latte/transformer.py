@@ -3,6 +3,7 @@
 Axes: B clips, C channels, F frames, h w patches, S = h·w, N text tokens, D width.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,6 @@ class LatteConfig:
     norm_eps: float = one_of(1e-6)
     _class_name: str = one_of("LatteTransformer3DModel")
 
-    def __post_init__(self):
-        self.width = self.num_attention_heads * self.attention_head_dim
-
 
 def sincos(positions, D):
     """(n,) positions -> (n, D): D/2 sines, then D/2 cosines."""
@@ -59,12 +57,12 @@ def sincos(positions, D):
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
-def patch_positions(h, w, config, device):
+def patch_positions(h, w, D, config, device):
     """(h·w, D): the first half encodes the column, the second half the row. A grid of another size
     is interpolated to the extent of the training grid."""
     base, scale = config.sample_size // config.patch_size, max(config.sample_size // 64, 1)
     y, x = (torch.arange(n, device=device).float() / (n / base) / scale for n in (h, w))
-    columns, rows = sincos(x, config.width // 2), sincos(y, config.width // 2)
+    columns, rows = sincos(x, D // 2), sincos(y, D // 2)
     return torch.cat([columns.repeat(h, 1), rows.repeat_interleave(w, 0)], dim=-1)
 
 
@@ -107,7 +105,8 @@ class Latte(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing, c, D = config, False, config, config.width
+        self.config, self.checkpointing = config, False
+        c, D = config, config.num_attention_heads * config.attention_head_dim
         blocks = lambda spatial: nn.ModuleList(
             Block(D, c.num_attention_heads, spatial) for _ in range(c.num_layers))
         patches = nn.Conv2d(c.in_channels, D, c.patch_size, c.patch_size)
@@ -127,21 +126,22 @@ class Latte(nn.Module):
         if H % c.patch_size or W % c.patch_size:
             raise BadInput(f"latents of {W}x{H}: expected multiples of {c.patch_size}; give --size "
                            f"in multiples of {8 * c.patch_size} pixels.")
-        B, h, w = len(text), H // c.patch_size, W // c.patch_size
+        B, h, w, D = len(text), H // c.patch_size, W // c.patch_size, self.proj_out.in_features
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(clips)
         time = self.adaln_single["emb"]["timestep_embedder"](timesteps).repeat(B // clips, 1)
         six = self.adaln_single["linear"](F.silu(time)).unflatten(-1, (6, -1))
         text = self.project_text(text, guided=B == 2 * clips)
         x = self.pos_embed["proj"](fold_frames(latents)).flatten(2).transpose(1, 2)
-        x = (x + patch_positions(h, w, c, x.device).to(x)).repeat(B // clips, 1, 1)  # (B·F, S, D)
+        x = (x + patch_positions(h, w, D, c, x.device).to(x)).repeat(B // clips, 1, 1)
+        again = self.checkpointing and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False) if again else Block.__call__
         for i, block in enumerate(self.transformer_blocks):
-            x = self.run(block, x, six.repeat_interleave(frames, 0), text)
+            x = run(block, x, six.repeat_interleave(frames, 0), text)  # (B·F, S, D)
             if temporal:
                 x = x.unflatten(0, (B, frames)).transpose(1, 2).flatten(0, 1)  # (B·S, F, D)
                 if i == 0 and frames > 1:
-                    x = x + sincos(torch.arange(frames, device=x.device), c.width).to(x)
-                block = self.temporal_transformer_blocks[i]
-                x = self.run(block, x, six.repeat_interleave(h * w, 0))
+                    x = x + sincos(torch.arange(frames, device=x.device), D).to(x)
+                x = run(self.temporal_transformer_blocks[i], x, six.repeat_interleave(h * w, 0))
                 x = x.unflatten(0, (B, h * w)).transpose(1, 2).flatten(0, 1)
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # (B, 1, D)
         x = modulated_norm(x.unflatten(0, (B, frames)), shift[:, None], scale[:, None])
@@ -158,9 +158,3 @@ class Latte(nn.Module):
         first, second = self.caption_projection["linear_1"], self.caption_projection["linear_2"]
         text = second(F.gelu(first(text[..., :-1]), approximate="tanh"))
         return [row[None, :n] for row, n in zip(text, lengths)]
-
-    def run(self, block, *inputs):
-        """The block, with gradient checkpointing if that is on."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)

@@ -16,14 +16,15 @@ def save_hub(model, folder, base_folder):
     --weights: unet/ in fp16, all other parts as the base has them, hard-linked where the disk
     allows. The folder is there whole or not at all. Raises BadInput where it is already."""
     folder, base = Path(folder), Path(base_folder)
+    own = getattr(model.unet, "subfolder", "unet")  # the part that is merged
     state = halved(model.unet, folder)
     if words := getattr(model.text, "learned", None):
         say(f"{folder} will not know the learned words {', '.join(words)}; their adapter does.")
     part = folder.with_name(PART + folder.name)
     shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
     shutil.copytree(base, part, copy_function=link, ignore=lambda place, names: [
-        n for n in names if Path(place, n).parent == base / "unet" and n != "config.json"])
-    with publish(part / "unet" / "diffusion_pytorch_model.safetensors") as file:
+        n for n in names if Path(place, n).parent == base / own and n != "config.json"])
+    with publish(part / own / "diffusion_pytorch_model.safetensors") as file:
         save_file(state, file, {"format": "pt"})
     os.replace(part, folder)
 
@@ -31,6 +32,8 @@ def save_hub(model, folder, base_folder):
 def save_pth(model, path, base_folder=None):
     """Keep a UNet as ModelScope's own .pth in fp16, which ComfyUI's and the web UI's nodes open.
     Raises BadInput where the file is already."""
+    if hasattr(model.unet, "subfolder"):
+        raise BadInput(f"--save {path}: a .pth can hold ModelScope's UNet only; give a folder.")
     state = as_pth(halved(model.unet, path), model.unet)
     with publish(path) as part:
         torch.save(state, part)

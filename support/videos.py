@@ -43,6 +43,7 @@ def make(model, adapters, scales, jobs, s, shape, clip=None, negative="", batch=
     the base do that. shape (C, F, h, w) of the latents; clip: clean ones (1, C, F, h, w), if s
     starts from a clip. Raises BadInput.
     """
+    model.read(["", negative, *[prompt for prompt, _ in jobs]])  # once, as in train.py
     invert = lambda: sampler.invert(model, clip, s.inversion_steps or s.sampling_steps,
                                     progress=progress and "inverting")
     inverted = invert() if s.noise_prior and s.inverts == "base" else None
