@@ -126,7 +126,8 @@ def in_fp32(name, keep=()):
     """Whether a parameter of the UNet stays in fp32 when frozen weights are halved: one to keep, or
     used in fp32 anyhow, as norms (which the temporal convolutions number 0) and the last layer are.
     """
-    return name in keep or re.search(r"norm|\.conv\d\.0\.|^(conv|proj)_out|scale_shift_table", name) is not None
+    small = r"norm|\.conv\d\.0\.|^(conv|proj)_out|scale_shift_table"
+    return name in keep or re.search(small, name) is not None
 
 
 def halve(unet, keep=()):
