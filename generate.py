@@ -1,18 +1,19 @@
-"""Make videos, with a learned motion or without.
+"""Generate videos from prompts, with adapters or without.
 
     python generate.py --prompt "a red ring moving left on a grey background"
     python generate.py --adapter out/eight-vmc/vmc.safetensors --prompts assets/prompts.txt
     python generate.py --adapter motion.safetensors look.safetensors --scale 1 0.7 --prompt "…"
-    python generate.py --dmt clip.mp4 --prompt "a red star"        # a motion without training
-    python generate.py --adapter motion.safetensors --save merged  # keep the model it makes
+    python generate.py --dmt clip.mp4 --prompt "a red star"     # motion transfer without training
+    python generate.py --adapter motion.safetensors --save-merged merged
 
-Writes an mp4 a video, one contact sheet and the settings to --out. What the flags leave open is
-taken from the adapter's file, and what that leaves open from the model.
+Writes one mp4 per video, a contact sheet and settings.json to --out. Missing flags default to the
+adapter's settings, then the model's.
 
-Axes: B videos, C channels, F frames, h w latent, H W picture.
+Axes: B videos, C channels, F frames, h w latent, H W image.
 """
 import itertools
 import json
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -22,138 +23,143 @@ import torch.nn.functional as F
 import data
 import sampler
 from model import TINY, is_tiny, load
-from support import adapter_file, dmt, export, machine, media, videos
+from sampler import Sampling, read_sampling
+from support import adapters, export, machine, media
 from support.files import (
     BadInput,
-    check_there,
+    check_exists,
     check_weights,
-    own_folder,
+    log,
+    output_folder,
+    print_line,
     read_size,
     slug,
     write_json,
 )
-from support.flags import Parser, real, some_text, whole
-from support.videos import Sampling
+from support.flags import Parser, float_in, int_in, non_empty
 
 
 def main(argv=None):
-    """Prompts to videos, a contact sheet and the settings, in --out."""
+    """Prompts to videos, a contact sheet and settings.json, in --out."""
     args = parse(argv)
     prompts = check(args)
-    machine.keep_memory()
+    machine.tune_malloc()
     args.device = machine.find_device(args.device)
     args.precision = args.precision or machine.default_precision(args.device)
-    with own_folder(args.out, Path("out/generated")) as out:
-        model = load(args.weights, args.device, args.precision)
-        adapters = [adapter_file.read_adapter(path, model) for path in args.adapter]
-        s, clip = settle(args, prompts, model, adapters)
-        second = load_refiner(args, model) if args.refine else None
-        jobs = list(itertools.product(prompts, range(args.seed, args.seed + args.seeds)))
-        names = [f"{i // args.seeds:03d}-{slug(p)}-seed{n}.mp4" for i, (p, n) in enumerate(jobs)]
-        settings = vars(args) | asdict(s) | {"steps": s.sampling_steps, "videos": [
+    with output_folder(args.out, Path("out/generated")) as out:
+        pipe = load(args.weights, args.device, args.precision)
+        loaded = [adapters.read_adapter(path, pipe) for path in args.adapter]
+        s, source = resolve_settings(args, pipe, loaded)
+        check_sampling(args, prompts, pipe, loaded, s)
+        clip = starting_clip(args, pipe, s, source)
+        refiner = load_refiner(args, pipe) if args.refine else None
+        count = args.videos_per_prompt
+        jobs = list(itertools.product(prompts, range(args.seed, args.seed + count)))
+        names = [f"{i // count:03d}-{slug(p)}-seed{n}.mp4" for i, (p, n) in enumerate(jobs)]
+        settings = vars(args) | asdict(s) | {"videos": [
             (name, *job) for name, job in zip(names, jobs)]}
-        print("settings:", json.dumps(settings, ensure_ascii=False, default=str), flush=True)
+        print_line(f"settings: {json.dumps(settings, ensure_ascii=False, default=str)}")
         rows = []
-        for name, (job, video) in zip(names, make(args, s, model, adapters, jobs, clip)):
-            if second:  # one by one: its pictures are large
-                video = refine(args, second, video, *job)
+        for name, (job, video) in zip(names, generate(args, s, pipe, loaded, jobs, clip)):
+            if refiner:  # one at a time, since its frames are large
+                video = refine(args, refiner, video, *job)
             media.write_video(out / name, video, args.fps)
             rows.append(media.every_nth(video))
-            print(f"{out / name}: {job[0]}", flush=True)
-        if args.save:  # merged by now
-            (export.save_pth if args.save.suffix == ".pth" else export.save_hub)(
-                model, args.save, args.weights or TINY)
-            print(f"merged model: {args.save}")
+            print_line(f"{out / name}: {job[0]}")
+        if args.save_merged:  # the adapters are merged by now
+            save = export.save_pth if args.save_merged.suffix == ".pth" else export.save_hub
+            save(pipe, args.save_merged, args.weights or TINY)
+            print_line(f"merged model: {args.save_merged}")
         if rows:
             write_json(out / "settings.json", settings)
             media.contact_sheet(out / "sheet.png", rows)
-            print(f"contact sheet: {out / 'sheet.png'}")
+            print_line(f"contact sheet: {out / 'sheet.png'}")
 
 
-def make(args, s, model, adapters, jobs, clip):
-    """Yields (job, video (3, F, H, W)) of every job, (prompt, seed)."""
+def generate(args, s, pipe, loaded, jobs, clip):
+    """Yields (job, video (3, F, H, W)) per job, a (prompt, seed)."""
     if args.dmt:
-        model.unet.checkpointing = args.checkpointing == "on"
-        adapter_file.apply_adapters(model, adapters, args.scale)
-        path, levels = {}, dmt.inversion_levels(s, model)
-        sampler.invert(model, clip, s.inversion_steps or s.sampling_steps, args.caption, lambda t, x:
-                       path.update({t: x} if t in levels else {}), "inverting")
-        for job in jobs:
-            yield job, dmt.transfer_motion(s, model, clip, path, *job, args.caption, args.negative)
+        yield from transfer_motion(args, s, pipe, loaded, jobs, clip)
         return
-    factor, (H, W) = model.vae.config.factor, args.size
-    shape = model.unet.config.in_channels, args.frames, H // factor, W // factor
-    yield from videos.make(model, adapters, args.scale, jobs, s, shape, clip, args.negative,
-                           args.batch)
+    factor, (H, W) = pipe.vae.config.factor, args.size
+    shape = pipe.unet.config.in_channels, args.frames, H // factor, W // factor
+    yield from sampler.sample_videos(pipe, loaded, args.scale, jobs, s, shape, clip,
+                                     args.negative_prompt, args.batch)
 
 
 # ------------------------------------------------------------------------------------------------
-# Flags, and what can be judged by them alone
+# Flags
 
 
 def parse(argv=None):
-    """The flags; those not given are None where something else decides."""
+    """The flags. None stands for the default of the adapter or the model."""
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    # what to make
-    add("--prompt", type=some_text, help="what to show")
-    add("--prompts", type=Path, help="a text file, one prompt a line, instead of --prompt")
-    add("--negative", type=str, help="what not to show (default: nothing; with --dmt its code's "
-        "words, but for the tiny model)")
-    add("--seed", type=whole(0, 2**63), default=0, help="first seed (default: 0)")
-    add("--seeds", type=whole(1, 10**6), default=1, help="videos a prompt, from --seed on "
-        "(default: 1)")
-    # the model
-    add("--adapter", type=Path, nargs="+", default=[], help="what was learned: files that train.py "
-        "wrote, or other programs' LoRAs; of several, the first gives the clip")
-    add("--scale", type=real(-100, 100), nargs="+", default=[1.0], help="strength of each adapter; "
-        "0 is the base model (default: 1)")
-    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
-    # the shape
-    add("--frames", type=whole(1, 1024), help="frames (default: the clip's, else 16; "
-        "with --dmt 24)")
-    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "
-        "model's; with --dmt 576x320)")
-    add("--fps", type=real(0.01, 1000), help="frames a second (default: the clip's, else 8)")
-    # sampling
-    add("--noise-prior", type=real(0, 1), help="p in the start √p·inverted + √(1-p)·noise; 0 is "
-        "noise alone (default: the method's: VMC 1, MotionDirector 0.5, NewMove 0)")
-    add("--init-video", type=Path, help="invert this clip instead of the adapter's")
-    add("--inversion-steps", type=whole(1, 10**4), help="default: --steps, else the method's; with "
-        "--dmt one a timestep, and with the tiny model as many as --steps")
-    add("--sampler", choices=tuple(sampler.SAMPLERS), help="default: the method's, else ddim")
-    add("--steps", type=whole(1, 10**4), help="sampling steps (default: the method's, else 50)")
-    add("--guidance", type=real(0, 1000), help="classifier-free guidance (default: the method's, "
-        "else 9, with --dmt 10; tiny model: 4)")
-    add("--batch", type=whole(1), default=1, help="videos at a time on a GPU (default: 1)")
-    # Diffusion Motion Transfer
-    add("--dmt", type=Path, help="move as this clip does, by guidance, without training; its "
-        "caption is its .txt, else its name")
-    add("--checkpointing", choices=("on", "off"), help="with --dmt, compute activations again "
-        "instead of keeping them (default: on with --weights)")
-    # a second model over the first one's videos, as ZeroScope XL
-    add("--refine", type=Path, help="its hub-layout folder")
-    add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: as made)")
-    add("--refine-steps", type=whole(1), default=50, help="its sampling steps (default: 50)")
-    add("--refine-guidance", type=real(0, 1000), help="default: 15; tiny model: 4")
-    add("--strength", type=real(0, 1), default=0.6, help="how much it may change (default: 0.6)")
-    # what is kept
-    add("--save", type=Path, help="keep the merged model: a folder in the hub's layout, or a .pth "
-        "in ModelScope's")
-    add("--out", type=Path, help="a new folder (default: out/generated, out/generated-2 …)")
+    add_model_flags(parser.add_argument)
+    add_sampling_flags(parser.add_argument)
     return parser.parse_args(argv)
 
 
+def add_model_flags(add):
+    """Flags for prompts, model, shape and output."""
+    add("--prompt", type=non_empty, help="the prompt")
+    add("--prompts", type=Path, help="a text file with one prompt per line, instead of --prompt")
+    add("--negative-prompt", type=str, help="(default: empty; with --dmt and real weights, that of "
+        "its published code)")
+    add("--seed", type=int_in(0, 2**63), default=0, help="first seed (default: 0)")
+    add("--videos-per-prompt", type=int_in(1, 10**6), default=1, help="videos per prompt, with "
+        "consecutive seeds (default: 1)")
+    add("--adapter", type=Path, nargs="+", default=[], help="adapters of train.py, or LoRAs of "
+        "other programs; the first with a clip provides clip and settings")
+    add("--scale", type=float_in(-100, 100), nargs="+", default=[1.0], help="scale of each "
+        "adapter; 0 is the base model (default: 1)")
+    add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
+        "model)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
+    add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
+        "on older GPUs, else fp32")
+    add("--frames", type=int_in(1, 1024), help="frames (default: the clip's, else 16; with --dmt "
+        "24)")
+    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "
+        "model's; with --dmt 576x320)")
+    add("--fps", type=float_in(0.01, 1000), help="frames per second (default: the clip's, else 8)")
+    add("--save-merged", type=Path, help="save the merged model: a folder in the hub's layout, "
+        "or a .pth in ModelScope's")
+    add("--out", type=Path, help="a new folder (default: out/generated, out/generated-2 …)")
+
+
+def add_sampling_flags(add):
+    """Flags for sampling, Diffusion Motion Transfer and refining."""
+    add("--noise-prior", type=float_in(0, 1), help="p in the starting latents √p·inverted + "
+        "√(1-p)·noise (default: the method's: VMC 1, MotionDirector 0.5, NewMove 0)")
+    add("--init-video", type=Path, help="invert this clip instead of the adapter's")
+    add("--inversion-steps", type=int_in(1, 10**4), help="DDIM inversion steps (default: --steps, "
+        "else the method's; with --dmt one per timestep)")
+    add("--sampler", choices=tuple(sampler.SAMPLERS), help="default: the method's, else ddim")
+    add("--steps", dest="sampling_steps", type=int_in(1, 10**4), help="sampling steps (default: "
+        "the method's, else 50)")
+    add("--guidance", type=float_in(0, 1000), help="classifier-free guidance scale (default: the "
+        "method's, else 9, with --dmt 10; tiny model: 4)")
+    add("--batch", type=int_in(1), default=1, help="videos per batch on a GPU (default: 1)")
+    add("--dmt", type=Path, help="transfer the motion of this clip by Diffusion Motion Transfer, "
+        "without training")
+    add("--checkpointing", choices=("on", "off"), help="gradient checkpointing with --dmt "
+        "(default: on with --weights)")
+    add("--refine", type=Path, help="a second model, a folder in the hub's layout, that refines "
+        "each video, e.g. ZeroScope XL")
+    add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the video's)")
+    add("--refine-steps", type=int_in(1), default=50, help="sampling steps (default: 50)")
+    add("--refine-guidance", type=float_in(0, 1000), help="default: 15; tiny model: 4")
+    add("--strength", type=float_in(0, 1), default=0.6, help="noise level of the refining, 0 to 1 "
+        "(default: 0.6)")
+
+
 def check(args):
-    """The prompts. Raises BadInput for flags that do not go together, and for what is not where
-    they say."""
-    if bool(args.prompt) == bool(args.prompts) and not (args.save and not args.prompt):
+    """The prompts. Raises BadInput for flags that conflict, and for missing files."""
+    if bool(args.prompt) == bool(args.prompts) and not (args.save_merged and not args.prompt):
         raise BadInput("give --prompt \"…\" or --prompts FILE.")
     if args.dmt and (args.noise_prior or args.init_video or args.sampler):
-        raise BadInput("--dmt has its own start and sampler; leave --noise-prior, --init-video and "
-                       "--sampler out.")
+        raise BadInput("--dmt has its own starting latents and sampler; drop --noise-prior, "
+                       "--init-video and --sampler.")
     if len(args.scale) not in (1, len(args.adapter)):
         raise BadInput(f"--scale: {len(args.scale)} numbers for {len(args.adapter)} --adapter; "
                        "give one for each.")
@@ -161,113 +167,286 @@ def check(args):
     check_weights(args.weights)
     check_weights(args.refine, "--refine")
     for clip in filter(None, (args.dmt, args.init_video)):
-        check_there(clip, "give a video file or a folder of pictures")
-    if args.save and (args.save.exists() or args.save.suffix not in ("", ".pth")):
-        raise BadInput(f"--save {args.save}: wanted the name of a new folder, or of a .pth.")
+        check_exists(clip, "give a video file or a folder of images")
+    merged = args.save_merged
+    if merged and (merged.exists() or merged.suffix not in ("", ".pth")):
+        raise BadInput(f"--save-merged {merged}: expected the name of a new folder, or of a .pth.")
     return data.read_prompts(args.prompts) if args.prompts else [args.prompt] * bool(args.prompt)
 
 
 # ------------------------------------------------------------------------------------------------
-# The settings
+# Settings: the defaults of the pipe, then the adapter's, then DMT's, then the flags
 
 
-def settle(args, prompts, model, adapters):
-    """The Sampling, and the clip that gives the start or the motion as clean latents
-    (1, C, F, h, w), or None; fills in the flags that were left open. Raises BadInput for what the
-    model or the adapters cannot do."""
-    tiny, factor = is_tiny(args.weights), model.vae.config.factor
-    source = next((a for a in adapters if a.latents is not None), None)
-    first, s = source or next(iter(adapters), None), Sampling(guidance=4.0 if tiny else 9.0)
-    open_ = {"frames": 16, "size": (model.unet.config.sample_size * factor,) * 2, "fps": 8.0,
-             "negative": "", "checkpointing": "off" if tiny else "on"}
-    if first and "method" in first.meta:  # others may mean something else
-        s = videos.read_sampling(first.path, first.meta)
-        open_["fps"] = s.fps
-    if source:
-        open_ |= {"frames": source.latents.shape[1],
-                  "size": tuple(side * factor for side in source.latents.shape[2:])}
+def resolve_settings(args, pipe, loaded):
+    """The Sampling, and the adapter whose clip and settings count, or None. Fills in the flags that
+    were not given. Raises BadInput where an adapter's clip is missing or does not fit."""
+    tiny, factor = is_tiny(args.weights), pipe.vae.config.factor
+    s = Sampling(guidance=4.0 if tiny else 9.0)
+    shape = {"frames": 16, "size": (pipe.unet.config.sample_size * factor,) * 2, "fps": 8.0,
+             "negative_prompt": "", "checkpointing": "off" if tiny else "on"}
+    source = next((a for a in loaded if a.latents is not None), next(iter(loaded), None))
+    if source and "method" in source.meta:  # trained here
+        s = read_sampling(source.path, source.meta)
+        shape["fps"] = s.fps
+    if source and source.latents is not None:
+        _, frames, h, w = source.latents.shape
+        shape |= {"frames": frames, "size": (h * factor, w * factor)}
     if args.dmt:
-        own, shape = dmt.defaults(model.schedule.num_train_timesteps, tiny)
-        s, open_ = replace(s, **own), open_ | shape
-    for name, value in open_.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    if args.steps and not args.inversion_steps:  # the method's belong to its steps of sampling
-        s = replace(s, inversion_steps=0)
+        sampling, own_shape = dmt_defaults(pipe.schedule.num_train_timesteps, tiny)
+        s, shape = replace(s, **sampling), shape | own_shape
+    if args.sampling_steps and not args.inversion_steps:
+        args.inversion_steps = 0  # the adapter's belong to its own sampling steps
     if args.init_video and args.noise_prior is None:
         args.noise_prior = s.noise_prior or 1.0
-    given = {"sampling_steps": args.steps} | {f.name: getattr(args, f.name, None)
-                                              for f in fields(Sampling) if f.name != "sampling_steps"}
+    given = {f.name: getattr(args, f.name, None) for f in fields(Sampling)}
     s = replace(s, **{name: value for name, value in given.items() if value is not None})
-    path = args.dmt or args.init_video
-    if s.noise_prior and not (source or path):
-        s = replace(s, noise_prior=0.0)
-        if args.noise_prior:
-            raise BadInput("--noise-prior has no clip to invert; give --adapter or --init-video.")
-    check_sampling(args, s, model)
-    learned = {word: len(v) for a in adapters for word, v in a.words.items()}
-    for prompt in (*prompts, args.negative):
-        data.check_prompt(prompt, learned)
-    if tiny:
-        data.explain_strange_words(prompts, [f"{a.meta.get('prompt', '')} {' '.join(a.words)}"
-                                             for a in adapters])
-    if not (s.noise_prior or args.dmt):
-        return s, None
-    if path:
-        video = media.read_video(path, args.frames, args.size, args.fps)
-        args.frames, args.caption = video.shape[1], data.find_caption(path)[0]
-        # DMT's code takes a sample of the VAE's posterior.
-        return s, model.encode(video[None], sampler.generator(args.seed, 5) if args.dmt else None)
-    if (args.frames, *args.size) != (source.latents.shape[1],
-                                     *(side * factor for side in source.latents.shape[2:])):
-        raise BadInput(f"{source.path} has a clip of another shape, which cannot start others; "
-                       "leave --frames and --size out, or give --init-video or --noise-prior 0.")
-    return s, source.latents[None].to(model.device).float()
+    for name, value in shape.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if s.noise_prior and not (args.dmt or args.init_video):
+        check_clip(args, source, factor)
+    return s, source
 
 
-def check_sampling(args, s, model):
-    """Raises BadInput for steps and sizes that the model does not have, and for a sampler that
-    would not come back to the clip."""
-    sampler.check_steps(model.schedule, s.sampling_steps)
+def check_clip(args, source, factor):
+    """Raises BadInput where sampling starts from a clip that is missing or has another shape."""
+    if source is None or source.latents is None:
+        raise BadInput(f"{source.path if source else '--noise-prior'}: sampling starts from a "
+                       "clip, and none is given; give --init-video CLIP, or --noise-prior 0.")
+    _, frames, h, w = source.latents.shape
+    if (args.frames, *args.size) != (frames, h * factor, w * factor):
+        raise BadInput(f"{source.path} starts from a clip of {frames} frames of "
+                       f"{w * factor}x{h * factor}; drop --frames and --size, or give --init-video "
+                       "or --noise-prior 0.")
+
+
+def check_sampling(args, prompts, pipe, loaded, s):
+    """Raises BadInput for prompts, steps and sizes that do not fit the model."""
+    sampler.check_steps(pipe.schedule, s.sampling_steps)
     if s.noise_prior:
-        sampler.check_steps(model.schedule, s.inversion_steps or s.sampling_steps)
-        sampler.check_return(model.schedule, s.sampler, s.sampling_steps)
-    if any(side % model.vae.config.factor for side in args.size):
-        raise BadInput(f"--size: wanted multiples of {model.vae.config.factor} pixels.")
-    if torch.device(model.device).type == "cpu":  # where each would depend on the others in its
-        args.batch = 1  # last bits, and several take as long as one by one
+        sampler.check_steps(pipe.schedule, s.inversion_steps or s.sampling_steps)
+        sampler.check_return(pipe.schedule, s.sampler, s.sampling_steps)
+    if any(side % pipe.vae.config.factor for side in args.size):
+        raise BadInput(f"--size: expected multiples of {pipe.vae.config.factor} pixels.")
+    if args.save_merged and any(a.more for a in loaded):
+        raise BadInput("--save-merged: an adapter changes more than weights, which a merged model "
+                       "cannot hold; keep using the adapter.")
+    learned = {word: len(v) for a in loaded for word, v in a.words.items()}
+    for prompt in (*prompts, args.negative_prompt):
+        data.check_prompt(prompt, learned)
+    if is_tiny(args.weights):
+        known = [f"{a.meta.get('prompt', '')} {' '.join(a.words)}" for a in loaded]
+        data.note_unknown_words(prompts, known)
+    if loaded and all(a.meta.get("part") == "appearance" for a in loaded):
+        log("note: the adapter holds appearance only; the motion is in another file")
+    if torch.device(pipe.device).type == "cpu":  # a batch is no faster there, and its rows would
+        args.batch = 1  # depend on each other in their last bits
+
+
+def starting_clip(args, pipe, s, source):
+    """Clean latents (1, C, F, h, w) of the clip that sampling starts from, or None."""
+    path = args.dmt or args.init_video
+    if not (s.noise_prior or args.dmt):
+        return None
+    if not path:
+        return source.latents[None].to(pipe.device).float()
+    args.fps = media.frame_rate(path, args.fps)
+    video = media.read_video(path, args.frames, args.size, args.fps)
+    args.frames, args.caption = video.shape[1], data.find_caption(path)[0]
+    # DMT's code samples the VAE's posterior.
+    return pipe.encode(video[None], sampler.generator(args.seed, 5) if args.dmt else None)
 
 
 # ------------------------------------------------------------------------------------------------
 # Refining
 
 
-def load_refiner(args, first):
-    """The second model, for `refine`. Raises BadInput when its numbers make no sense."""
-    model = load(args.refine, args.device, args.precision, keep=())
-    if model.text.config.hidden_size == first.text.config.hidden_size:
-        model.text.learned = first.text.learned
+def load_refiner(args, pipe):
+    """The second model, for `refine`. Raises BadInput."""
+    refiner = load(args.refine, args.device, args.precision, keep=())
+    if refiner.text_encoder.config.hidden_size == pipe.text_encoder.config.hidden_size:
+        refiner.text_encoder.learned = pipe.text_encoder.learned
     args.refine_size = args.refine_size or args.size
     args.refine_guidance = args.refine_guidance or (4.0 if is_tiny(args.refine) else 15.0)
-    sampler.check_steps(model.schedule, args.refine_steps, "--refine-steps")
-    return model
+    sampler.check_steps(refiner.schedule, args.refine_steps, "--refine-steps")
+    return refiner
 
 
 @torch.no_grad()
-def refine(args, model, video, prompt, seed):
-    """Video to video (SDEdit, Meng et al. 2021, as ZeroScope XL is used): resize, encode (a sample
-    of the posterior, as the public pipeline takes), noise to `strength` of the way, and denoise
-    with the same prompt. (3, F, H, W) -> (3, F, H', W')."""
-    pictures = F.interpolate(video.transpose(0, 1), args.refine_size, mode="bicubic",
-                             antialias=True).clamp(-1, 1)
-    x0, steps = model.encode(pictures.transpose(0, 1)[None], sampler.generator(seed, 2)), (
-        args.refine_steps)
-    run = min(int(steps * args.strength), steps)  # of the steps, the last so many
-    if run == 0:
-        return model.decode(x0)[0]
-    noise = sampler.noise_like_shape(x0.shape[1:], [sampler.generator(seed, 3)]).to(x0)
-    start = model.schedule.add_noise(x0, noise, model.schedule.timesteps(steps)[-run])
-    return sampler.sample(model, [prompt], start, [seed], steps, args.refine_guidance,
-                          negative=args.negative, progress="refining", skip=steps - run)[0]
+def refine(args, pipe, video, prompt, seed):
+    """Video to video (SDEdit, Meng et al. 2021): resize, encode a sample of the posterior as in
+    diffusers' pipeline, add noise up to `strength`, and denoise with the same prompt. The card of
+    ZeroScope XL uses DPM-Solver++ and a strength of 0.66 to 0.85. (3, F, H, W) -> (3, F, H', W').
+    """
+    frames = F.interpolate(video.transpose(0, 1), args.refine_size, mode="bicubic",
+                           antialias=True).clamp(-1, 1)
+    x0 = pipe.encode(frames.transpose(0, 1)[None], sampler.generator(seed, 2))
+    steps = args.refine_steps
+    remaining = min(int(steps * args.strength), steps)
+    if remaining == 0:
+        return pipe.decode(x0)[0]
+    noise = sampler.seeded_randn(x0.shape[1:], [sampler.generator(seed, 3)]).to(x0)
+    start = pipe.schedule.add_noise(x0, noise, pipe.schedule.timesteps(steps)[-remaining])
+    return sampler.sample(pipe, [prompt], start, [seed], steps, args.refine_guidance,
+                          negative=args.negative_prompt, progress="refining",
+                          skip=steps - remaining)[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Diffusion Motion Transfer (Yatim et al. 2023): motion transfer without training. The clip is
+# inverted. A new video starts from the low frequencies of that noise; during sampling its latents
+# are optimized so that features of the UNet change over time as the clip's do. Settings, layers and
+# the order of steps follow the published code. Differences: latents are fp32; the loss leaves out
+# the anchor frame's difference to itself, which is 0; the step up is the exact inverse of the step
+# down, where that code is one timestep off; frames are chosen by time, not the first 24, and are
+# cropped, not stretched; prompts are not prefixed with "Amazing quality, masterpiece".
+
+
+NEGATIVE = "bad quality, distortions, unrealistic, distorted image, watermark, signature"
+
+# The second up block: the second resnet before its skip, the temporal convolution after it, and the
+# upsampler, which a network whose last block this is does not have.
+LAYERS = r"up_blocks\.1\.(resnets\.1\.conv2|temp_convs\.1|upsamplers\.0)"
+GUIDED_SHARE = 0.4  # the first steps, in which latents are optimized
+ADAM_STEPS, ADAM_RATES = 10, (0.007, 0.004)  # per guided step; rates from the first to the last
+
+
+def dmt_defaults(timesteps, tiny):
+    """Sampling settings and shape. Real models are inverted with one step per timestep; the tiny
+    one with as many steps as it samples with (0), since 700 take half a minute on a CPU."""
+    if tiny:
+        return {"guidance": 4.0}, {}
+    return {"guidance": 10.0, "inversion_steps": timesteps - 1}, {
+        "negative_prompt": NEGATIVE, "frames": 24, "size": (320, 576)}
+
+
+class StopForward(Exception):
+    """Ends a forward pass after the last required layer."""
+
+
+def frame_features(pipe, x, t, text):
+    """Spatially averaged outputs [(B, F, C)] of LAYERS. Later layers are not computed. Raises
+    BadInput for a network without such layers."""
+    layers = [m for name, m in pipe.unet.named_modules() if re.fullmatch(LAYERS, name)]
+    if not layers:
+        raise BadInput(f"--dmt needs the layers {LAYERS}, which this model does not have.")
+    features = {}
+
+    def keep(layer, inputs, out):  # out (B·F, C, h, w)
+        features[layer] = out.float().mean((2, 3)).unflatten(0, (len(x), -1))
+        if len(features) == len(layers):
+            raise StopForward
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        pipe.predict(x, t, text)
+    except StopForward:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(features.values())
+
+
+def pairwise_differences_loss(features, target):
+    """1 − cosine between the differences of each frame to every anchor frame, for features (B, F,
+    C): components shared by all frames cancel."""
+    difference = lambda f: f[:, :, None] - f[:, None]  # (B, F, F, C)
+    frames = features.shape[1]
+    others = 1 - torch.eye(frames, device=features.device)  # indexing would synchronize
+    cosine = F.cosine_similarity(difference(features), difference(target), dim=-1)
+    return ((1 - cosine) * others).sum() / (len(features) * frames * (frames - 1))
+
+
+def low_frequencies(x, factor=4):
+    """(B, C, F, h, w) without spatial detail finer than `factor` latents."""
+    h, w = x.shape[-2:]
+    resize = lambda x, size: F.interpolate(x, size, mode="bilinear", align_corners=True,
+                                           antialias=True)
+    small = resize(x.flatten(0, 2)[None], (max(1, h // factor), max(1, w // factor)))
+    return resize(small, (h, w)).view(x.shape)
+
+
+def nearest(times, t):
+    """The timestep in `times` nearest to t."""
+    return min(times, key=lambda other: abs(other - t))
+
+
+def guided_timesteps(s, pipe):
+    """The timesteps at which latents are optimized."""
+    count = max(1, int(s.sampling_steps * GUIDED_SHARE))
+    return pipe.schedule.timesteps(s.sampling_steps)[:count]
+
+
+def inversion_levels(s, pipe):
+    """The timesteps of the inversion that are needed: the last, and those nearest to guided
+    ones."""
+    times = pipe.schedule.timesteps(s.inversion_steps or s.sampling_steps)
+    return {times[0]} | {nearest(times, t) for t in guided_timesteps(s, pipe)}
+
+
+def optimize_latents(pipe, x, t, text, target, rate):
+    """The latents x after some Adam steps toward the target features."""
+    latents = x.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([latents], lr=rate)
+    for _ in range(ADAM_STEPS):
+        with torch.enable_grad():
+            features = frame_features(pipe, latents, t, text)
+            loss = sum(pairwise_differences_loss(*pair) for pair in zip(features, target))
+            latents.grad, = torch.autograd.grad(loss, latents)
+        adam.step()
+    return latents.detach()
+
+
+def step_down_and_up(S, predict, x, t, steps, g):
+    """One DDIM step down from t and, with new noise from g, up again (Xu et al. 2023), which brings
+    optimized latents back to the network's distribution."""
+    a, b = S.alpha_bar_at(t, x), S.alpha_bar_prev(t - S.num_train_timesteps // steps)
+    x0, eps = S.to_x0_eps(predict(x, t), x, a)
+    below = b**0.5 * x0 + (1 - b) ** 0.5 * eps
+    noise = sampler.seeded_randn(x.shape[1:], [g]).to(x)
+    return (a / b) ** 0.5 * below + (1 - a / b) ** 0.5 * noise
+
+
+@torch.no_grad()
+def transfer_motion(args, s, pipe, loaded, jobs, clip):
+    """Yields (job, video (3, F, H, W)) per job, a (prompt, seed): videos with the motion of the
+    clean latents clip (1, C, F, h, w), which are inverted once."""
+    pipe.unet.checkpointing = args.checkpointing == "on"
+    adapters.apply_adapters(pipe, loaded, args.scale)
+    inverted, levels = {}, inversion_levels(s, pipe)
+    keep = lambda t, x: inverted.update({t: x} if t in levels else {})
+    sampler.invert(pipe, clip, s.inversion_steps or s.sampling_steps, args.caption, keep,
+                   "inverting")
+    for job in jobs:
+        yield job, transfer_one(args, s, pipe, clip, inverted, *job)
+
+
+def transfer_one(args, s, pipe, clip, inverted, prompt, seed):
+    """A video (3, F, H, W) of the prompt. inverted: {timestep: latents of the inverted clip}."""
+    S, times = pipe.schedule, pipe.schedule.timesteps(s.sampling_steps)
+    guided = guided_timesteps(s, pipe)
+    rates = torch.linspace(*ADAM_RATES, len(guided)).tolist()
+    texts = prompt, args.caption, args.negative_prompt
+    text, caption, empty = (pipe.encode_text([p]) for p in texts)
+    predict = sampler.classifier_free_guidance(pipe.predict, text, empty, s.guidance)
+    g = sampler.generator(seed, 4)
+
+    def edit(x, t):
+        if t in guided:
+            level = nearest(inverted, t)
+            target = frame_features(pipe, inverted[level], level, caption)
+            x = optimize_latents(pipe, x, t, text, target, rates[guided.index(t)])
+        return x if t == times[-1] else step_down_and_up(S, predict, x, t, s.sampling_steps, g)
+
+    # The noise found by the inversion, at the level of the first step, with new fine detail.
+    top, noise = max(inverted), sampler.seeded_randn(clip.shape[1:], [seed]).to(clip)
+    a = S.alpha_bar_at(top, clip)
+    found = (inverted[top] - a**0.5 * clip) / (1 - a) ** 0.5
+    start = noise + low_frequencies(S.add_noise(clip, found, times[0])) - low_frequencies(noise)
+    return sampler.sample(pipe, [prompt], start, [seed], s.sampling_steps, s.guidance,
+                          negative=args.negative_prompt, progress="transferring the motion",
+                          edit=edit)[0]
 
 
 if __name__ == "__main__":

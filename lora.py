@@ -1,11 +1,11 @@
-"""What learns: sets of layers, and the learners that change them.
+"""Trainable parameters: layer sets, LoRA, full fine-tuning, learned tokens.
 
     python -c "import lora; print(*lora.LAYERS, sep='\\n')"
 
-A set of layers is a pattern over parameter names. A `Part` of a method says which of them learn,
-and how: in full, or by a LoRA (Hu et al. 2021), a pair of thin matrices beside each layer,
-W·x + s·B·A·x; a `Word` is a part too. `learner` makes what learns from it; support/adapter_file.py
-keeps in a file what it holds in the end.
+A layer set is a pattern over parameter names. A method's `Trainable` says which layers are trained
+and how: fully, or with a LoRA (Hu et al. 2021), W·x + s·B·A·x with low-rank A and B. A
+`PlaceholderToken` is trained in the text encoder. `build` makes the object with the parameters;
+support/adapters.py saves it.
 """
 import re
 from dataclasses import dataclass, field
@@ -15,25 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 
 import sampler
-from support import fast, formats
+from support import adapters, fast, formats
 from support.files import BadInput
 
 # ------------------------------------------------------------------------------------------------
-# Sets of layers
+# Layer sets
 
 _LINEARS = r"attn{}\.to_(q|k|v|out\.0)"
 _SPATIAL, _TEMPORAL = r".*\.attentions\.", r"(transformer_in|.*\.temp_attentions\..*)\."
 _FF = r"ff\.net\.(0\.proj|2)"
 
-# Sets of layers, as patterns that a parameter's whole name must match.
+# {name: pattern}; a parameter belongs to a set if its full name matches.
 LAYERS = {
-    # VMC App. D: q, k, v of the temporal attentions. Both of a transformer's are temporal; the
-    # published code leaves transformer_in out.
+    # VMC App. D: q, k, v of the temporal attentions. Both attentions of a temporal transformer are
+    # over time; the published code leaves transformer_in out.
     "temporal-attention-qkv": r".*temp_attentions\..*\.attn[12]\.to_[qkv]\.weight",
-    # MotionDirector Sec. 3.2: self-attention and feed-forward, cross-attention never.
+    # MotionDirector Sec. 3.2: self-attention and feed-forward layers, not cross-attention.
     "spatial-self-attention-ff": rf"{_SPATIAL}.*({_LINEARS.format(1)}|{_FF})\.weight",
     "temporal-attention-ff": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight",
-    # Customize-A-Video: its text names q, k, v, its parameter counts need the output as well.
+    # Customize-A-Video: its text names q, k, v; its parameter counts include the output projection.
     "spatial-attention": rf"{_SPATIAL}.*{_LINEARS.format('[12]')}\.weight",
     "temporal-attention": rf"{_TEMPORAL}.*{_LINEARS.format('[12]')}\.weight",
     "cross-attention-kv": rf"{_SPATIAL}.*attn2\.to_[kv]\.weight",  # Custom Diffusion
@@ -42,26 +42,26 @@ LAYERS = {
     "temporal": r"transformer_in\..*|.*temp_(attentions|convs)\..*",
     "temporal-convs": r".*temp_convs\..*",
     "spatial": r"(?!transformer_in|.*temp_(attentions|convs)).*",
-    # For LoRA alone, ours: the linears of the temporal blocks, and the convolutions.
+    # For LoRA, chosen here: the linear layers of the temporal blocks, and the convolutions.
     "temporal-linears-convs": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight"
                               r"|.*temp_convs\..*\.[23]\.weight",
     "all": r".*",
 }
-LAYERS |= {  # two of them together
-    # NewMove Sec. 3.2: all of the temporal layers, and how the pictures read the text.
+LAYERS |= {  # unions of two sets
+    # NewMove Sec. 3.2: all temporal layers, and the cross-attention's keys and values.
     "temporal-and-cross-kv": f"{LAYERS['temporal']}|{LAYERS['cross-attention-kv']}",
-    # MotionDirector's baseline; and with its temporal convolutions.
+    # MotionDirector's baseline, and the same with temporal convolutions.
     "coupled": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-attention-ff']}",
     "coupled-convs": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-linears-convs']}",
 }
 
 
 def select(unet, layers):
-    """{name: parameter} of a named set of layers, or of a pattern. BadInput if none match."""
+    """{name: parameter} of a layer set, or of a pattern. Raises BadInput if none matches."""
     pattern, sets = pattern_of(layers, unet), layer_sets(unet)
     chosen = {n: p for n, p in unet.named_parameters() if pattern.fullmatch(n)}
     if not chosen:
-        raise BadInput(f"no layer is called {layers!r}; known sets: {', '.join(sets)}, "
+        raise BadInput(f"layers={layers!r} matches no parameter; give one of {', '.join(sets)}, "
                        "or a pattern over parameter names.")
     return chosen
 
@@ -72,138 +72,141 @@ def layer_sets(network=None):
 
 
 def pattern_of(layers, network=None):
-    """The compiled pattern of a named set of layers, or of a pattern. Raises BadInput."""
+    """The compiled pattern of a layer set, or of a user's pattern. Raises BadInput."""
     sets = layer_sets(network)
     return re.compile(sets[layers]) if layers in sets else read_pattern(layers)
 
 
-class Tuned:
-    """The names of all parameters that a method's parts learn in full, before there is a network to
-    look at: `name in Tuned(parts)`. The others can be stored in bf16 as they are read."""
+def read_pattern(text):
+    """A user's pattern, compiled. Raises BadInput."""
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadInput(f"{text[:60]!r} is not a regular expression ({error}).") from None
+
+
+class FinetunedNames:
+    """The names of all fully fine-tuned parameters, known before the network is loaded: `name in
+    FinetunedNames(parts)`. All other parameters may be stored in bf16."""
 
     def __init__(self, parts, network=None):
         self.parts, self.patterns = parts, []
         for part in parts.values():
-            if isinstance(part, Part) and part.learns and not part.rank:
+            if isinstance(part, Trainable) and part.trainable and not part.rank:
                 self.patterns.append(pattern_of(part.layers, network))
 
     def __contains__(self, name):
         return any(pattern.fullmatch(name) for pattern in self.patterns)
 
 
-def read_pattern(text):
-    """A pattern that a person gave, compiled. Raises BadInput."""
-    try:
-        return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise BadInput(f"{text[:60]!r} is no pattern ({error}).") from None
-
-
-def sites(unet, layers):
-    """{module name: linear layer or temporal convolution} with a weight in a set of layers."""
+def lora_targets(unet, layers):
+    """{module name: linear layer or temporal convolution} with a weight in a layer set."""
     found = {}
     for name in select(unet, layers):
         module = unet.get_submodule(name.rpartition(".")[0])
-        if name.endswith(".weight") and isinstance(module, (nn.Linear, fast.TimeConv)):
+        if name.endswith(".weight") and isinstance(module, (nn.Linear, fast.TemporalConv1d)):
             found[name.removesuffix(".weight")] = module
     if not found:
-        raise BadInput(f"layers={layers} has no linear layer or temporal convolution, so no LoRA "
-                       "can stand beside it; choose other layers, or rank=0.")
+        raise BadInput(f"layers={layers} has no linear layer or temporal convolution for a LoRA; "
+                       "choose other layers, or rank=0.")
     return found
 
 
-def kinds_of_layer(parameters):
-    """{kind of layer: (tensors, numbers)} of {name: parameter}; a kind: 'temp_attentions attn1'."""
-    count = {}
-    for name, p in parameters.items():
-        owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets"
-                          r"|(?:temporal_)?transformer_blocks)", name)
-        inner = re.search(r"\.(attn[12]|ff)\.", name)
-        parts = [n for n in name.split(".")[:-2] if not n.isdigit()]  # where the names are others
-        kind = " ".join(m.group(1) for m in (owner, inner) if m) or " ".join(parts) or "other"
-        tensors, numbers = count.get(kind, (0, 0))
-        count[kind] = tensors + 1, numbers + p.numel()
-    return count
-
-
 # ------------------------------------------------------------------------------------------------
-# The parts of a method: what can learn, as settings. `learner(model, seed)` makes it.
+# The parts of a method, as settings. `build(pipe, seed, clip)` makes the object that is trained.
 
 
 @dataclass(frozen=True)
-class Part:
-    """Layers that learn, in full (rank 0) or by a LoRA beside them; or, with a file, layers of
-    another program that act and do not learn."""
+class Trainable:
+    """Layers trained fully (rank 0) or with a LoRA; or, with load_from, frozen weights of another
+    program."""
 
     layers: str  # one of LAYERS, a pattern, or none
     rank: int = 0
-    scale: float = 1.0  # of the LoRA
-    dropout: float = 0.0  # of the LoRA's output
-    per_clip: bool = False  # a LoRA of its own for every clip
-    file: str = ""
+    scale: float = 1.0  # LoRA scale
+    dropout: float = 0.0  # of the LoRA output
+    per_video: bool = False  # one LoRA per clip
+    load_from: str = ""
     lr: float = 1e-4
     weight_decay: float = 0.01
-    rates: str = ""  # factors on the rate of some layers: pattern:factor,pattern:factor
+    lr_multipliers: str = ""  # for some layers: pattern:factor,pattern:factor
 
     @property
-    def learns(self):
-        """Whether there is anything to learn."""
-        return self.layers != "none" and not self.file
+    def trainable(self):
+        """Whether it has trainable parameters."""
+        return self.layers != "none" and not self.load_from
 
-    def acts(self, field):
-        """Whether a setting of this part does something."""
-        if self.file or self.layers == "none":
-            return field in ("layers", "file")
-        return self.rank > 0 or field not in ("scale", "dropout", "per_clip")
+    def uses(self, field):
+        """Whether a setting has an effect."""
+        if self.load_from or self.layers == "none":
+            return field in ("layers", "load_from")
+        return self.rank > 0 or field not in ("scale", "dropout", "per_video")
 
-    def learner(self, model, seed):
-        """A Whole, a LoRA, a Borrowed, or None where no layer is chosen."""
-        if self.file:
-            return Borrowed(model, self.file)
+    def build(self, pipe, seed, clip):
+        """A FullFinetune, a LoRA, ExternalWeights, or None for layers=none."""
+        if self.load_from:
+            return ExternalWeights(pipe, self.load_from)
         if self.layers == "none":
             return None
         if self.rank:
-            return LoRA(model.unet, self.layers, self.rank, self.scale, self.dropout, seed)
-        return Whole(model.unet, self.layers)
+            return LoRA(pipe.unet, self.layers, self.rank, self.scale, self.dropout, seed)
+        return FullFinetune(pipe.unet, self.layers)
 
 
 @dataclass(frozen=True)
-class Word:
-    """A word that stands in captions for what is learned; with `vectors`, its embedding learns."""
+class PlaceholderToken:
+    """A token in captions that stands for the motion or the appearance. With num_vectors, its
+    embedding is trained (Textual Inversion)."""
 
-    text: str
-    vectors: int = 0
-    init: str = ""  # a known word to begin from
+    token: str
+    num_vectors: int = 0
+    initializer_token: str = ""  # a known word to initialize it from
     lr: float = 1e-4
     weight_decay: float = 0.01
-    rates: str = field(default="", repr=False)
+    lr_multipliers: str = field(default="", repr=False)
 
-    per_clip = False
+    per_video = False
 
     @property
-    def learns(self):
-        """Whether there is anything to learn."""
-        return self.vectors > 0
+    def trainable(self):
+        """Whether it has trainable parameters."""
+        return self.num_vectors > 0
 
-    def acts(self, field):
-        """Whether a setting of this part does something."""
-        return self.vectors > 0 or field in ("text", "vectors")
+    def uses(self, field):
+        """Whether a setting has an effect."""
+        return self.num_vectors > 0 or field in ("token", "num_vectors")
 
-    def learner(self, model, seed):
-        """Words, or None where no vector learns."""
-        return Words(model.text, self.text, self.vectors, self.init, seed) if self.vectors else None
+    def build(self, pipe, seed, clip):
+        """A TokenEmbedding, or None without vectors."""
+        if not self.num_vectors:
+            return None
+        return TokenEmbedding(pipe.text_encoder, self.token, self.num_vectors,
+                              self.initializer_token, seed)
 
 
 # ------------------------------------------------------------------------------------------------
-# Learners. Each has .parameters(), {name: what the optimiser gets}; .on: what is off does not act;
-# .tensors(), {name in an adapter file: tensor}, which `apply_adapters` puts to work.
+# Objects with trainable parameters
 
 
-class Whole:
-    """Layers tuned in full. They always act: there is nothing beside them."""
+class Trained:
+    """The base class. `active` switches it on and off; its names are part of adapter files."""
+
+    active = True
+
+    def parameters(self):
+        """{name: parameter} for the optimizer."""
+        return {}
+
+    def tensors(self):
+        """{name in an adapter file: tensor}, for adapters.apply_adapters."""
+        return self.parameters()
+
+
+class FullFinetune(Trained):
+    """Fully fine-tuned layers. They are always active."""
 
     def __init__(self, unet, layers):
-        self.chosen, self.on = select(unet, layers), True
+        self.chosen = select(unet, layers)
 
     def parameters(self):
         return self.chosen
@@ -212,32 +215,34 @@ class Whole:
         return {f"unet.{name}": p for name, p in self.chosen.items()}
 
 
-class LoRA:
-    """y = W·x + s·B·A·x on every linear layer and temporal convolution of a set of layers.
+class LoRA(Trained):
+    """y = W·x + s·B·A·x on every linear layer and temporal convolution of a layer set.
 
-    A (r, in) starts at N(0, 1/r²), B (out, r) at zero, so a fresh LoRA changes nothing; the rank r
-    is cut to the layer's own width. Dropout is on the LoRA's output, as MotionDirector has it. It
-    lives beside the UNet, whose modules and names stay as they are, and acts while `on`.
+    A (r, in) is initialized from N(0, 1/r²), B (out, r) with zeros, so a new LoRA changes nothing.
+    The rank is at most the layer's width. Dropout applies to the LoRA output, as in MotionDirector.
+    Forward hooks add the LoRA: the UNet's modules and parameter names do not change. For sampling,
+    adapters.apply_adapters merges it into W.
     """
 
     def __init__(self, unet, layers, rank, scale=1.0, dropout=0.0, seed=0):
-        self.scale, self.dropout, self.on, self.pairs = scale, dropout, True, {}
+        self.scale, self.dropout, self.pairs = scale, dropout, {}
         g = torch.Generator().manual_seed(seed)
-        for site, layer in sites(unet, layers).items():
-            wide, narrow, *kernel = layer.weight.shape
-            r, device = min(rank, wide, narrow), layer.weight.device
-            A = torch.empty(r, narrow, *kernel).normal_(0, 1 / r, generator=g)
-            B = torch.zeros(wide, r, *[1] * len(kernel))
-            self.pairs[site] = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
-            layer.register_forward_hook(self._beside(*self.pairs[site]))
+        for name, layer in lora_targets(unet, layers).items():
+            c_out, c_in, *kernel = layer.weight.shape
+            r, device = min(rank, c_out, c_in), layer.weight.device
+            A = torch.empty(r, c_in, *kernel).normal_(0, 1 / r, generator=g)
+            B = torch.zeros(c_out, r, *[1] * len(kernel))
+            self.pairs[name] = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
+            layer.register_forward_hook(self.hook(*self.pairs[name]))
 
-    def _beside(self, A, B):
+    def hook(self, A, B):
+        """The forward hook of one layer."""
         def add(layer, inputs, out):
-            if not self.on:
+            if not self.active:
                 return out
             if A.dim() == 2:
                 low = F.linear(F.linear(inputs[0], A), B)
-            else:  # a TimeConv: down along time, up pointwise
+            else:  # a temporal convolution: A is 3 frames wide, B pointwise
                 low = F.conv2d(inputs[0], A.squeeze(-1), padding=(1, 0))
                 low = F.conv2d(low, B.squeeze(-1))
             return out.add(fast.dropout(low, self.dropout, layer.training), alpha=self.scale)
@@ -245,168 +250,151 @@ class LoRA:
         return add
 
     def parameters(self):
-        """{name: parameter}, in the names of peft: <module>.lora_A.weight and .lora_B.weight."""
-        named = {}
-        for site, (A, B) in self.pairs.items():
-            named |= {f"{site}.lora_A.weight": A, f"{site}.lora_B.weight": B}
-        return named
+        """{name: parameter} with peft's names: <module>.lora_A.weight and .lora_B.weight."""
+        found = {}
+        for name, (A, B) in self.pairs.items():
+            found |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        return found
 
     def tensors(self):
-        """The scale goes into B, so that every program that reads peft's names changes the same."""
-        return formats.to_peft({site: (A, B * self.scale) for site, (A, B) in self.pairs.items()})
+        """The scale is multiplied into B, so that every peft-compatible loader applies the same
+        update."""
+        return formats.to_peft({name: (A, B * self.scale) for name, (A, B) in self.pairs.items()})
 
 
-class Words:
-    """A learned word's vectors, in the text encoder. They act where a caption has the word."""
+class TokenEmbedding(Trained):
+    """Trainable vectors of a token in the text encoder. They apply wherever a caption has the
+    token. """
 
-    def __init__(self, text, word, vectors, init, seed):
-        if not word.strip():
-            raise BadInput("a word that learns needs a text: word.text=sks.")
-        table, ids = text.token_table, text.words_to_ids(word)
-        # A word that is a single token begins as what it is; a made-up one as `init` or a thing,
-        # with a little noise that tells its vectors apart.
-        init_ids = text.words_to_ids(init.strip() or "thing")
-        known = ids if len(ids) == 1 and not init else init_ids[:1]
-        start = table[known].detach().float().expand(vectors, -1)
-        noise = sampler.noise_like_shape(start.shape, [seed])[0].to(start) * table.std() * 0.1
-        self.word, self.on = word, True
-        self.vectors = nn.Parameter(start + noise * (vectors > 1))
-        text.learned[word] = self.vectors
+    def __init__(self, text_encoder, token, count, initializer, seed):
+        if not token.strip():
+            raise BadInput("a trainable token requires a text: word.token=sks.")
+        table, ids = text_encoder.token_table, text_encoder.words_to_ids(token)
+        # A single-token word starts from its own vector; a new word from the initializer or
+        # "thing". Noise tells several vectors apart.
+        if len(ids) > 1 or initializer:
+            ids = text_encoder.words_to_ids(initializer.strip() or "thing")[:1]
+        start = table[ids].detach().float().expand(count, -1)
+        noise = sampler.seeded_randn(start.shape, [seed])[0].to(start) * table.std() * 0.1
+        self.token, self.vectors = token, nn.Parameter(start + noise * (count > 1))
+        text_encoder.learned[token] = self.vectors
 
     def parameters(self):
-        return {f"word.{self.word}": self.vectors}
-
-    def tensors(self):
-        return self.parameters()
+        return {f"word.{self.token}": self.vectors}
 
 
-class Borrowed:
-    """An appearance that was not learned here: a LoRA file, or the weights of an image UNet, which
-    take the place of the model's own while on."""
+class ExternalWeights(Trained):
+    """Frozen weights of another program: a LoRA file, or an image UNet. They replace the model's
+    weights while active."""
 
-    def __init__(self, model, path):
-        from support import adapter_file  # here, since it knows the learners
-
-        adapter = adapter_file.read_adapter(path, model, whole=True)
+    def __init__(self, pipe, path):
+        adapter = adapters.read_adapter(path, pipe, whole=True)
         if adapter.words:
-            raise BadInput(f"{path} holds words ({', '.join(adapter.words)}), which no caption "
-                           "here has; learn the absorber here, or give a LoRA.")
-        self.own, self._on = dict(model.unet.named_parameters()), False
-        self.swapped = {n: t.float() for n, t in adapter.tensors.items()}
-        for site, (A, B) in adapter.pairs.items():
-            name = f"{site}.weight"
-            W = self.swapped.get(name, self.own[name].data.float())
-            self.swapped[name] = W + product(A, B, W)
+            raise BadInput(f"{path} holds learned tokens ({', '.join(adapter.words)}), which no "
+                           "caption has; train the absorber here, or give a LoRA.")
+        self.named, self.swapped_in = dict(pipe.unet.named_parameters()), False
+        self.other = {n: t.float() for n, t in adapter.tensors.items()}
+        for layer, (A, B) in adapter.pairs.items():
+            name = f"{layer}.weight"
+            W = self.other.get(name, self.named[name].data.float())
+            self.other[name] = W + adapters.lora_delta(A, B, W)
 
     @property
-    def on(self):
-        return self._on
+    def active(self):
+        return self.swapped_in
 
-    @on.setter
-    def on(self, on):
-        if on != self._on:
-            for name, tensor in self.swapped.items():
-                p = self.own[name]
-                p.data, self.swapped[name] = tensor.to(p), p.data
-        self._on = on
-
-    def parameters(self):
-        return {}
-
-    def tensors(self):
-        return {}
+    @active.setter
+    def active(self, active):
+        if active != self.swapped_in:
+            for name, tensor in self.other.items():
+                p = self.named[name]
+                p.data, self.other[name] = tensor.to(p), p.data
+        self.swapped_in = active
 
 
-# What a run does with its learners
-
-
-def make_learners(parts, model, clips, seed):
-    """{part: its learners}, one each, or one a clip; parts that have nothing to learn are left out.
-    """
-    learners = {}
+def build_trainables(parts, pipe, clips, seed):
+    """{part: [trainable]}, with one trainable per clip where the part has per_video. Parts without
+    trainable or loaded weights are left out."""
+    trainables = {}
     for number, (name, part) in enumerate(parts.items()):
-        several = []
-        for i in range(clips if part.per_clip else 1):
-            several.append(part.learner(model, seed * 100 + number + 1000 * i))
-        if several[0] is not None:
-            learners[name] = several
-    return learners
+        built = []
+        for i, clip in enumerate(clips if part.per_video else clips[:1]):
+            built.append(part.build(pipe, seed * 100 + number + 1000 * i, clip))
+        if built[0] is not None:
+            trainables[name] = built
+    return trainables
 
 
-def named(learners):
-    """{unique name: parameter} of all learners, in a fixed order. Layers that two parts tune in
-    full are one and the same parameter."""
+def named(trainables):
+    """{unique name: parameter} over all trainables, in a fixed order. A parameter that two parts
+    fine-tune appears once."""
     out = {}
-    for part, several in learners.items():
-        for i, one in enumerate(several):
-            prefix = "" if isinstance(one, (Whole, Words)) else f"{part}.{i}."
+    for part, built in trainables.items():
+        for i, one in enumerate(built):
+            shared = isinstance(one, (FullFinetune, TokenEmbedding))
+            prefix = "" if shared else f"{part}.{i}."
             out |= {prefix + n: p for n, p in one.parameters().items()}
     return out
 
 
-def make_optimizer(parts, learners):
-    """AdamW with each part's own rate and decay, and with `rates` those of some of its layers."""
-    seen, rows = set(), {}
-    for name, several in learners.items():
-        part = parts[name]
-        rates = read_rates(part.rates)
-        used = set()
-        for one in several:
-            for parameter, p in one.parameters().items():
-                factor = 1.0
-                for pattern, value in rates.items():
-                    if re.search(pattern, parameter):
-                        used.add(pattern)
-                        factor = value
-                if id(p) not in seen:
-                    seen.add(id(p))
-                    rows.setdefault((part.lr * factor, part.weight_decay), []).append(p)
-        if unused := set(rates) - used:
-            raise BadInput(f"{name}.rates: no layer that learns has {', '.join(unused)} in its "
-                           "name.")
-    if not rows:
-        raise BadInput("nothing learns with these settings; choose layers, or vectors of a word.")
-    groups = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in rows.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+def set_trainable(trainables, train=(), frozen=(), clip=0):
+    """Train the parts in `train`, keep those in `frozen` active but fixed, disable the rest. If
+    each clip has its own, only this clip's is active. Returns the active tokens of appearance
+    parts, with which captions end."""
+    for built in trainables.values():
+        for one in built:
+            one.active = False
+            for p in one.parameters().values():
+                p.requires_grad_(False)
+    tokens = []
+    for name in (*frozen, *train):
+        built = trainables.get(name, ())
+        for one in built[clip : clip + 1] if len(built) > 1 else built:
+            one.active = True
+            for p in one.parameters().values():
+                p.requires_grad_(name in train)
+            if isinstance(one, TokenEmbedding) and name.startswith("appearance"):
+                tokens.append(one.token)
+    return tokens
 
 
-def read_rates(text):
-    """{pattern: factor} of "attn1:2,attn2:0.5"."""
-    rates = {}
+# ------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def build_optimizer(parts, trainables):
+    """AdamW with one parameter group per learning rate and weight decay."""
+    groups, seen = {}, set()
+    for name, built in trainables.items():
+        part, used = parts[name], set()
+        multipliers = read_multipliers(part.lr_multipliers)
+        for parameter, p in (row for one in built for row in one.parameters().items()):
+            factor = 1.0
+            for pattern, value in multipliers.items():
+                if re.search(pattern, parameter):
+                    used.add(pattern)
+                    factor = value
+            if id(p) not in seen:
+                seen.add(id(p))
+                groups.setdefault((part.lr * factor, part.weight_decay), []).append(p)
+        if unused := set(multipliers) - used:
+            raise BadInput(f"{name}.lr_multipliers: no trainable layer matches "
+                           f"{', '.join(unused)}.")
+    if not groups:
+        raise BadInput("no trainable parameters with these settings; choose layers, or num_vectors "
+                       "of a token.")
+    rows = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    return torch.optim.AdamW(rows, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def read_multipliers(text):
+    """{pattern: factor} from "attn1:2,attn2:0.5"."""
+    multipliers = {}
     for item in filter(None, text.split(",")):
         pattern, _, factor = item.rpartition(":")
         try:
-            rates[read_pattern(pattern).pattern] = float(factor)
+            multipliers[read_pattern(pattern).pattern] = float(factor)
         except ValueError:
-            raise BadInput(f"rates: {item[:60]!r}; wanted pattern:factor,pattern:factor.") from None
-    return rates
-
-
-def switch(learners, learn=(), act=(), clip=0):
-    """Let the parts in `learn` learn and act, those in `act` act, and all others rest; of several,
-    the one of this clip. Returns the words of looks that act, which captions end with."""
-    for several in learners.values():
-        for one in several:
-            one.on = False
-            for p in one.parameters().values():
-                p.requires_grad_(False)
-    words = []
-    for name in (*act, *learn):
-        several = learners.get(name, ())
-        for one in several[clip : clip + 1] if len(several) > 1 else several:
-            one.on = True
-            for p in one.parameters().values():
-                p.requires_grad_(name in learn)
-            if isinstance(one, Words) and name.startswith("look"):
-                words.append(one.word)
-    return words
-
-
-def product(A, B, W):
-    """B·A in the shape of W, also of convolutions."""
-    return (B.flatten(1).float() @ A.flatten(1).float()).view(W.shape).to(W)
-
-
-# {kind: apply(model, tensors, scale)} of learners of your own: their tensors are named "kind.…" in
-# an adapter's file, and come to `apply` without that, when it is put to work.
-KINDS = {}
+            raise BadInput(f"lr_multipliers: {item[:60]!r}; expected pattern:factor,pattern:factor."
+                           ) from None
+    return multipliers

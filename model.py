@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sampler import Schedule, noise_like_shape
+from sampler import NoiseSchedule, seeded_randn
 from support import fast, hub
-from support.fast import Dropout, TimeConv
+from support.fast import Dropout, TemporalConv1d
 from support.files import BadInput, read_fields, read_json, reading
 from support.hub import TextConfig, UNetConfig, VAEConfig
-from support.machine import autocast, send
+from support.machine import DTYPES, autocast, to_device
 from support.tokenizer import has_word, tokenize, words_to_ids
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
@@ -58,7 +58,7 @@ def to_tokens(x):
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def to_picture(tokens, h, w):
+def to_image(tokens, h, w):
     """(N, h·w, C) -> (N, C, h, w)."""
     return tokens.unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
@@ -225,7 +225,7 @@ class SpatialTransformer(Transformer):
 
     def forward(self, x, text):
         h, w = x.shape[-2:]
-        return x + to_picture(self.blocks(to_tokens(self.norm(x)), text), h, w)
+        return x + to_image(self.blocks(to_tokens(self.norm(x)), text), h, w)
 
 
 class TemporalTransformer(Transformer):
@@ -238,18 +238,18 @@ class TemporalTransformer(Transformer):
         B, C = y.shape[:2]
         y = y.permute(0, 3, 2, 1).reshape(B * h * w, frames, C).contiguous()
         y = self.blocks(y).view(B, h * w, frames, C).transpose(1, 2)  # (B, F, hw, C)
-        return x + to_picture(y.reshape(B * frames, h * w, C), h, w)  # x first: in its layout
+        return x + to_image(y.reshape(B * frames, h * w, C), h, w)  # x first: in its layout
 
 
-class TemporalConv(nn.Module):
+class TemporalConvLayer(nn.Module):
     """Four convolutions along time. The last starts at zero, so a fresh one changes nothing."""
 
     def __init__(self, channels, groups, dropout=0.1):
         super().__init__()
         norm = lambda: nn.GroupNorm(groups, channels)
-        self.conv1 = nn.Sequential(norm(), nn.SiLU(), TimeConv(channels))
+        self.conv1 = nn.Sequential(norm(), nn.SiLU(), TemporalConv1d(channels))
         for i in (2, 3, 4):
-            layers = nn.Sequential(norm(), nn.SiLU(), Dropout(dropout), TimeConv(channels))
+            layers = nn.Sequential(norm(), nn.SiLU(), Dropout(dropout), TemporalConv1d(channels))
             setattr(self, f"conv{i}", layers)
         nn.init.zeros_(self.conv4[-1].weight)
         nn.init.zeros_(self.conv4[-1].bias)
@@ -260,7 +260,7 @@ class TemporalConv(nn.Module):
         for layers in (self.conv1, self.conv2, self.conv3, self.conv4):
             y = fast.sequential(layers, y)
         y = y.permute(0, 2, 3, 1).reshape(x.shape[0], h * w, -1)
-        return x + to_picture(y, h, w)
+        return x + to_image(y, h, w)
 
 
 class TimeEmbedding(nn.Module):
@@ -293,7 +293,7 @@ class Block(nn.Module):
         for i in range(layers):
             wide = (c_out if i else c_in) + (skips[i] if skips else 0)
             self.resnets.append(Resnet(wide, c_out, groups, c.norm_eps, c.time_dim))
-            self.temp_convs.append(TemporalConv(c_out, groups))
+            self.temp_convs.append(TemporalConvLayer(c_out, groups))
         sizes = (c_out, c_out // c.attention_head_dim, c.attention_head_dim, groups)
         for _ in range(attended):
             self.attentions.append(SpatialTransformer(*sizes, c.cross_attention_dim))
@@ -457,7 +457,7 @@ VAE_EPS = 1e-6
 PIXELS_AT_ONCE = 2**18  # that the VAE works on: 64 frames of 64×64, one of 576×320
 
 
-class PictureAttention(Attention):
+class VAEAttention(Attention):
     """One head over all pixels, with its own GroupNorm and residual."""
 
     def __init__(self, channels, groups):
@@ -466,7 +466,7 @@ class PictureAttention(Attention):
 
     def forward(self, x):
         h, w = x.shape[-2:]
-        return to_picture(super().forward(to_tokens(self.group_norm(x))), h, w) + x
+        return to_image(super().forward(to_tokens(self.group_norm(x))), h, w) + x
 
 
 class VAEMid(nn.Module):
@@ -476,7 +476,7 @@ class VAEMid(nn.Module):
         super().__init__()
         make = lambda: Resnet(channels, channels, groups, VAE_EPS)
         self.resnets = nn.ModuleList([make(), make()])
-        self.attentions = nn.ModuleList([PictureAttention(channels, groups)])
+        self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
 
     def forward(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -629,7 +629,7 @@ class TextEncoder(nn.Module):
             ids[word] = list(range(first, first := first + len(vectors)))
         device = self.tower.positional_embedding.device
         ids = tokenize(prompts, self.config.max_position_embeddings, ids)
-        return self.embed(send(ids, device))
+        return self.embed(to_device(ids, device))
 
     def embed(self, ids):
         """Token ids (B, N) -> (B, N, D); ids past the vocabulary are the learned vectors'."""
@@ -647,34 +647,34 @@ class TextEncoder(nn.Module):
 
 
 @dataclass
-class Model:
-    """The parts of a text-to-video model, and where and how precisely they run: what `load` gives.
-    """
+class Pipeline:
+    """A text-to-video model: UNet, VAE, text encoder and noise schedule, with their device and
+    precision. `load` makes it."""
 
     unet: UNet
     vae: VAE
-    text: TextEncoder
-    schedule: Schedule
+    text_encoder: TextEncoder
+    schedule: NoiseSchedule
     device: str = "cpu"
     precision: str = "fp32"
-    states: dict = field(default_factory=dict)  # prompt -> its states
+    text_cache: dict = field(default_factory=dict)  # prompt -> text states
 
     def predict(self, x, t, text, temporal=True):
-        """The UNet's prediction in fp32 for noisy latents x (B, C, F, h, w) at t, an int or (B,),
-        with texts as UNet.forward says. Each call is an autocast context of its own, since in one
-        that stays open a weight that has changed would still be its old bf16 copy."""
+        """The UNet's prediction in fp32 for noisy latents x (B, C, F, h, w) at timestep t, an int or
+        (B,). text: see UNet.forward. Each call opens its own autocast context, since an open one
+        caches bf16 copies of weights that training changes."""
         with autocast(self.device, self.precision):
             return self.unet(x, t, text, temporal).float()
 
     @torch.no_grad()
     def encode(self, video, generator=None):
-        """(B, 3, F, H, W) in [-1, 1] -> scaled latents (B, C, F, h, w): the posterior's mean or,
-        with a CPU generator (or a list of them, one a clip), a sample of it."""
-        mean, std = self.vae.moments(send(video, self.device))
+        """(B, 3, F, H, W) in [-1, 1] -> scaled latents (B, C, F, h, w): the posterior mean or, with
+        a CPU generator (or a list, one per clip), a sample."""
+        mean, std = self.vae.moments(to_device(video, self.device))
         if generator is not None:
             sources = generator if isinstance(generator, list) else [generator] * len(mean)
-            noise = noise_like_shape(mean.shape[1:], sources)
-            mean = mean + std * send(noise, mean.device)
+            noise = seeded_randn(mean.shape[1:], sources)
+            mean = mean + std * to_device(noise, mean.device)
         return mean.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -682,32 +682,32 @@ class Model:
         """Scaled latents (B, C, F, h, w) -> videos (B, 3, F, H, W) in [-1, 1], on the CPU."""
         return self.vae.decode_video(latents.to(self.device).float()).cpu()
 
-    def read(self, prompts):
-        """list of B prompts -> states (B, N, D) in fp32, made once a prompt unless it holds a word
-        that is learned; gradients flow where it is learning."""
-        return torch.cat([self._read(prompt) for prompt in prompts])
+    def encode_text(self, prompts):
+        """B prompts -> text states (B, N, D) in fp32. Prompts without learned tokens are cached;
+        gradients reach trainable tokens."""
+        return torch.cat([self._encode_text(prompt) for prompt in prompts])
 
-    def _read(self, prompt):
-        learned = [v for word, v in self.text.learned.items() if has_word(prompt, word)]
-        learning = torch.is_grad_enabled() and any(v.requires_grad for v in learned)
-        with torch.set_grad_enabled(learning):
+    def _encode_text(self, prompt):
+        learned = [v for token, v in self.text_encoder.learned.items() if has_word(prompt, token)]
+        training = torch.is_grad_enabled() and any(v.requires_grad for v in learned)
+        with torch.set_grad_enabled(training):
             if learned:
-                return self.text([prompt]).float()
-            if prompt not in self.states:
-                self.states[prompt] = self.text([prompt]).float()
-            return self.states[prompt]
+                return self.text_encoder([prompt]).float()
+            if prompt not in self.text_cache:
+                self.text_cache[prompt] = self.text_encoder([prompt]).float()
+            return self.text_cache[prompt]
 
     def store_frozen(self, keep=()):
-        """In bf16, store the UNet's parameters but those named in `keep` in bf16 too."""
-        if self.precision == "bf16":
-            fast.halve(self.unet, keep)
+        """In bf16 or fp16, store the UNet's parameters so too, except those named in `keep`."""
+        if self.precision != "fp32":
+            fast.halve(self.unet, DTYPES[self.precision], keep)
 
     def to(self, device):
-        """Move all parts, in place; parameters stay the same objects."""
-        for part in (self.unet, self.vae, self.text):
+        """Move all parts in place. Parameters stay the same objects."""
+        for part in (self.unet, self.vae, self.text_encoder):
             part.to(device)
         self.device = device
-        self.states.clear()
+        self.text_cache.clear()
         return self
 
 
@@ -724,13 +724,13 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
                        "text_encoder/ and scheduler/ in it.")
     if other := other_backbone(folder):
         return other.load(folder, device, precision, keep)
-    half = keep is not None and precision == "bf16"
-    dtype = lambda name: torch.bfloat16 if half and not fast.in_fp32(name, keep) else torch.float32
-    model = Model(load_unet(folder, dtype=dtype), load_vae(folder), load_text(folder),
-                  load_schedule(folder), precision=precision)
+    half = keep is not None and precision != "fp32"
+    dtype = lambda name: DTYPES[precision if half and not fast.in_fp32(name, keep) else "fp32"]
+    pipe = Pipeline(load_unet(folder, dtype=dtype), load_vae(folder), load_text(folder),
+                    load_schedule(folder), precision=precision)
     if half:
-        model.store_frozen(keep)
-    return model.to(device)
+        pipe.store_frozen(keep)
+    return pipe.to(device)
 
 
 def other_backbone(folder):
@@ -766,7 +766,7 @@ def load_text(folder, device="cpu", dtype=torch.float32):
 
 def load_schedule(folder):
     """The noise schedule of a hub-layout folder. Raises BadInput."""
-    return Schedule.read(Path(folder) / "scheduler" / "scheduler_config.json")
+    return NoiseSchedule.read(Path(folder) / "scheduler" / "scheduler_config.json")
 
 
 def _load(cls, config, folder, device, dtype, convert):

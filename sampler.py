@@ -1,34 +1,46 @@
 """The noise schedule, the forward process, the samplers and DDIM inversion.
 
-    python -c "import sampler; print(sampler.Schedule().timesteps(50))"
+    python -c "import sampler; print(sampler.NoiseSchedule().timesteps(50))"
 
-A sampler walks from noise to latents by calling `predict(x, t)`, the network's raw prediction; one
-method, `Schedule.split`, turns that prediction, epsilon or v, into clean latents and noise. All of
-them have one signature, (schedule, predict, x, steps, seeds, on_step) and what is their own.
+A sampler starts from noise and calls `predict(x, t)`, the network's raw prediction, at each
+timestep. `NoiseSchedule.to_x0_eps` converts that prediction, ε or v, to clean latents and noise.
+All samplers share the signature (schedule, predict, x, steps, seeds, on_step), plus options of
+their own.
 
 Symbols: ᾱ alpha_bar, the share of signal at a timestep; x latents (B, C, F, h, w); t in 0..T-1.
 """
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.files import BadInput, misfits, number, one_of, read_fields, read_json, say
+from support import adapters
+from support.files import (
+    BadInput,
+    field_errors,
+    log,
+    number,
+    one_of,
+    print_line,
+    read_fields,
+    read_json,
+    reading,
+)
 
-# What diffusers' DDIMScheduler takes for a name that a file lacks.
+# Defaults of diffusers' DDIMScheduler, for names that a file lacks.
 DIFFUSERS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0,
              "set_alpha_to_one": True, "clip_sample": True}
 
 
 @dataclass
-class Schedule:
-    """How fast the signal fades. Defaults are ZeroScope's; `read` takes scheduler_config.json.
+class NoiseSchedule:
+    """The noise schedule. Defaults are ZeroScope's; `read` takes a scheduler_config.json.
 
     alpha_bar (T,) is kept in fp64. timestep_spacing is 'leading', 'trailing' or 'linspace';
-    prediction_type 'epsilon' or 'v_prediction'. Raises BadInput on anything else.
+    prediction_type 'epsilon' or 'v_prediction'. Raises BadInput for anything else.
     """
 
     num_train_timesteps: int = number(2, 100_000, 1000)
@@ -43,25 +55,30 @@ class Schedule:
     thresholding: bool = one_of(False)
     trained_betas: list[float] | None = one_of(None)
     rescale_betas_zero_snr: bool = one_of(False)
+    # DPM-Solver's own default spacing differs, where the file states none.
+    dpm_spacing: str = one_of("", "leading", "trailing", "linspace")
     alpha_bar: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, path):
-        """From a hub scheduler_config.json. Raises BadInput."""
-        values = DIFFUSERS | read_json(path)
-        values.pop("alpha_bar", None)  # not a name of such a file
+        """From a scheduler_config.json. Raises BadInput."""
+        values = read_json(path)
+        spacing = values.get("timestep_spacing", "linspace")
+        values = DIFFUSERS | values | {"dpm_spacing": spacing}
+        values.pop("alpha_bar", None)
         return read_fields(cls, values, path)
 
     def __post_init__(self):
-        if wrong := misfits(Schedule, vars(self)):
+        if wrong := field_errors(NoiseSchedule, vars(self)):
             raise BadInput(f"scheduler: {'; '.join(wrong)}")
+        self.dpm_spacing = self.dpm_spacing or self.timestep_spacing
         if self.alpha_bar is None:
             power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
             ends = self.beta_start**power, self.beta_end**power
             roots = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64)
             self.alpha_bar = torch.cumprod(1 - roots ** (1 / power), dim=0)
 
-    def at(self, t, like):
+    def alpha_bar_at(self, t, like):
         """ᾱ_t: a number for an int t; for t (B,) a tensor shaped to multiply `like` (B, …), in fp64
         on the CPU."""
         if isinstance(t, int):
@@ -69,36 +86,35 @@ class Schedule:
         a = self.alpha_bar[torch.as_tensor(t, device="cpu").long()]
         return a.reshape(-1, *[1] * (like.dim() - 1))
 
-    def before(self, t):
-        """ᾱ of the level that precedes timestep t, an int that may be below zero."""
+    def alpha_bar_prev(self, t):
+        """ᾱ at t, the previous timestep of a sampling step, an int that may be negative."""
         if t >= 0:
             return self.alpha_bar[t].item()
         return 1.0 if self.set_alpha_to_one else self.alpha_bar[0].item()
 
     def add_noise(self, x0, noise, t):
-        """The forward process, x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (Ho et al. 2020, Eq. 4). t int or (B,).
+        """The forward process, x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (Ho et al. 2020, Eq. 4). t: int or (B,).
         """
-        signal, sigma = roots(self.at(t, x0), x0)
+        signal, sigma = sqrt_alphas(self.alpha_bar_at(t, x0), x0)
         return signal * x0 + sigma * noise
 
     def target(self, x0, noise, t):
-        """What the network shall say: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022, App. D)."""
+        """The training target: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022, App. D)."""
         if self.prediction_type == "epsilon":
             return noise
-        signal, sigma = roots(self.at(t, x0), x0)
+        signal, sigma = sqrt_alphas(self.alpha_bar_at(t, x0), x0)
         return signal * noise - sigma * x0
 
-    def split(self, prediction, x, a):
-        """(x̂0, ε̂) from the network's output at x, whose level is ᾱ = a (a number, or a tensor,
-        both as `at` gives them). The only place that knows epsilon from v; the x̂0 of epsilon is
-        Tweedie's."""
-        signal, sigma = roots(a, x)
+    def to_x0_eps(self, prediction, x, a):
+        """(x̂0, ε̂) from the network's prediction at x with ᾱ = a, from `alpha_bar_at`. For ε, x̂0
+        is Tweedie's formula (Ho et al. 2020, Eq. 15); for v, Salimans & Ho 2022, App. D."""
+        signal, sigma = sqrt_alphas(a, x)
         if self.prediction_type == "epsilon":
             return (x - sigma * prediction) / signal, prediction
         return signal * x - sigma * prediction, signal * prediction + sigma * x
 
     def timesteps(self, steps):
-        """The descending timesteps of a sampler in `steps` steps; leading: 981, 961, …, 1 for 50.
+        """The descending timesteps of a sampler; leading: 981, 961, …, 1 for 50 steps.
 
         Raises ValueError when steps is not within 1..T.
         """
@@ -113,30 +129,29 @@ class Schedule:
         return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
 
 
-def roots(a, like):
-    """√ᾱ and √(1−ᾱ): numbers for a number, else tensors in the dtype and on the device of `like`.
-    """
-    if isinstance(a, float):  # costs no copy to the device, for which a GPU would wait
+def sqrt_alphas(a, like):
+    """√ᾱ and √(1−ᾱ): numbers for a number, else tensors with the dtype and device of `like`."""
+    if isinstance(a, float):  # avoids a host-to-device sync
         return a**0.5, (1 - a) ** 0.5
     return a.sqrt().to(like), (1 - a).sqrt().to(like)
 
 
 def check_steps(schedule, steps, name="--steps"):
-    """Raises BadInput for a number of sampling steps that the schedule does not have, and warns of
-    one whose whole-number spacing would begin far from pure noise."""
+    """Raises BadInput for a number of sampling steps that the schedule does not have. Warns where
+    the first timestep is far from pure noise."""
     T = schedule.num_train_timesteps
     if not 1 <= steps < T:
-        raise BadInput(f"{name} {steps}: wanted 1 to {T - 1}.")
+        raise BadInput(f"{name} {steps}: expected 1 to {T - 1}.")
     if (first := schedule.timesteps(steps)[0]) < 0.9 * T:
-        say(f"warning: {steps} steps, {T // steps} timesteps apart, begin at t = {first} and not "
-            f"in pure noise; a number that divides {T} begins there")
+        log(f"warning: {name} {steps} starts at t = {first} instead of pure noise, since timesteps "
+            f"are {T // steps} apart; choose a divisor of {T}")
 
 
 def check_return(schedule, method, steps):
-    """Raises BadInput for a sampler that would not come back to an inverted clip."""
+    """Raises BadInput for a sampler that would not return to an inverted clip."""
     if method == "dpm" and dpm_timesteps(schedule, steps) != schedule.timesteps(steps):
-        raise BadInput("the sampler dpm has other timesteps than the inversion, so it would not "
-                       "come back to the clip; take ddim, or start from noise.")
+        raise BadInput("sampler dpm has other timesteps than the inversion, so it would not return "
+                       "to the clip; choose ddim, or a noise prior of 0.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,14 +159,15 @@ def check_return(schedule, method, steps):
 
 
 def generator(*key):
-    """A CPU generator for a key of ints ≥ 0, such as (seed, step); other keys, other streams."""
+    """A CPU generator for a key of ints ≥ 0, e.g. (seed, step). Distinct keys give independent
+    streams."""
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def noise_like_shape(shape, seeds):
-    """Standard normal (len(seeds), *shape) in fp32 on the CPU; row i depends on seeds[i] alone, so
-    a sample does not change with the batch it is drawn in. Seeds are ints or Generators."""
+def seeded_randn(shape, seeds):
+    """Standard normal (len(seeds), *shape) in fp32 on the CPU. Row i depends on seeds[i] alone, so
+    a sample does not depend on its batch. Seeds are ints or Generators."""
     rows = []
     for seed in seeds:
         g = seed if isinstance(seed, torch.Generator) else generator(seed)
@@ -160,8 +176,8 @@ def noise_like_shape(shape, seeds):
 
 
 def timestep_weights(T, alpha=0.5):
-    """Probabilities (T,) of the training timesteps, f(t) = (1 − α·cos(πt/T))/T, which favour high
-    noise, where motion is decided (NewMove Sec. 3.2, α = 0.5: three times as likely at T as at 0);
+    """Probabilities (T,) of the training timesteps, f(t) = (1 − α·cos(πt/T))/T, which prefer high
+    noise, where motion is decided (NewMove Sec. 3.2; α = 0.5: three times as likely at T as at 0).
     α = 0 is uniform.
     """
     t = torch.arange(T, dtype=torch.float64)
@@ -169,7 +185,7 @@ def timestep_weights(T, alpha=0.5):
     return weights / weights.sum()
 
 
-def draw_timesteps(weights, n, generator):
+def sample_timesteps(weights, n, generator):
     """n timesteps (n,) from the probabilities `weights` (T,)."""
     return torch.multinomial(weights, n, replacement=True, generator=generator)
 
@@ -178,11 +194,11 @@ def draw_timesteps(weights, n, generator):
 # Guidance and samplers
 
 
-def guide(network, text, empty=None, scale=1.0):
-    """predict(x, t) out of network(x, t, text), with classifier-free guidance: u + g·(c − u) (Ho &
+def classifier_free_guidance(network, text, empty=None, scale=1.0):
+    """predict(x, t) from network(x, t, text) with classifier-free guidance: u + g·(c − u) (Ho &
     Salimans 2022, Eq. 6).
 
-    text and empty (B, N, D); both halves run as one batch. Scale 1 or no `empty`: one half only.
+    text and empty (B, N, D); both form one batch. Scale 1, or no `empty`, needs no second half.
     """
     if empty is None or scale == 1.0:
         return lambda x, t: network(x, t, text)
@@ -196,18 +212,18 @@ def guide(network, text, empty=None, scale=1.0):
 
 
 def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0, edit=None):
-    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds fresh noise from `seeds`, one a sample; with
-    `skip`, x is at the level of the step of that number, and those before it are left out;
-    edit(x, t) may change the latents before a step."""
+    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds noise from `seeds`, one per sample. `skip`
+    leaves out the first steps, with x at the noise level of the first remaining one. edit(x, t) may
+    change the latents before a step."""
     S, generators = schedule, step_generators(seeds, eta > 0)
     for t in S.timesteps(steps)[skip:]:
         x = edit(x, t) if edit else x
-        a, b = S.alpha_bar[t].item(), S.before(t - S.num_train_timesteps // steps)
-        x0, eps = S.split(predict(x, t), x, a)
+        a, b = S.alpha_bar[t].item(), S.alpha_bar_prev(t - S.num_train_timesteps // steps)
+        x0, eps = S.to_x0_eps(predict(x, t), x, a)
         sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
         x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps
         if eta > 0:
-            x = x + sigma * noise_like_shape(x.shape[1:], generators).to(x)
+            x = x + sigma * seeded_randn(x.shape[1:], generators).to(x)
         if on_step:
             on_step(t, x0)
     return x
@@ -219,27 +235,28 @@ def ddpm(schedule, predict, x, steps, seeds=None, on_step=None):
     for t in S.timesteps(steps):
         a, s = S.alpha_bar[t].item(), t - S.num_train_timesteps // steps
         b = S.alpha_bar[s].item() if s >= 0 else 1.0
-        alpha = a / b  # of this step alone
-        x0, _ = S.split(predict(x, t), x, a)
+        alpha = a / b  # of this step
+        x0, _ = S.to_x0_eps(predict(x, t), x, a)
         mean = (b**0.5 * (1 - alpha) * x0 + alpha**0.5 * (1 - b) * x) / (1 - a)
         variance = (1 - b) / (1 - a) * (1 - alpha)
-        x = mean + variance**0.5 * noise_like_shape(x.shape[1:], generators).to(x)
+        x = mean + variance**0.5 * seeded_randn(x.shape[1:], generators).to(x)
         if on_step:
             on_step(t, x0)
     return x
 
 
 def dpm_timesteps(schedule, steps):
-    """DPM-Solver spaces 'leading' and 'linspace' over steps + 1 intervals and leaves the last out.
+    """The timesteps of DPM-Solver. 'leading' and 'linspace' divide into steps + 1 intervals and
+    drop the last.
 
     Raises ValueError when steps is not within 1..T − 1.
     """
     S, T = schedule, schedule.num_train_timesteps
     if not 1 <= steps < T:
         raise ValueError(f"{steps} sampling steps; choose 1 to {T - 1}")
-    if S.timestep_spacing == "trailing":
-        return S.timesteps(steps)
-    if S.timestep_spacing == "linspace":
+    if S.dpm_spacing == "trailing":
+        return (torch.arange(T, 0, -T / steps, dtype=torch.float64).round() - 1).long().tolist()
+    if S.dpm_spacing == "linspace":
         t = torch.linspace(0, T - 1, steps + 1, dtype=torch.float64).round().long()
     else:
         t = torch.arange(steps + 1) * (T // (steps + 1)) + S.steps_offset
@@ -247,14 +264,15 @@ def dpm_timesteps(schedule, steps):
 
 
 def dpm_solver(schedule, predict, x, steps, seeds=None, on_step=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), first order in its first and last step."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2). The first and the last step are first order.
+    """
     S, old, h_old = schedule, None, None
     times = dpm_timesteps(S, steps)
     levels = [S.alpha_bar[t].item() for t in times] + [1.0]
     for i, t in enumerate(times):
         a, b = levels[i], levels[i + 1]
-        x0, _ = S.split(predict(x, t), x, a)
-        if i == steps - 1:  # λ is infinite at the end; the first-order step there is x̂0 itself
+        x0, _ = S.to_x0_eps(predict(x, t), x, a)
+        if i == steps - 1:  # λ is infinite at the end, where the first-order step returns x̂0
             x = x0
         else:
             log_snr = lambda level: 0.5 * math.log(level / (1 - level))
@@ -268,12 +286,12 @@ def dpm_solver(schedule, predict, x, steps, seeds=None, on_step=None):
 
 
 def ddim_inversion(schedule, predict, x, steps, seeds=None, on_step=None):
-    """The noise from which `ddim` in as many steps returns to the clean latents x (Song et al.
-    2021, Sec. 4.3): each step climbs from level t − T/steps to t with the prediction made at t."""
+    """Noise that `ddim` with the same number of steps maps back to x (Song et al. 2021, Sec. 4.3).
+    Each step goes from level t − T/steps up to t, with the prediction at t."""
     S = schedule
     for t in reversed(S.timesteps(steps)):
-        a, b = S.before(t - S.num_train_timesteps // steps), S.alpha_bar[t].item()
-        x0, eps = S.split(predict(x, t), x, a)
+        a, b = S.alpha_bar_prev(t - S.num_train_timesteps // steps), S.alpha_bar[t].item()
+        x0, eps = S.to_x0_eps(predict(x, t), x, a)
         x = b**0.5 * x0 + (1 - b) ** 0.5 * eps
         if on_step:
             on_step(t, x)
@@ -281,12 +299,12 @@ def ddim_inversion(schedule, predict, x, steps, seeds=None, on_step=None):
 
 
 def blend_noise(inverted, noise, p):
-    """√p·inverted + √(1−p)·noise: p = 1 is VMC's start, 0.5 MotionDirector's prior, 0 none."""
+    """√p·inverted + √(1−p)·noise: p = 1 is VMC's start, 0.5 MotionDirector's, 0 pure noise."""
     return p**0.5 * inverted + (1 - p) ** 0.5 * noise
 
 
 def step_generators(seeds, needed=True):
-    """One generator a sample, on another stream than the one that drew its start."""
+    """One generator per sample, independent of the one for its starting noise."""
     if not needed:
         return None
     if seeds is None:
@@ -298,50 +316,105 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm_solver}
 
 
 # ------------------------------------------------------------------------------------------------
-# With a whole model: anything that has predict, read, decode, schedule and device (model.Model)
+# Sampling with a pipeline (model.Pipeline)
 
 
 @torch.no_grad()
-def invert(model, latents, steps, prompt="", on_step=None, progress=None):
-    """DDIM inversion of clean latents (B, C, F, h, w) (VMC Sec. 3.3), without guidance and, as the
-    published code has it, with an empty prompt. Gives latents of the same shape."""
-    text = model.read([prompt]).expand(len(latents), -1, -1)
-    with bar(progress, steps, on_step) as step:
-        return ddim_inversion(model.schedule, guide(model.predict, text), latents.to(model.device),
-                              steps, on_step=step)
+def invert(pipe, latents, steps, prompt="", on_step=None, progress=None):
+    """DDIM inversion of clean latents (B, C, F, h, w) (VMC Sec. 3.3), without guidance and, as in
+    the published code, with an empty prompt. Returns latents of the same shape."""
+    text = pipe.encode_text([prompt]).expand(len(latents), -1, -1)
+    predict = classifier_free_guidance(pipe.predict, text)
+    with progress_bar(progress, steps, on_step) as step:
+        return ddim_inversion(pipe.schedule, predict, latents.to(pipe.device), steps, on_step=step)
 
 
 @torch.no_grad()
-def sample(model, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", negative="",
-           on_step=None, progress=None, **more):
+def sample(pipe, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", negative="",
+           on_step=None, progress=None, **options):
     """B prompts and starting latents (B, C, F, h, w) -> videos (B, 3, F, H, W) on the CPU.
 
-    seeds: one a video, for the noise of the steps. `more` goes to the sampler; with a text for
-    `progress`, a bar shows the time left. Raises BadInput when the latents are no longer numbers.
+    seeds: one per video, for noise added during sampling. options: the sampler's own. progress: the
+    title of a progress bar. Raises BadInput when the latents become NaN.
     """
-    text, empty = model.read(prompts), model.read([negative]).expand(len(prompts), -1, -1)
-    predict = guide(model.predict, text, empty, guidance)
-    count = steps - more.get("skip", 0)
-    with bar(progress, count, on_step) as step:
-        latents = SAMPLERS[method](model.schedule, predict, start.to(model.device), steps, seeds,
-                                   step, **more)
+    text = pipe.encode_text(prompts)
+    empty = pipe.encode_text([negative]).expand(len(prompts), -1, -1)
+    predict = classifier_free_guidance(pipe.predict, text, empty, guidance)
+    count = steps - options.get("skip", 0)
+    with progress_bar(progress, count, on_step) as step:
+        latents = SAMPLERS[method](pipe.schedule, predict, start.to(pipe.device), steps, seeds,
+                                   step, **options)
     if not torch.isfinite(latents).all():
         raise BadInput(f"sampling with guidance {guidance:g} gave NaN; lower --guidance, or use "
                        "--precision fp32.")
-    return model.decode(latents)
+    return pipe.decode(latents)
 
 
 @contextmanager
-def bar(text, count, on_step):
-    """on_step, which also moves a bar of `count` steps on where there is a text for it. The bar
-    appears after two seconds, and goes when all is done."""
-    if text is None:
+def progress_bar(title, count, on_step):
+    """on_step, wrapped to advance a progress bar of `count` steps where there is a title. The bar
+    appears after two seconds and disappears at the end."""
+    if title is None:
         yield on_step
         return
-    with tqdm(total=count, desc=text, delay=2, leave=False) as moving:
+    with tqdm(total=count, desc=title, delay=2, leave=False) as bar:
         def step(t, x):
-            moving.update()
+            bar.update()
             if on_step:
                 on_step(t, x)
 
         yield step
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings; an adapter's metadata holds them. The starting latents are
+    √p·inverted + √(1−p)·noise with p = noise_prior."""
+
+    sampler: str = one_of(*SAMPLERS)
+    sampling_steps: int = number(1, 10**4, 50)
+    guidance: float = number(0, 1000, 9.0)
+    noise_prior: float = number(0, 1, 0.0)
+    inversion_model: str = one_of("tuned", "base")
+    inversion_steps: int = number(0, 10**4, 0)  # 0: as many as sampling steps
+    fps: float = number(0.01, 1000, 8.0)
+
+
+def read_sampling(path, meta):
+    """The Sampling in an adapter's metadata. Raises BadInput."""
+    with reading(path, "train it again"):
+        values = {f.name: f.type(meta[f.name]) for f in fields(Sampling) if f.name in meta}
+        return read_fields(Sampling, values, path)
+
+
+@torch.no_grad()
+def sample_videos(pipe, loaded, scales, jobs, s, shape, clip=None, negative="", batch=1,
+                  progress="sampling"):
+    """Merge adapters into a base model, invert the clip if needed, and sample. Yields (job, video
+    (3, F, H, W) in [-1, 1] on the CPU) per job, a (prompt, seed), in order.
+
+    loaded, scales: the adapters, each with its scale; s: a Sampling; shape: (C, F, h, w) of the
+    latents; clip: clean latents (1, C, F, h, w), required where s.noise_prior > 0. Raises BadInput.
+    """
+    pipe.encode_text(["", negative, *[prompt for prompt, _ in jobs]])  # once, as in train.py
+
+    def inverted_clip():
+        steps = s.inversion_steps or s.sampling_steps
+        return invert(pipe, clip, steps, progress=progress and "inverting")
+
+    inverted = inverted_clip() if s.noise_prior and s.inversion_model == "base" else None
+    for path, count, change in adapters.apply_adapters(pipe, loaded, scales):
+        print_line(f"{path}: {count} layers changed, ‖ΔW‖/‖W‖ = {change:.3g}")
+    pipe.store_frozen({name for adapter in loaded for name in adapter.tensors})
+    inverted = inverted_clip() if s.noise_prior and inverted is None else inverted
+    total = len(jobs) * s.sampling_steps
+    with tqdm(total=total, desc=progress, delay=2, disable=progress is None) as bar:
+        for i in range(0, len(jobs), batch):
+            prompts, seeds = zip(*jobs[i : i + batch])
+            start = seeded_randn(shape, seeds)
+            if inverted is not None:
+                start = blend_noise(inverted, start.to(inverted), s.noise_prior)
+            on_step = lambda t, x, count=len(seeds): bar.update(count)
+            yield from zip(jobs[i : i + batch], sample(
+                pipe, prompts, start, seeds, s.sampling_steps, s.guidance, s.sampler, negative,
+                on_step=on_step))

@@ -1,11 +1,11 @@
-"""Teach the model the motion of a clip, or of several.
+"""Fine-tune the model on the motion of one or more clips.
 
     python train.py --method vmc --video clip.mp4
-    python train.py --method motiondirector --help          # a method and its own settings
+    python train.py --method motiondirector --help          # a method and its settings
 
-Read it downward: the command, what it prepares, the loop, the nine methods one below the other, and
-what a method may ask for. Writes out/<clip>-<method>/: run.json, log.jsonl, samples/step-000000.mp4
-… (reference | before | now), the adapters, and state.pt for --resume.
+Read it downward: the command line, preparation, the training loop, the nine methods side by side,
+and the Example that their code uses. Writes out/<clip>-<method>/: run.json, log.jsonl, adapters,
+samples/step-000000.mp4 … (reference | base model | current), and state.safetensors for --resume.
 
 Axes: B clips, C channels, F frames, h w latent, N text tokens, D text width.
 """
@@ -25,15 +25,16 @@ import data
 import lora
 import model
 import sampler
-from lora import Part, Word
+from lora import PlaceholderToken, Trainable
 from losses import LOSSES, appearance_debiased, mse, unseen_by_cosine
-from support import adapter_file, machine, media, priors, runs
-from support.files import BadInput, check_weights, own_folder, read_size, say, slug
-from support.flags import Parser, real, some_text, whole
-from support.recipe import METHODS, SETTING, Recipe, method
+from support import adapters, machine, media, runs
+from support.files import BadInput, check_weights, log, output_folder, read_size, slug
+from support.flags import Parser, float_in, int_in, non_empty
+from support.recipe import CHOICES, METHODS, Recipe, method, split_settings
 
-EXAMPLES = """A method's own settings are written name=value after the flags; --method NAME --help
-lists them.
+CHOICES |= {"loss": LOSSES, "sampler": sampler.SAMPLERS, "augment": data.AUGMENTATIONS}
+
+EXAMPLES = """Settings of a method follow the flags as name=value; --method NAME --help lists them.
 
 examples:
   python train.py --method vmc --video assets/eight.mp4
@@ -44,526 +45,578 @@ examples:
 
 
 def main(argv=None):
-    """One run of one method."""
+    """One training run."""
     flags, recipe = parse(sys.argv[1:] if argv is None else argv)
-    machine.keep_memory()
+    machine.tune_malloc()
     flags.device = machine.find_device(flags.device)
-    process, processes = machine.place(flags.device)
-    with machine.first_alone(own_folder, flags.out, flags.default_out, flags.resume) as flags.out:
-        run = prepare(flags, recipe, process, processes)
-        optimizer = lora.make_optimizer(run.recipe.parts, run.learners)
-        folder = runs.Folder(flags.out, run, optimizer)
+    rank, world_size = machine.init_distributed(flags.device)
+    folder = output_folder, flags.out, flags.default_out, flags.resume
+    with machine.on_rank_zero(*folder) as flags.out:
+        run = prepare(flags, recipe, rank, world_size)
+        optimizer = lora.build_optimizer(run.recipe.parts, run.trainables)
         before = preview(run) if flags.preview_every else None
-        end, signal = train(run, folder, optimizer, folder.begin(), before)
-        folder.tell(end, signal)
+        folder = runs.Folder(run, optimizer)  # restores the state of --resume
+        step, signal = train(run, folder, optimizer, before)
+        folder.finish(step, signal)
     if signal:
         sys.exit(128 + signal)
 
 
 # ------------------------------------------------------------------------------------------------
-# The command: flags that all methods share, and name=value for the recipe's own settings
+# The command line: flags that all methods share, and name=value for the method's settings
 
 
 def parse(argv):
     """The flags, and the recipe with all its settings. Raises BadInput."""
-    settings = [a for a in argv if SETTING.match(a)]
+    argv, settings = split_settings(argv)
     parser = Parser(description=__doc__, epilog=EXAMPLES, add_help=False)
-    add = parser.add_argument
-    # what to learn
-    add("--method", default="vmc", choices=METHODS, help="how to learn it: "
-        f"{', '.join(METHODS)} (default: vmc)", metavar="NAME")
-    add("--video", type=Path, nargs="+", default=[], help="the clips: video files, folders of "
-        "numbered pictures, or folders of clips")
-    add("--prompt", type=some_text, nargs="+", default=[], help="a caption for all, or one a clip, "
-        "of the motion: 'a bird is flying', or with a method's word for it: 'a bird doing the sks' "
-        "(default: the clip's own .txt, else its name)")
-    add("--images", type=Path, nargs="+", default=[], help="a subject's pictures (newmove), or "
-        "pictures alone (motiondirector)")
-    add("--image-prompt", type=some_text, help="the pictures' caption: 'a X* dog' (default: beside "
-        "each picture)")
-    add("--prior", help="clips that keep the model from forgetting: a folder, 'generated' by the "
-        "base model, the tiny 'world', or 'none' (default: the recipe's)")
-    add("--reverse", action="store_true", help="learn the motion backward")
-    # the clip's shape; defaults are the method's, or the tiny model's 16 frames of 64x64 at 8 fps
-    add("--frames", type=whole(4, 1024), help="frames to learn from")
-    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
-    add("--fps", type=real(0.01, 1000), help="frames a second, picked by time stamp "
-        "(default: the method's, or fewer if a clip has fewer; tiny model: 8)")
-    add("--start", type=real(0), default=0.0, help="seconds to skip (default: 0)")
-    # how long, and on what
-    add("--steps", type=whole(1, 10**7), help="training steps (default: the recipe's)")
-    add("--seed", type=whole(0, 2**31), default=0, help="of every random draw (default: 0)")
-    add("--batch", type=whole(1, 4096), help="examples a step, over all processes (default: one "
-        "each)")
-    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
-    add("--checkpointing", choices=("auto", "on", "off"), default="auto", help="compute "
-        "activations again, not keep them: less memory, a third more time (default: auto)")
-    # looking at it, and keeping it
-    add("--preview-prompt", type=some_text, help="what samples show (default: the caption)")
-    add("--preview-every", type=whole(0), default=100, help="steps between samples, or 0 "
-        "(default: 100)")
-    add("--preview-steps", type=whole(1, 1000), default=30, help="sampling steps of a sample "
-        "(default: 30)")
-    add("--keep-every", type=whole(0), default=0, help="keep the adapter of every so many steps")
-    add("--out", type=Path, help="folder (default: out/<clip>-<method>, numbered where it exists)")
-    add("--resume", action="store_true", help="go on from the last saved state in the folder")
-    add("-h", "--help", action="store_true", help="this page; with --method, its settings")
-    flags = parser.parse_args([a for a in argv if a not in settings])
+    add_data_flags(parser.add_argument)
+    add_training_flags(parser.add_argument)
+    flags = parser.parse_args(argv)
     if flags.help:
-        named = any(a.startswith("--method") for a in argv)
-        own = METHODS[flags.method].parser()
-        own.epilog = "\n".join(f"{when}: {line}" for when, line in changes(flags.method))
-        print((own if named else parser).format_help())
+        method_given = any(a.startswith("--method") for a in argv)
+        page = METHODS[flags.method].parser()
+        page.epilog = "\n".join(f"{when}: {line}" for when, line in overrides(flags.method))
+        print((page if method_given else parser).format_help())
         sys.exit()
-    return flags, settle(flags, settings)
+    return flags, resolve_settings(flags, settings)
 
 
-def changes(name):
-    """[(when, settings)] of a method where they are others than in its decorator."""
-    rows = [(f"from {kind}", line) for (method, kind), line in BY_DATA.items() if method == name]
-    return rows + [("with the tiny model, the default", TINY[name])] * (name in TINY)
+def add_data_flags(add):
+    """Flags for the method and its data. Default shapes are the method's; the tiny model's are 16
+    frames of 64x64 at 8 fps."""
+    add("--method", default="vmc", choices=METHODS, metavar="NAME", help="training method: "
+        f"{', '.join(METHODS)} (default: vmc)")
+    add("--video", type=Path, nargs="+", default=[], help="training clips: video files, folders of "
+        "numbered images, or folders of clips")
+    add("--prompt", type=non_empty, nargs="+", default=[], help="one caption for all clips, or one "
+        "per clip. Describe the motion: 'a bird is flying', or use the method's token: 'a bird "
+        "doing the sks' (default: the clip's .txt file, else its name)")
+    add("--images", type=Path, nargs="+", default=[], help="images of a subject (newmove), or "
+        "images alone (motiondirector)")
+    add("--image-prompt", type=non_empty, help="caption of the images: 'a X* dog' (default: each "
+        "image's .txt file, else its name)")
+    add("--prior", help="regularization clips: a folder, 'generated' by the base model, 'world' "
+        "(the tiny model's), or 'none' (default: the method's)")
+    add("--reverse", action="store_true", help="train on the reversed clips")
+    add("--frames", type=int_in(4, 1024), help="number of frames")
+    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
+    add("--fps", type=float_in(0.01, 1000), help="frames per second: every n-th frame "
+        "of the clip, or by time stamp (default: the method's; tiny model: 8)")
+    add("--start", type=float_in(0), default=0.0, help="seconds to skip (default: 0)")
+    add("--allow-damaged", action="store_true", help="train on frames that the decoder reports as "
+        "damaged")
 
 
-def settle(flags, settings):
-    """The recipe of the flags: the paper's, changed by what the data and the base model ask for,
-    and by the settings given. Fills in the flags that depend on the recipe. Raises BadInput."""
+def add_training_flags(add):
+    """Flags for training, previews and output."""
+    add("--steps", type=int_in(1, 10**7), help="training steps (default: the method's)")
+    add("--seed", type=int_in(0, 2**31), default=0, help="random seed (default: 0)")
+    add("--batch", type=int_in(1, 4096), help="batch size over all processes (default: one example "
+        "per process)")
+    add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
+        "model)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
+    add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
+        "on older GPUs, else fp32")
+    add("--checkpointing", choices=("auto", "on", "off"), default="auto", help="gradient "
+        "checkpointing: less memory, a third more time (default: auto, on when memory runs out)")
+    add("--preview-prompt", type=non_empty, help="prompt of the previews (default: the caption)")
+    add("--preview-every", type=int_in(0), default=100, help="steps between previews; 0 for none "
+        "(default: 100)")
+    add("--preview-steps", type=int_in(1, 1000), default=30, help="sampling steps of a preview "
+        "(default: 30)")
+    add("--save-every", type=int_in(0), default=0, help="also save the adapter every N steps")
+    add("--out", type=Path, help="a new folder (default: out/<clip>-<method>, then -2, -3 …)")
+    add("--resume", action="store_true", help="continue from the last saved state in the folder")
+    add("-h", "--help", action="store_true", help="this page; with --method, its settings")
+
+
+def overrides(name):
+    """[(condition, settings)] under which a method's defaults differ from its decorator."""
+    rows = [(f"with {kind}", line) for (method, kind), line in BY_DATA.items() if method == name]
+    return rows + [("with the tiny model (default)", TINY[name])] * (name in TINY)
+
+
+def resolve_settings(flags, settings):
+    """The recipe for the flags: the paper's, then the changes for the data and the base model, then
+    the user's settings. Fills in the flags that depend on the recipe. Raises BadInput."""
     if not flags.video and not flags.images:
-        raise BadInput("no clip to learn from; give --video clip.mp4, or a folder of pictures.")
+        raise BadInput("no training data; give --video clip.mp4, or --images FOLDER.")
     check_weights(flags.weights)
     recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
-    pictures = data.find_pictures(flags.images)
-    count = len(clips or pictures)
-    kind = ("one clip" if count == 1 else "several clips") if clips else (
-        "one picture" if count == 1 else "pictures")
-    kind += " and a subject" if clips and flags.images else ""
-    lines = [BY_DATA.get((flags.method, kind), "")]
-    if not flags.weights:
-        lines.append(TINY.get(flags.method, ""))
-    flags.own_lines = [line for line in lines if line]
-    steps = [f"steps={flags.steps}"] if flags.steps is not None else []
-    recipe = recipe.but(*lines).ask(*settings, *steps)
+    images = data.find_images(flags.images)
+    kind = data_kind(clips, images)
+    by_data = BY_DATA.get((flags.method, kind))
+    by_model = None if flags.weights else TINY.get(flags.method)
+    flags.overrides = [line for line in (by_data, by_model) if line]
+    steps = [] if flags.steps is None else [f"steps={flags.steps}"]
+    recipe = recipe.override(*flags.overrides).apply_user(*settings, *steps)
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
-    if not flags.fps:  # no frame is to be learned twice
-        flags.fps = min([recipe.fps, *map(media.frame_rate, clips)]) if flags.weights else 8.0
-    flags.prior = flags.prior or recipe.prior
+    fps = flags.fps or (recipe.fps if flags.weights else 8.0)
+    flags.fps = min((media.frame_rate(clip, fps) for clip in clips), default=fps)
+    flags.prior = flags.prior or recipe.own.get("prior")
     flags.default_out = Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
-    check_use(flags, recipe, clips, kind)
+    check_data(flags, recipe, kind)
     return recipe
 
 
-def check_use(flags, recipe, clips, kind):
-    """Raises BadInput for what the method learns nothing from, or could not work with; warns of a
-    stage that would never begin."""
+def data_kind(clips, images):
+    """The kind of training data, a key of BY_DATA."""
+    if not clips:
+        return "one image" if len(images) == 1 else "images"
+    return ("one clip" if len(clips) == 1 else "several clips") + " and a subject" * bool(images)
+
+
+def check_data(flags, recipe, kind):
+    """Raises BadInput for data that the method cannot use, and for settings that cannot work."""
     if flags.images and (flags.method, kind) not in BY_DATA:
-        raise BadInput(f"{flags.method} learns nothing from pictures{'' if clips else ' alone'}; "
-                       "motiondirector learns their look, newmove a subject beside a motion.")
-    if "subject" in recipe.parts and bool(flags.images) != recipe.learns("subject"):
-        raise BadInput("a subject is learned from --images, by subject.layers or "
-                       "subject_word.vectors: give both, or neither.")
-    if flags.prior not in (None, "none") and recipe.prior is None:
-        raise BadInput(f"--prior: {flags.method} takes no prior clips; newmove, dreambooth and "
-                       "custom-diffusion do.")
+        raise BadInput(f"{flags.method} cannot be trained on {kind}; motiondirector trains on "
+                       "images alone, newmove on images of a subject with clips of a motion.")
+    if "subject" in recipe.parts and bool(flags.images) != recipe.is_trainable("subject"):
+        raise BadInput("a subject requires --images and subject.layers or "
+                       "subject_word.num_vectors: give both, or neither.")
+    if flags.prior not in (None, "none") and "prior" not in recipe.own:
+        raise BadInput(f"--prior: {flags.method} uses no regularization clips; newmove, dreambooth "
+                       "and custom-diffusion do.")
     if flags.prior not in (None, "none", "folder", "world", "generated"):
         data.check_clips([flags.prior], None)
-    if recipe.learns("look", "subject") and recipe.steps <= recipe.keywords.get("first", 0):
-        say(f"warning: first={recipe.keywords['first']}, and {recipe.steps} steps: what comes "
-            "after the first never learns; give more --steps, or a smaller first=")
-    if recipe.appearance_stop and not (flags.preview_prompt and flags.preview_every):
-        raise BadInput("appearance_stop: the clip's own looks come back as it is learned; give "
-                       "--preview-prompt with other ones, and --preview-every.")
+    for name in ("subject_start", "absorber_steps"):
+        second_stage = recipe.is_trainable("appearance", "subject")
+        if second_stage and recipe.steps <= recipe.keywords.get(name, 0):
+            log(f"warning: {name}={recipe.keywords[name]} with {recipe.steps} steps: the second "
+                f"stage never starts; give more --steps, or a smaller {name}=")
+    if recipe.own.get("appearance_stop") and not (flags.preview_prompt and flags.preview_every):
+        raise BadInput("appearance_stop requires previews of another appearance: give "
+                       "--preview-prompt and --preview-every.")
 
 
 # ------------------------------------------------------------------------------------------------
-# Before the first step
+# Preparation
 
 
 @dataclass
 class Run:
-    """All that a run works with, made once in `prepare`."""
+    """Everything a training run needs, made once by `prepare`."""
 
     flags: object
     recipe: Recipe
-    model: model.Model
+    pipe: model.Pipeline
     clips: list
     images: list
-    prior: list
-    sources: list  # where each clip's caption is from
+    prior: list  # regularization clips
+    sources: list  # origin of each clip's caption
     fingerprint: str  # of the base model
-    learners: dict = field(default_factory=dict)  # part -> its learners: one, or one a clip
-    base: model.Model = None  # the untrained model, where a method asks for it
-    inverted: torch.Tensor = None  # the first clip's noise, for samples
+    trainables: dict = field(default_factory=dict)  # part -> [one trainable, or one per clip]
+    trained: dict = field(default_factory=dict)  # name -> parameter, over all trainables
+    base: model.Pipeline = None  # the frozen base model, loaded on first use
+    inverted: torch.Tensor = None  # the first clip's inversion, for previews
     scorer: object = None  # the CLIP of appearance_stop
-    process: int = 0  # which of torchrun's processes this is, and of how many
-    processes: int = 1
-    batch: int = 1  # examples a step, over all processes
+    scaler: torch.amp.GradScaler = None  # loss scaling for fp16
+    rank: int = 0
+    world_size: int = 1
+    batch: int = 1  # examples per step, over all processes
 
 
-def prepare(flags, recipe, process=0, processes=1):
-    """Load the model and what there is to learn from, and compute once all that is the same at
-    every step. Raises BadInput."""
+def prepare(flags, recipe, rank=0, world_size=1):
+    """Load model and data; precompute everything that is constant across steps. Raises BadInput."""
     flags.device = device = machine.find_device(flags.device)
     flags.out = flags.out or flags.default_out
     precision = flags.precision or machine.default_precision(device)
-    whole = model.load(flags.weights, device, precision, keep=lora.Tuned(recipe.parts))
-    flags.device, flags.precision = device, whole.precision
-    check_recipe(recipe, whole.schedule, flags.preview_steps)
-    if any(side % whole.vae.config.factor for side in flags.size):
-        raise BadInput(f"--size: wanted multiples of {whole.vae.config.factor} pixels.")
-    words = {n: p for n, p in recipe.parts.items() if isinstance(p, Word)}
-    learned = {p.text: p.vectors for p in words.values() if p.vectors}
-    of = lambda name: words[name].text if name in words else None
+    pipe = model.load(flags.weights, device, precision, keep=lora.FinetunedNames(recipe.parts))
+    flags.device, flags.precision = device, pipe.precision
+    check_schedule(recipe, pipe.schedule, flags.preview_steps)
+    if any(side % pipe.vae.config.factor for side in flags.size):
+        raise BadInput(f"--size: expected multiples of {pipe.vae.config.factor} pixels.")
+    words = {n: p for n, p in recipe.parts.items() if isinstance(p, PlaceholderToken)}
+    learned = {p.token: p.num_vectors for p in words.values() if p.num_vectors}
+    token = lambda name: words[name].token if name in words else None
     clips, sources = data.load_clips(flags.video, flags.prompt, flags.frames, flags.size, flags.fps,
-                                     flags.start, flags.reverse, of("word"), learned)
+                                     flags.start, flags.reverse, token("word"), learned,
+                                     allow_damaged=flags.allow_damaged)
     caption = flags.image_prompt or (flags.prompt[0] if flags.prompt and not clips else None)
-    images = data.load_images(flags.images, caption, flags.size, of("subject_word"), learned)
-    run = Run(flags, recipe, whole, clips, images, [], sources,
-              adapter_file.fingerprint(whole.unet))
-    run.process, run.processes = process, processes
-    run.batch = flags.batch or run.processes
-    if run.batch % run.processes:
-        raise BadInput(f"--batch {flags.batch}: wanted a multiple of the {run.processes} "
-                       "processes.")
-    stride, lengths = recipe.keywords.get("stride", 0), [c.video.shape[1] for c in clips]
+    images = data.load_images(flags.images, caption, flags.size, token("subject_word"), learned)
+    run = Run(flags, recipe, pipe, clips, images, [], sources, adapters.fingerprint(pipe.unet))
+    run.rank, run.world_size, run.batch = rank, world_size, flags.batch or world_size
+    if run.batch % world_size:
+        raise BadInput(f"--batch {flags.batch}: expected a multiple of the {world_size} processes.")
+    stride, lengths = recipe.keywords.get("frame_stride", 0), [c.video.shape[1] for c in clips]
     if stride and stride >= min(lengths):
-        raise BadInput(f"stride={stride}: wanted less than the clip's {min(lengths)} frames.")
+        raise BadInput(f"frame_stride={stride}: expected less than {min(lengths)}, the number of "
+                       "frames.")
+    flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
+    endings = [p.token for n, p in words.items() if n.startswith("appearance") and p.num_vectors]
+    for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
+        data.check_prompt(" ".join([caption, *endings]), learned)
     if recipe.own.get("appearance_stop"):
-        from scores.clip import load_clip  # needed here alone
+        from scores.clip import load_clip  # imported only where needed
 
         run.scorer = load_clip(recipe.own["clip"], recipe.own["clip_weights"], device)
-    run.prior = priors.load(run)
-    for number, clip in enumerate((*clips, *images, *run.prior)):
-        # Published codes with a VAE sample its posterior, and do so once.
-        g = sampler.generator(flags.seed, number, 0, 7)
-        clip.latents = whole.encode(clip.video[None], g)
-    run.learners = lora.make_learners(recipe.parts, whole, len(clips or images), flags.seed)
-    flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
-    ends = [p.text for n, p in words.items() if n.startswith("look") and p.vectors]
-    for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
-        data.check_prompt(" ".join([caption, *ends]), learned)
-    whole.unet.checkpointing = flags.checkpointing == "on"
-    # Encoded together, once: a large text encoder leaves memory between calls.
-    frozen = [c.prompt for c in (*clips, *images, *run.prior)]
-    whole.read(["", flags.preview_prompt, recipe.own.get("look_prompt") or "", *frozen])
-    if not process:
-        runs.report(run)
+    runs.claim(run)
+    prepare_training(run)
     return run
 
 
-def check_recipe(recipe, schedule, preview_steps):
-    """Raises BadInput for settings that the base model's noise schedule does not go with."""
-    loss, compared = recipe.keywords.get("loss"), recipe.keywords.get("align", "output")
-    if compared == "output":
-        compared = schedule.prediction_type
-    if loss == "residual-l2-weighted" and compared != "epsilon":
-        raise BadInput(f"loss={loss}: its weight is of ε, and this compares another thing; give "
-                       "align=epsilon where the method has it, or another loss.")
-    asked = {"--preview-steps": preview_steps, "sampling_steps": recipe.sampling_steps}
-    for name, steps in asked.items():
-        sampler.check_steps(schedule, steps, name)
+def prepare_training(run):
+    """Regularization clips, latents and trainables."""
+    flags, recipe, pipe = run.flags, run.recipe, run.pipe
+    run.prior = data.load_prior_clips(run)
+    for number, clip in enumerate((*run.clips, *run.images, *run.prior)):
+        # The published codes with a VAE sample its posterior, once.
+        g = sampler.generator(flags.seed, number, 0, 7)
+        clip.latents = pipe.encode(clip.video[None], g)
+    clips = run.clips or run.images
+    run.trainables = lora.build_trainables(recipe.parts, pipe, clips, flags.seed)
+    run.trained = lora.named(run.trainables)
+    pipe.unet.checkpointing = flags.checkpointing == "on"
+    # Encoded together, once: a large text encoder leaves memory between calls.
+    captions = [clip.prompt for clip in (*run.clips, *run.images, *run.prior)]
+    look = recipe.own.get("appearance_prompt") or ""
+    pipe.encode_text(["", flags.preview_prompt, look, *captions])
+    device = torch.device(flags.device).type
+    run.scaler = torch.amp.GradScaler(device, enabled=flags.precision == "fp16")
+    if run.rank == 0:
+        runs.report(run)
+
+
+def check_schedule(recipe, schedule, preview_steps):
+    """Raises BadInput for settings that do not fit the base model's noise schedule."""
+    loss, space = recipe.keywords.get("loss"), recipe.keywords.get("loss_space", "output")
+    if space == "output":
+        space = schedule.prediction_type
+    if loss == "residual-l2-weighted" and space != "epsilon":
+        raise BadInput(f"loss={loss}: its weight is derived for ε, and the prediction is {space}; "
+                       "give loss_space=epsilon where the method has it, or another loss.")
+    steps = {"--preview-steps": preview_steps, "sampling_steps": recipe.sampling_steps}
+    for name, count in steps.items():
+        sampler.check_steps(schedule, count, name)
         if recipe.noise_prior:
-            sampler.check_return(schedule, recipe.sampler, steps)
+            sampler.check_return(schedule, recipe.sampler, count)
     if recipe.noise_prior and recipe.inversion_steps:
         sampler.check_steps(schedule, recipe.inversion_steps, "inversion_steps")
 
 
 # ------------------------------------------------------------------------------------------------
-# The loop. It knows none of the methods: a method yields losses, and each is one backward pass.
+# The training loop. It is the same for all methods: a method yields losses, and each loss is one
+# backward pass.
 
 
-def train(run, folder, optimizer, first, before):
-    """Steps until the recipe's last, a signal, or a look that is gone; returns the step at which it
-    ended, and the signal."""
+def train(run, folder, optimizer, before):
+    """Train until the recipe's last step, a signal, or the appearance stop. Returns the last step
+    and the signal."""
     flags, recipe, stop = run.flags, run.recipe, machine.Stop()
-    parameters = list(lora.named(run.learners).values())
+    first, parameters = folder.first, list(run.trained.values())
     every = 100 if sum(p.nbytes for p in parameters) < 2**28 else 1000  # steps between saves
-    due = lambda step: step % every == 0 or flags.keep_every and step % flags.keep_every == 0
-    with tqdm(initial=first, total=recipe.steps, desc=recipe.name, disable=run.process > 0) as bar:
+    due = lambda step: step % every == 0 or flags.save_every and step % flags.save_every == 0
+    with tqdm(initial=first, total=recipe.steps, desc=recipe.name, disable=run.rank > 0) as bar:
         for step in range(first, recipe.steps + 1):
-            end = step == recipe.steps
-            stopped = not end and stop.agree(flags.device)  # what is done can no longer be stopped
-            if flags.preview_every and (step % flags.preview_every == 0 or end) and not stopped:
+            last = step == recipe.steps
+            stopped = not last and stop.agree(flags.device)
+            if flags.preview_every and (step % flags.preview_every == 0 or last) and not stopped:
                 now = preview(run) if step else before
-                folder.show(step, before, now)
-                end = end or looks_gone(run, step, now)
-            if end or stopped or step > first and due(step):
+                folder.preview(step, before, now)
+                last = last or appearance_is_lost(run, step, now)
+            if last or stopped or step > first and due(step):
                 folder.save(step)
-            if end or stopped:
+            if last or stopped:
                 return step, stop.signal
             started = time.time()
-            losses, seen = step_that_fits(run, step, optimizer)
-            machine.add_gradients(parameters)
-            norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
-            # Only here does the program, if it is alone, wait for a GPU: what came before was queued.
-            line = runs.log_line(step, losses, norm, seen, run, started)
-            if not math.isfinite(line["loss"] + line["grad"]):
-                where = "; ".join(f"timestep {z['t']}, clip {z['clip']}" for z in seen)
-                raise BadInput(f"loss {line['loss']}, gradient {line['grad']} at step {step}, {where}; "
-                               f"{folder.kept()}. Lower the rate (motion.lr=…), or give --precision "
-                               "fp32.")
-            optimizer.step()
+            losses, seen = fitting_step(run, step, optimizer)
+            machine.all_reduce_gradients(parameters)
+            run.scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+            # The only GPU synchronization of a step.
+            record = runs.step_record(step, losses, norm, seen, run, started)
+            check_finite(record, folder, run.scaler)
+            run.scaler.step(optimizer)  # skips a step with overflow in fp16
+            run.scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            folder.log(line)
-            bar.set_postfix(loss=f"{line['loss']:.4f}")
+            folder.log(record)
+            bar.set_postfix(loss=f"{record['loss']:.4f}")
             bar.update()
 
 
 def one_step(run, step):
-    """The gradients of this process's examples of a step; their losses, and what the log says."""
+    """Accumulate the gradients of this process's examples. Returns losses, and records for the log.
+    """
     losses, seen, batch = [], [], run.batch
-    begin_training(run.model.unet, run.recipe)
-    for number in range(run.process, batch, run.processes):
-        m = Example(run, step, number)
-        for loss in run.recipe.function(m, **run.recipe.keywords):
-            (loss / batch).backward()
+    set_train_mode(run.pipe.unet, run.recipe)
+    for number in range(run.rank, batch, run.world_size):
+        ex = Example(run, step, number)
+        for loss in run.recipe.function(ex, **run.recipe.keywords):
+            run.scaler.scale(loss / batch).backward()
             losses.append(loss.detach())
-        seen += m.finish()
+        seen += ex.close()
     return losses, seen
 
 
-def step_that_fits(run, step, optimizer):
-    """one_step; where the card has no room for it, from there on with activations computed again
-    (--checkpointing auto). Its draws are its own, so it is the same step."""
-    unet = run.model.unet
+def fitting_step(run, step, optimizer):
+    """one_step. With --checkpointing auto, running out of GPU memory turns gradient checkpointing
+    on and repeats the step: its random draws depend on the step alone."""
+    unet = run.pipe.unet
     try:
         return one_step(run, step)
     except torch.OutOfMemoryError:
         if run.flags.checkpointing != "auto" or unet.checkpointing:
             raise
-    say("note: the card is full, so activations are computed again (--checkpointing on)")
-    optimizer.zero_grad(set_to_none=True)  # of what was computed before the card was full
+    log("note: out of GPU memory, so gradient checkpointing is on from now on")
+    optimizer.zero_grad(set_to_none=True)  # partial gradients
     torch.cuda.empty_cache()
     unet.checkpointing = True
     return one_step(run, step)
 
 
-def begin_training(unet, recipe):
-    """The network as it is in a step: its own dropout as the recipe has it, a LoRA's always on."""
+def set_train_mode(unet, recipe):
+    """Train mode, with the UNet's own dropout as the recipe sets it. LoRA dropout is always on."""
     unet.train()
     for layer in unet.modules():
         if isinstance(layer, nn.Dropout):
-            layer.train(recipe.own.get("network_dropout", True))
+            layer.train(recipe.own.get("unet_dropout", True))
+
+
+def check_finite(record, folder, scaler):
+    """Raises BadInput where the loss or the gradient norm is NaN or infinite, unless a smaller loss
+    scale may help."""
+    if math.isfinite(record["loss"] + record["grad"]):
+        return
+    if scaler.is_enabled() and scaler.get_scale() > 1:
+        record["skipped"] = "overflow in fp16"
+        return
+    where = "; ".join(f"timestep {z['t']}, clip {z['clip']}" for z in record["seen"])
+    raise BadInput(f"loss {record['loss']}, gradient norm {record['grad']} at step "
+                   f"{record['step']}, {where}; {folder.kept()}. Lower the learning rate "
+                   "(motion.lr=…), or give --precision fp32.")
 
 
 # ------------------------------------------------------------------------------------------------
-# The methods. The decorator holds what the paper sets or, where it is silent, its code: `Part`s and
-# `Word`s can learn, numbers are of training and sampling. The function's lines are the paper's
-# algorithm, its keywords what the paper varies; m is one example of one step: see Example for all
-# that it can be asked for.
+# The methods. The decorator holds the settings of the paper or, where it gives none, of its code:
+# `Trainable` layers, `PlaceholderToken`s, training and sampling. The function is the paper's
+# algorithm; its keywords are what the paper varies; `ex` is one training example (see Example).
+# docs/methods.md has a table of the differences between paper, published code and this code.
 
 
 @method("VMC, Eq. 17 and App. D; clipping and sampling from its code", shape=(8, 320, 576),
         steps=400, noise_prior=1.0, sampler="ddpm", sampling_steps=75,
-        motion=Part("temporal-attention-qkv", lr=1e-4))
-def vmc(m, loss="residual-cosine", align="output", stride=1):
-    """Video Motion Customization (Jeong et al. 2023, Algorithm 1): only q, k, v of the temporal
-    attentions learn, from the direction of the noise's residuals between frames alone,
-    1 − cos(δεⁿ, δε̂ⁿ), in which what frames share cancels. Captions leave out more of the
-    appearance (Sec. 3.2): "a bird is flying", with no forest. transformer_in is left out as in the
-    published code, whose loss is another, blind to sign (loss=residual-cosine-official). It samples
-    by DDPM from the inverted clip, with a variance that its model predicts and ZeroScope does not;
-    the paper names no sampler. The paper's base, Show-1, diffuses pixels: 8 key frames of 64×40,
-    which further models interpolate to 29 and enlarge. Here frames are latents, as large as
-    ZeroScope's, and generate.py --refine stands for the last of these models; 8 frames a second is
-    ours.
+        motion=Trainable("temporal-attention-qkv", lr=1e-4))
+def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
+    """Video Motion Customization (Jeong et al. 2023, Algorithm 1). Trains q, k and v of the
+    temporal attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of residuals between frames;
+    appearance shared by all frames cancels. Captions describe the motion and leave out appearance
+    (Sec. 3.2): "a bird is flying". Sampling starts from the inverted clip.
 
-    loss: what is minimised, one of losses.LOSSES
-    align: what it compares: what the network says (ε, or v), epsilon, or x0
-    stride: frames between the two of a residual
+    The loss of the published code is another one, blind to sign (loss=residual-cosine-official).
+    The paper's base model, Show-1, diffuses 8 key frames of 64×40 pixels at 2 fps, which two
+    further models interpolate and enlarge; here frames are ZeroScope's latents, at 8 fps.
+
+    loss: one of losses.LOSSES
+    loss_space: the tensors that the loss compares: output (the network's ε or v), epsilon, or x0
+    frame_stride: distance between the two frames of a residual
     """
-    z = m.noised(m.clip())  # x_t = √ᾱ·x0 + √(1−ᾱ)·ε
-    m.learn("motion")
-    pred, true = m.predict(z, align=align)  # ε̂ and ε, or v̂ and v
-    m.note(unseen_by_cosine(pred, true))
-    yield LOSSES[loss](pred, true, stride=stride, anchor=m.pick(z), a=m.alpha_bar(z))
+    z = ex.add_noise(ex.next_clip())  # x_t = √ᾱ·x0 + √(1−ᾱ)·ε
+    ex.train("motion")
+    pred, target = ex.predict(z, loss_space=loss_space)  # ε̂ and ε, or v̂ and v
+    ex.log(unseen_by_cosine(pred, target))
+    yield LOSSES[loss](pred, target, stride=frame_stride, anchor=ex.random_frame(z),
+                       alpha_bar=ex.alpha_bar(z))
 
 
 @method("MotionDirector, Eq. 5-7, and its code", shape=(16, 384, 384), steps=150,
-        clip_grad=math.inf, noise_prior=0.5, inverts="base", inversion_steps=50, sampling_steps=30,
-        guidance=12.0,
-        look=Part("spatial-self-attention-ff", 32, dropout=0.1, per_clip=True, lr=5e-4),
-        motion=Part("temporal-attention-ff", 32, dropout=0.1, lr=5e-4))
-def motiondirector(m, beta=1.0, spatial=0.8):
-    """MotionDirector (Zhao et al. 2023, Sec. 3.2 and 3.3): two paths share a step's noise and
-    timestep. A LoRA per clip learns its look from one frame, past all temporal layers; beside it,
-    frozen, a temporal LoRA learns the motion, with what frames share weakened in its loss by
-    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. All numbers but β are the published code's, and so are the
-    way past all temporal layers, the skipped fifth of the spatial paths, and samples that start
-    half from the inverted clip, if it is one: the paper's start from noise (Sec. 4.1). That code
-    turns dropout off after its first preview, mirrors half of the pictures that it learns alone,
-    lets one convolution in the middle act on single frames, stretches clips and keeps one window
-    of each; we do none of it.
+        max_grad_norm=math.inf, noise_prior=0.5, inversion_model="base", inversion_steps=50,
+        sampling_steps=30, guidance=12.0,
+        appearance=Trainable("spatial-self-attention-ff", 32, dropout=0.1, per_video=True, lr=5e-4),
+        motion=Trainable("temporal-attention-ff", 32, dropout=0.1, lr=5e-4))
+def motiondirector(ex, beta=1.0, spatial_prob=0.8):
+    """MotionDirector (Zhao et al. 2023, Sec. 3.2 and 3.3). Two paths share noise and timestep. A
+    per-clip spatial LoRA learns appearance from one frame, with temporal layers bypassed. With it
+    frozen, a temporal LoRA learns the motion; its second loss debiases appearance by
+    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. Sampling starts half from the inverted clip, as in the
+    published code; the paper samples from noise (Sec. 4.1).
 
-    beta: strength of the debiasing, β of Eq. 5; 0 counts the plain loss twice
-    spatial: how often the spatial path runs; where it does not, no look acts
+    Settings other than β follow the published code. Unlike it, this code keeps dropout on after the
+    first preview, never flips images, crops instead of stretching, and takes one window per clip.
+
+    beta: strength β of the debiasing (Eq. 5); 0 counts the plain loss twice
+    spatial_prob: probability of the spatial path; otherwise the spatial LoRA is disabled
     """
-    z = m.noised(m.clip())
-    look = "look" in m.parts and (m.chance() < spatial or "motion" not in m.parts)
-    if look:
-        m.learn("look")
-        yield mse(*m.predict(m.frame(z)))  # L_spatial, Eq. 4
-    if "motion" in m.parts:
-        m.learn("motion", beside=("look",) if look else ())
-        pred, true = m.predict(z)
-        yield mse(pred, true) + appearance_debiased(pred, true, m.pick(z), beta)  # Eq. 7
+    z = ex.add_noise(ex.next_clip())
+    spatial = "appearance" in ex.trainables and (
+        ex.rand() < spatial_prob or "motion" not in ex.trainables)
+    if spatial:
+        ex.train("appearance")
+        yield mse(*ex.predict(ex.single_frame(z)))  # L_spatial, Eq. 4
+    if "motion" in ex.trainables:
+        ex.train("motion", frozen=("appearance",) if spatial else ())
+        pred, target = ex.predict(z)
+        debiased = appearance_debiased(pred, target, ex.random_frame(z), beta)
+        yield mse(pred, target) + debiased  # Eq. 7
 
 
 @method("NewMove, Sec. 3, and its code", shape=(16, 384, 384), fps=24.0, steps=3000,
-        sampler="dpm", network_dropout=False, prior="folder", prior_clips=64, prior_prompt="",
-        appearance_stop=0.0, look_prompt="", clip="", clip_weights="",
-        motion=Part("temporal-and-cross-kv", lr=5e-6), word=Word("sks", lr=5e-6),
-        subject=Part("none", lr=5e-6), subject_word=Word("X*", lr=5e-6))
-def newmove(m, alpha=0.5, loss="mse", augment="augmented", prior_weight=0.5, first=3000):
-    """NewMove (Materzyńska et al. 2023, Sec. 3): a motion becomes a rare word. The temporal layers
-    and how frames read the text are tuned in full, mostly at high noise, where motion is decided
-    (Sec. 3.2); clips of other motions, at half the weight, keep the model from forgetting (Eq. 3).
-    Both go through the network as one batch; rate, weight, clipping, 24 frames a second and no
-    dropout are the published code's, which also begins each example at a random frame and repeats
-    the last of short clips, where here each begins at --start and keeps its length. Augmented clips
-    are the paper's (supplement, Sec. 1), how strongly is ours; that code has none. The paper stops
-    where the looks of its test prompts, in 300 videos, fall to a CLIP score of 0.265; here
-    appearance_stop=0.265 looks at the one preview. With --images a subject joins after the motion,
-    "a X* man doing the V* sign": each example is drawn from either (supplement, Sec. 2), for as
-    many steps again, which is ours, as is the number of prior clips made.
+        sampler="dpm", unet_dropout=False, prior="folder", num_prior_clips=64, class_prompt="",
+        appearance_stop=0.0, appearance_prompt="", clip="", clip_weights="",
+        motion=Trainable("temporal-and-cross-kv", lr=5e-6), word=PlaceholderToken("sks", lr=5e-6),
+        subject=Trainable("none", lr=5e-6), subject_word=PlaceholderToken("X*", lr=5e-6))
+def newmove(ex, alpha=0.5, loss="mse", augment="augmented", prior_loss_weight=0.5,
+            subject_start=3000):
+    """NewMove (Materzyńska et al. 2023, Sec. 3) binds a motion to a rare token. Temporal layers and
+    cross-attention keys and values are fully fine-tuned, mostly at high noise, where motion is
+    decided (Sec. 3.2). Regularization clips, at half the weight, prevent forgetting (Eq. 3). Both
+    clips form one batch. With --images, a subject joins after the motion: "a X* man doing the V*
+    sign"; each example is then drawn from either (supplement, Sec. 2).
 
-    alpha: α of Sec. 3.2: how much likelier high noise is; 0 is uniform
-    loss: what is minimised, one of losses.LOSSES
-    augment: how clips are shown: augmented (enlarged and tinted), recoloured or none
-    prior_weight: weight of the prior clips' loss
-    first: steps in which the motion learns alone, before a subject joins
-    look_prompt: of appearance_stop: the looks that --preview-prompt asks for; empty for all of it
+    Rate, weight, clipping, 24 fps and no dropout follow the published code. Augmentation is in the
+    paper alone (supplement, Sec. 1), without strengths. The paper stops where a CLIP appearance
+    score over 300 videos falls to 0.265; appearance_stop=0.265 tests the one preview. Chosen here:
+    as many steps for the subject as for the motion, and num_prior_clips.
+
+    alpha: α of Sec. 3.2, the preference for high noise; 0 is uniform
+    loss: one of losses.LOSSES
+    augment: augmentation of the clips: augmented (resized crop, color jitter), recolored or none
+    prior_loss_weight: weight of the regularization clips' loss
+    subject_start: step at which the subject joins
+    appearance_prompt: the appearance in --preview-prompt, for appearance_stop; empty for all of it
     """
-    if m.run.images and m.step >= first and m.chance() < 0.5:
-        m.learn("subject", "subject_word")
-        yield mse(*m.predict(m.frame(m.noised(m.image()))))
+    if ex.run.images and ex.step >= subject_start and ex.rand() < 0.5:
+        ex.train("subject", "subject_word")
+        yield mse(*ex.predict(ex.single_frame(ex.add_noise(ex.sample_image()))))
         return
-    z = m.noised(m.clip(), data.VIEWS[augment], alpha)
-    m.learn("motion", "word")
-    if not m.run.prior:
-        yield LOSSES[loss](*m.predict(z), anchor=m.pick(z), a=m.alpha_bar(z))
+    z = ex.add_noise(ex.next_clip(), data.AUGMENTATIONS[augment], alpha)
+    ex.train("motion", "word")
+    if not ex.run.prior:
+        pred, target = ex.predict(z)
+        yield LOSSES[loss](pred, target, anchor=ex.random_frame(z), alpha_bar=ex.alpha_bar(z))
         return
-    other = m.noised(m.prior(), alpha=alpha)
-    new, old = m.predict(z, other)
-    yield LOSSES[loss](*new, anchor=m.pick(z), a=m.alpha_bar(z)) + prior_weight * mse(*old)
+    prior = ex.add_noise(ex.sample_prior(), alpha=alpha)
+    (pred, target), regularization = ex.predict(z, prior)
+    new = LOSSES[loss](pred, target, anchor=ex.random_frame(z), alpha_bar=ex.alpha_bar(z))
+    yield new + prior_loss_weight * mse(*regularization)
 
 
-@method("Customize-A-Video, supplement; its steps are ours", shape=(16, 256, 256), steps=600,
-        look_prompt="", look=Part("spatial-attention", 1, scale=0.5, lr=5e-5),
-        look_word=Word("<look>", lr=5e-5), motion=Part("temporal-attention", 4, lr=5e-4))
-def customize_a_video(m, first=200):
-    """Customize-A-Video (Ren et al. 2024): first an appearance absorber on patches of single
-    frames, past all temporal layers; then, beside it, a temporal LoRA on whole clips, which is all
-    that is used in the end. The absorber may be a LoRA (as here), a word (look.layers=none
-    look_word.vectors=4), both, or another program's (look.file=…). Ranks, scales and rates are its
-    supplement's; its text names q, k and v of the attentions, its counts want the output as well.
-    The absorber reads the caption's part that is about looks (supplement, B.2): give look_prompt,
-    since nothing here can tell that part.
+@method("Customize-A-Video, supplement; steps chosen here", shape=(16, 256, 256), steps=600,
+        appearance_prompt="", appearance=Trainable("spatial-attention", 1, scale=0.5, lr=5e-5),
+        appearance_word=PlaceholderToken("<look>", lr=5e-5),
+        motion=Trainable("temporal-attention", 4, lr=5e-4))
+def customize_a_video(ex, absorber_steps=200):
+    """Customize-A-Video (Ren et al. 2024). First an appearance absorber, a spatial LoRA, is trained
+    on patches of single frames, with temporal layers bypassed. Then, with it frozen, a temporal
+    LoRA is trained on whole clips; only this one is used for sampling. The absorber may be a LoRA
+    (default), a token (appearance.layers=none appearance_word.num_vectors=4), both, or another
+    program's (appearance.load_from=…).
 
-    first: steps of the absorber
-    look_prompt: what the absorber's frames show, without the motion; empty for the whole caption
+    Layers, ranks, scales and rates follow the supplement. Its text names q, k and v; its parameter
+    counts include the output projection. Steps, shape, sampler and clipping are chosen here. The
+    absorber's caption is the appearance part of the prompt (supplement, B.2): give
+    appearance_prompt.
+
+    absorber_steps: steps of the first stage
+    appearance_prompt: caption of the absorber's frames, without the motion; empty for the caption
     """
-    if m.step < first and (m.learns("look") or m.learns("look_word")):
-        z = m.noised(m.clip(), data.crop, caption=m.settings["look_prompt"])
-        m.learn("look", "look_word")
-        yield mse(*m.predict(z))
+    has_absorber = ex.is_trainable("appearance") or ex.is_trainable("appearance_word")
+    if ex.step < absorber_steps and has_absorber:
+        caption = ex.settings["appearance_prompt"]
+        z = ex.add_noise(ex.next_clip(), data.random_patch, caption=caption)
+        ex.train("appearance", "appearance_word")
+        yield mse(*ex.predict(z))
     else:
-        z = m.noised(m.clip())
-        m.learn("motion", beside=("look", "look_word"))
-        yield mse(*m.predict(z))
+        z = ex.add_noise(ex.next_clip())
+        ex.train("motion", frozen=("appearance", "appearance_word"))
+        yield mse(*ex.predict(z))
 
 
-@method("MotionDirector's coupled baseline", shape=(16, 384, 384), steps=150, clip_grad=math.inf,
-        noise_prior=0.5, inverts="base", inversion_steps=50, sampling_steps=30, guidance=12.0,
-        motion=Part("coupled", 32, dropout=0.1, lr=5e-4))
-def coupled(m, loss="mse"):
-    """What MotionDirector compares itself with (Table 1): one LoRA beside spatial and temporal
-    layers, all by the plain loss. Its layers, rank and steps are not published; all that is not the
-    coupling is MotionDirector's own here.
+@method("MotionDirector's coupled baseline", shape=(16, 384, 384), steps=150,
+        max_grad_norm=math.inf, noise_prior=0.5, inversion_model="base", inversion_steps=50,
+        sampling_steps=30, guidance=12.0, motion=Trainable("coupled", 32, dropout=0.1, lr=5e-4))
+def coupled(ex, loss="mse"):
+    """MotionDirector's baseline (Table 1): one LoRA on spatial and temporal layers, trained with
+    the plain loss. Its layers, rank and steps are not published; here they are MotionDirector's.
 
-    loss: what is minimised, one of losses.LOSSES
+    loss: one of losses.LOSSES
     """
-    z = m.noised(m.clip())
-    m.learn("motion")
-    yield LOSSES[loss](*m.predict(z), anchor=m.pick(z), a=m.alpha_bar(z))
+    z = ex.add_noise(ex.next_clip())
+    ex.train("motion")
+    pred, target = ex.predict(z)
+    yield LOSSES[loss](pred, target, anchor=ex.random_frame(z), alpha_bar=ex.alpha_bar(z))
 
 
 @method("DreamBooth (Ruiz et al. 2022), as NewMove adapts it", shape=(16, 384, 384), fps=24.0,
-        steps=800, prior="generated", prior_clips=16, prior_prompt="",
-        motion=Part("spatial", lr=5e-6), word=Word("sks", lr=5e-6))
-def dreambooth(m, prior_weight=1.0):
-    """All spatial layers, and prior clips made by the base model (NewMove, Sec. 4.1; rate and steps
-    are the original's, the number of prior clips is ours).
+        steps=800, prior="generated", num_prior_clips=16, class_prompt="",
+        motion=Trainable("spatial", lr=5e-6), word=PlaceholderToken("sks", lr=5e-6))
+def dreambooth(ex, prior_loss_weight=1.0):
+    """Full fine-tuning of all spatial layers, with regularization clips generated by the base model
+    (NewMove, Sec. 4.1). There is no official code; rate and steps are those of diffusers' example.
 
-    prior_weight: weight of the prior clips' loss
+    prior_loss_weight: weight of the regularization clips' loss
     """
-    z = m.noised(m.clip())
-    m.learn("motion", "word")
-    if m.run.prior:
-        new, old = m.predict(z, m.noised(m.prior()))
-        yield mse(*new) + prior_weight * mse(*old)
+    z = ex.add_noise(ex.next_clip())
+    ex.train("motion", "word")
+    if ex.run.prior:
+        new, prior = ex.predict(z, ex.add_noise(ex.sample_prior()))
+        yield mse(*new) + prior_loss_weight * mse(*prior)
     else:
-        yield mse(*m.predict(z))
+        yield mse(*ex.predict(z))
 
 
 @method("Custom Diffusion (Kumari et al. 2022), as NewMove adapts it", shape=(16, 384, 384),
-        fps=24.0, steps=500, prior="folder", prior_clips=64, prior_prompt="",
-        motion=Part("cross-attention-kv", lr=1e-5), word=Word("sks", 1, lr=1e-5))
-def custom_diffusion(m, prior_weight=1.0):
-    """Keys and values of the cross-attention, and a word's vector, beside real prior clips (rate
-    and steps are the original's; how many are made is ours).
+        fps=24.0, steps=500, prior="folder", num_prior_clips=64, class_prompt="",
+        motion=Trainable("cross-attention-kv", lr=1e-5), word=PlaceholderToken("sks", 1, lr=1e-5))
+def custom_diffusion(ex, prior_loss_weight=1.0):
+    """Cross-attention keys and values and one token vector, with real regularization clips. The
+    step is DreamBooth's. Unlike the published code: 500 steps of batch 1 on one GPU without rate
+    scaling, no flips, no resized views with captions, and the start token's k and v are not
+    detached.
 
-    prior_weight: weight of the prior clips' loss
+    prior_loss_weight: weight of the regularization clips' loss
     """
-    yield from dreambooth(m, prior_weight)  # its step; what learns, and from what, is another
+    yield from dreambooth(ex, prior_loss_weight)
 
 
 @method("Textual Inversion (Gal et al. 2022), as NewMove adapts it", shape=(16, 384, 384),
-        fps=24.0, steps=3000, word=Word("sks", 1, lr=5e-3))
-def textual_inversion(m):
-    """One word's vector and nothing else (rate and steps are the original's)."""
-    z = m.noised(m.clip())
-    m.learn("word")
-    yield mse(*m.predict(z))
+        fps=24.0, steps=3000, word=PlaceholderToken("sks", 1, lr=5e-3))
+def textual_inversion(ex):
+    """One token vector, nothing else. The published code trains 6,100 steps with a rate of 5e-3
+    times batch size and GPUs; 3,000 steps is diffusers' example."""
+    z = ex.add_noise(ex.next_clip())
+    ex.train("word")
+    yield mse(*ex.predict(z))
 
 
 @method("Tune-A-Video (Wu et al. 2022, Sec. 4.2)", shape=(16, 384, 384), steps=500,
-        noise_prior=1.0, guidance=12.5, motion=Part("tune-a-video", lr=3e-5))
-def tune_a_video(m):
-    """The spatial queries and the temporal attention learn; samples start from the inverted clip
-    (rate and steps are the original's). The original inflates an image model: attention over frames
-    begins from nothing, and pictures look at the first and the one before. Here the base knows
-    videos already, an easier start."""
-    z = m.noised(m.clip())
-    m.learn("motion")
-    yield mse(*m.predict(z))
+        noise_prior=1.0, guidance=12.5, motion=Trainable("tune-a-video", lr=3e-5))
+def tune_a_video(ex):
+    """Spatial queries and temporal attention; sampling starts from the inverted clip. Rate and
+    steps follow the paper. The original inflates an image model: its temporal attention starts at
+    zero, and each frame attends to the first and the previous one. A video model is an easier
+    start."""
+    z = ex.add_noise(ex.next_clip())
+    ex.train("motion")
+    yield mse(*ex.predict(z))
 
 
-# Where a recipe depends on what there is to learn from: settings, as one would type them.
+# Settings that depend on the training data.
 BY_DATA = {
     ("motiondirector", "several clips"): "steps=500 motion.weight_decay=1e-4 "
-                                         "look.weight_decay=1e-4 noise_prior=0",
+                                         "appearance.weight_decay=1e-4 noise_prior=0",
     ("coupled", "several clips"): "steps=500 motion.weight_decay=1e-4 noise_prior=0",
-    ("motiondirector", "one picture"): "steps=300 motion.layers=none look.per_clip=off "
-                                       "look.weight_decay=1e-4 noise_prior=0",
-    ("motiondirector", "pictures"): "steps=1000 motion.layers=none look.per_clip=off "
-                                    "look.weight_decay=1e-4 noise_prior=0",
-    ("newmove", "one clip"): "steps=1000",  # its supplement, Sec. 3
-    ("newmove", "one clip and a subject"): "steps=2000 first=1000 subject.layers=spatial "
-                                           "subject_word.vectors=1",
+    ("motiondirector", "one image"): "steps=300 motion.layers=none appearance.per_video=off "
+                                     "appearance.weight_decay=1e-4 noise_prior=0",
+    ("motiondirector", "images"): "steps=1000 motion.layers=none appearance.per_video=off "
+                                  "appearance.weight_decay=1e-4 noise_prior=0",
+    ("newmove", "one clip"): "steps=1000",  # supplement, Sec. 3
+    ("newmove", "one clip and a subject"): "steps=2000 subject_start=1000 subject.layers=spatial "
+                                           "subject_word.num_vectors=1",
     ("newmove", "several clips and a subject"): "steps=6000 subject.layers=spatial "
-                                                "subject_word.vectors=1",
+                                                "subject_word.num_vectors=1",
 }
-# What the tiny model does otherwise: it is hundreds of times smaller, and so wants larger steps and
-# fewer of them.
+# Settings for the tiny model. It is hundreds of times smaller, so it needs higher learning rates
+# and fewer steps.
 TINY = {
     "vmc": "steps=300 motion.lr=1e-3 sampling_steps=20 guidance=4",
-    "motiondirector": "motion.lr=3e-3 look.lr=3e-3 inversion_steps=0 guidance=4",
+    "motiondirector": "motion.lr=3e-3 appearance.lr=3e-3 inversion_steps=0 guidance=4",
     "newmove": "steps=200 motion.lr=1e-3 word.lr=1e-3 subject.lr=1e-3 subject_word.lr=1e-3 "
-               "first=100 sampler=ddim prior=world prior_clips=16 guidance=4",
-    "customize-a-video": "steps=300 first=100 motion.lr=3e-3 look.lr=1e-3 look_word.lr=1e-3 "
-                         "guidance=4",
+               "subject_start=100 sampler=ddim prior=world num_prior_clips=16 guidance=4",
+    "customize-a-video": "steps=300 absorber_steps=100 motion.lr=3e-3 appearance.lr=1e-3 "
+                         "appearance_word.lr=1e-3 guidance=4",
     "coupled": "motion.lr=3e-3 inversion_steps=0 guidance=4",
     "dreambooth": "steps=200 motion.lr=1e-4 word.lr=1e-4 guidance=4",
     "custom-diffusion": "steps=200 motion.lr=1e-3 word.lr=1e-2 prior=world guidance=4",
@@ -573,13 +626,13 @@ TINY = {
 
 
 # ------------------------------------------------------------------------------------------------
-# What a method may ask for
+# The interface of the methods
 
 
 @dataclass
-class Noised:
-    """A clip as the network sees it: x0, its noise and x_t, all (1, C, F, h, w), at timestep t;
-    what caption is read beside it, and whether the temporal layers take part."""
+class NoisySample:
+    """A noised clip: x0, its noise and x_t, each (1, C, F, h, w); its timestep t, its caption, and
+    whether the temporal layers see it."""
 
     x0: torch.Tensor
     noise: torch.Tensor
@@ -591,199 +644,228 @@ class Noised:
 
 
 class Example:
-    """One example of one step: m in the methods. It owns every random draw, in the order of the
-    method's lines, from (seed, step, example); so resume and several processes repeat them. `parts`
-    holds the learners of each part that has any."""
+    """One training example of one step, `ex` in the methods.
+
+    All random draws come from one generator seeded by (seed, step, example), in the order in which
+    the method makes them: augmentation, timestep and noise in add_noise; the dropout seed in
+    predict; rand, random_frame and sample_… where they are called. So --resume and several
+    processes repeat them. `trainables` holds {part: trainables} of all parts that are trained or
+    loaded. """
 
     def __init__(self, run, step, number):
-        self.run, self.model, self.step, self.number = run, run.model, step, number
+        self.run, self.pipe, self.step, self.number = run, run.pipe, step, number
         self.g = sampler.generator(run.flags.seed, step, number)
-        self.parts, self.settings, self.index = run.learners, run.recipe.own, 0
-        self.words, self.log = [], []
-        self.pattern, self.watched, self.hooks, self.seen = None, [], [], {}
+        self.trainables, self.settings, self.index = run.trainables, run.recipe.own, 0
+        self.T = run.pipe.schedule.num_train_timesteps
+        self.words, self.records, self.dropout_seed = None, [], 0
+        self.pattern, self.hooked, self.hooks = None, [], []
+        self.captured, self.capturing = {}, False
 
-    def clip(self):
-        """The clip whose turn it is; of pictures alone, the picture."""
+    # Data
+
+    def next_clip(self):
+        """The next clip, in rotation; the next image where there are only images."""
         clips = self.run.clips or self.run.images
         self.index = (self.step * self.run.batch + self.number) % len(clips)
         return clips[self.index]
 
-    def image(self):
-        """One of the subject's pictures."""
+    def sample_image(self):
+        """A random image of the subject."""
         return self.run.images[torch.randint(len(self.run.images), (), generator=self.g)]
 
-    def prior(self):
-        """One of the prior clips; None where there are none."""
+    def sample_prior(self):
+        """A random regularization clip, or None where there is none."""
         clips = self.run.prior
         return clips[torch.randint(len(clips), (), generator=self.g)] if clips else None
 
-    def chance(self):
-        """A number in [0, 1)."""
+    def rand(self):
+        """A random number in [0, 1)."""
         return float(torch.rand((), generator=self.g))
 
-    def pick(self, z):
-        """One of a clip's frames."""
+    def random_frame(self, z):
+        """The index of a random frame."""
         return int(torch.randint(z.x0.shape[2], (), generator=self.g))
 
-    def noised(self, clip, view=None, alpha=0.0, caption=""):
-        """The clip with noise, x_t = √ᾱ·x0 + √(1−ᾱ)·ε, at a timestep that is uniform or, with an
-        alpha, favours high noise (NewMove Sec. 3.2); view: a view of data.py, drawn anew."""
-        S, device, x0 = self.model.schedule, self.model.device, clip.latents
-        if view:
-            video = view(clip.video, self.g)
-            x0 = self.model.encode(video[None], self.g)
-        weights = sampler.timestep_weights(S.num_train_timesteps, alpha)
-        t = int(sampler.draw_timesteps(weights, 1, self.g))
+    def add_noise(self, clip, augment=None, alpha=0.0, caption="", t=None):
+        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, a NoisySample. The timestep t is drawn uniformly, or with a
+        preference alpha for high noise (NewMove Sec. 3.2). augment: a function of data.py."""
+        S, x0 = self.pipe.schedule, clip.latents
+        if augment:
+            x0 = self.pipe.encode(augment(clip.video, self.g)[None], self.g)
+        if t is None:
+            weights = sampler.timestep_weights(self.T, alpha)
+            t = int(sampler.sample_timesteps(weights, 1, self.g))
         noise = torch.randn(x0.shape, generator=self.g)
-        noise = machine.send(noise, device)
+        noise = machine.to_device(noise, self.pipe.device)
         x = S.add_noise(x0, noise, t)
-        return Noised(x0, noise, t, x, caption or clip.prompt, clip, x0.shape[2] > 1)
+        return NoisySample(x0, noise, t, x, caption or clip.prompt, clip, x0.shape[2] > 1)
 
-    def frame(self, z):
-        """One frame of what was noised, with the same noise and timestep; as a single picture it
-        goes past every temporal layer."""
-        f = self.pick(z)
-        one = [v[:, :, f : f + 1] for v in (z.x0, z.noise, z.x)]
-        return Noised(one[0], one[1], z.t, one[2], z.caption, z.clip, temporal=False)
+    def single_frame(self, z):
+        """A random frame with the same noise and timestep. It bypasses all temporal layers."""
+        f = self.random_frame(z)
+        x0, noise, x = (v[:, :, f : f + 1] for v in (z.x0, z.noise, z.x))
+        return NoisySample(x0, noise, z.t, x, z.caption, z.clip, temporal=False)
 
     def alpha_bar(self, z):
         """ᾱ at the timestep of z, a number."""
-        return self.model.schedule.alpha_bar[z.t].item()
+        return self.pipe.schedule.alpha_bar[z.t].item()
 
-    def learns(self, part):
-        """Whether there is a learner of this part that has something to learn."""
-        return any(one.parameters() for one in self.parts.get(part, ()))
+    # Training and prediction
 
-    def learn(self, *parts, beside=()):
-        """Let these parts learn and act, those `beside` them act, and all others rest, until the
-        next call: a statement, since layers that are computed again in the backward pass must find
-        things as they were. Of learners that each clip has, this clip's."""
-        if not any(map(self.learns, parts)):
-            raise BadInput(f"{' and '.join(parts)}: nothing to learn with these settings, and step "
-                           f"{self.step} would teach it; choose its layers.")
-        self.words = lora.switch(self.run.learners, parts, beside, self.index)
+    def is_trainable(self, part):
+        """Whether a part has trainable parameters."""
+        return any(one.parameters() for one in self.trainables.get(part, ()))
 
-    def predict(self, *noised, align="output"):
-        """What the network says of each, and what it should say, a pair (1, C, F, h, w) each: its
-        output (ε, or v), or from it `epsilon` or `x0`. Several go through it as one batch."""
-        torch.manual_seed(int(torch.randint(2**62, (), generator=self.g)))  # dropout's
-        pairs, said = [], self.say(self.model, noised)
-        for z, one in zip(noised, said):
-            true = self.model.schedule.target(z.x0, z.noise, z.t)
-            # The plain error, which can be compared between losses, for the log.
-            error = F.mse_loss(one.detach(), true)
-            self.log.append({"t": z.t, "clip": str(z.clip.path), "mse": error})
-            if align != "output":
-                x0, eps = self.model.schedule.split(one, z.x, self.alpha_bar(z))
-                one, true = (eps, z.noise) if align == "epsilon" else (x0, z.x0)
-            pairs.append((one, true))
+    def train(self, *parts, frozen=()):
+        """Train `parts`, keep `frozen` active but fixed, disable the rest, until the next call. If
+        each clip has its own LoRA, this selects the one of next_clip(). It is no context manager,
+        since gradient checkpointing repeats the forward pass later."""
+        if not any(map(self.is_trainable, parts)):
+            raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, "
+                           f"but step {self.step} trains it; choose its layers.")
+        self.words = lora.set_trainable(self.run.trainables, parts, frozen, self.index)
+
+    def predict(self, *noisy, loss_space="output"):
+        """(prediction, target) for each NoisySample, each (1, C, F, h, w) in fp32: the network's
+        output (ε or v), or `epsilon` or `x0` derived from it. Several samples form one batch."""
+        self.dropout_seed = int(torch.randint(2**62, (), generator=self.g))
+        pairs, S = [], self.pipe.schedule
+        for z, output in zip(noisy, self.forward(self.pipe, noisy)):
+            target = S.target(z.x0, z.noise, z.t)
+            # The plain error can be compared between losses, so the log keeps it.
+            error = F.mse_loss(output.detach(), target)
+            self.records.append({"t": z.t, "clip": str(z.clip.path), "mse": error})
+            if loss_space != "output":
+                x0, eps = S.to_x0_eps(output, z.x, self.alpha_bar(z))
+                output, target = (eps, z.noise) if loss_space == "epsilon" else (x0, z.x0)
+            pairs.append((output, target))
         return pairs[0] if len(pairs) == 1 else pairs
 
-    def say(self, whole, noised):
-        """A model's raw predictions of what was noised, a list; what is watched comes to `seen`."""
-        if self.pattern and whole.unet not in self.watched:
-            self.attach(whole.unet)
-        # The words of a look stand at the end of captions while they act.
-        text = whole.read([" ".join([z.caption, *self.words]) for z in noised])
-        t = torch.cat([torch.full((1,), z.t, device=whole.device) for z in noised])
-        self.seen, self.seeing, said = {}, True, []
-        # Where memory is short, one by one, but what is watched is of all as one batch; and where
-        # clips differ in length.
-        several = [z.x for z in noised]
-        if whole.unet.checkpointing and not self.pattern or len({x.shape for x in several}) > 1:
-            parts = zip(several, t.split(1), text.split(1))
-        else:
-            parts = [(torch.cat(several), t, text)]
-        for part in parts:
-            said += whole.predict(*part, temporal=noised[0].temporal).split(1)
-        self.seeing = False
-        return said
-
     @torch.no_grad()
-    def base(self, *noised):
-        """What the base model, as it was before anything learned, says of each; no gradient. It is
-        loaded beside the one that learns when it is first asked for."""
-        if self.run.base is None:
-            flags = self.run.flags
-            self.run.base = model.load(flags.weights, flags.device, flags.precision, keep=())
-        said = self.say(self.run.base, noised)
-        return said[0] if len(said) == 1 else said
+    def base(self, *noisy):
+        """The frozen base model's output for each NoisySample, without gradients. Called after
+        predict, it uses the same dropout masks."""
+        run = self.run
+        if run.base is None:
+            run.base = model.load(run.flags.weights, run.flags.device, run.flags.precision, keep=())
+        set_train_mode(run.base.unet, run.recipe)
+        outputs = self.forward(run.base, noisy)
+        return outputs[0] if len(outputs) == 1 else outputs
 
-    def watch(self, pattern):
-        """From now on `seen` holds, after each prediction, {name: what it gave} of the modules
-        whose whole name matches: of an attention its maps (B, heads, N, M), of others their output.
-        Of clips that differ in length it is the last's."""
-        self.pattern, self.watched = pattern, []
+    def forward(self, pipe, noisy):
+        """The outputs of a model for noisy samples, a list. Fills `captured`."""
+        if len({z.temporal for z in noisy}) > 1:
+            raise BadInput("predict: a single frame and a clip in one call; call it once for each.")
+        if self.pattern and pipe.unet not in self.hooked:
+            self.add_hooks(pipe.unet)
+        if self.words is None:
+            raise BadInput("predict: call train first, to choose the trainable parts.")
+        torch.manual_seed(self.dropout_seed)
+        # Active appearance tokens stand at the end of captions.
+        text = pipe.encode_text([" ".join([z.caption, *self.words]) for z in noisy])
+        t = torch.cat([torch.full((1,), z.t, device=pipe.device) for z in noisy])
+        latents = [z.x for z in noisy]
+        # Where memory is short, or lengths differ, one at a time. Captured features need one batch.
+        lengths = {x.shape for x in latents}
+        if pipe.unet.checkpointing and not self.pattern or len(lengths) > 1:
+            batches = zip(latents, t.split(1), text.split(1))
+        else:
+            batches = [(torch.cat(latents), t, text)]
+        self.captured, self.capturing, outputs = {}, True, []
+        for batch in batches:
+            self.clips, self.frames = len(batch[0]), batch[0].shape[2]
+            outputs += pipe.predict(*batch, temporal=noisy[0].temporal).split(1)
+        self.capturing = False
+        return outputs
 
-    def attach(self, unet):
-        """Hooks for `watch`. They stay until the last backward pass, since layers that are computed
-        again there must do what they did the first time."""
-        def keeper(name):
+    # Inspection
+
+    def capture(self, pattern):
+        """From now on `captured` holds {name: output}, after each prediction, of the modules whose
+        full name matches: attention maps (B, heads, N, M) of an attention, features in fp32 of
+        other modules, (B, C, F, h, w) where their output is an image."""
+        self.pattern, self.hooked = pattern, []
+
+    def add_hooks(self, unet):
+        """Forward hooks for `capture`. They stay until the last backward pass, since gradient
+        checkpointing must repeat the same forward pass."""
+        def hook(name):
             def keep(module, inputs, out):
-                got = module.maps(*inputs) if isinstance(module, model.Attention) else out
-                if self.seeing:
-                    self.seen[name] = got
+                if not self.capturing:
+                    return
+                if isinstance(module, model.Attention):
+                    out = module.maps(*inputs)
+                elif out.dim() == 4 and len(out) == self.clips * self.frames:
+                    out = model.unfold_frames(out.float(), self.frames)
+                self.captured[name] = out.float()
+
             return keep
 
-        self.watched.append(unet)
+        self.hooked.append(unet)
         found = {n: m for n, m in unet.named_modules() if re.fullmatch(self.pattern, n)}
         if not found:
-            raise BadInput(f"watch: no module is called {self.pattern!r}.")
+            raise BadInput(f"capture: no module is called {self.pattern!r}.")
         for name, module in found.items():
-            self.hooks.append(module.register_forward_hook(keeper(name)))
+            self.hooks.append(module.register_forward_hook(hook(name)))
 
-    def note(self, figures):
-        """Figures for the log, beside the last prediction's."""
-        self.log[-1] |= figures
+    def log(self, values):
+        """Add {name: number or scalar tensor} to the record of the last prediction."""
+        if not self.records:
+            raise BadInput("log: call predict first.")
+        self.records[-1] |= values
 
-    def finish(self):
-        """After the last backward pass: stop watching; the log's figures, one dict a prediction."""
+    def close(self):
+        """Remove the hooks after the last backward pass. Returns the records, one dict per
+        prediction."""
         for hook in self.hooks:
             hook.remove()
-        return self.log
+        return self.records
 
 
 # ------------------------------------------------------------------------------------------------
-# Looking
+# Previews
 
 
-def looks_gone(run, step, video):
-    """Whether the appearance score of a preview, whose looks are not the clip's, has fallen to
-    appearance_stop (NewMove's supplement, Sec. 4): from there on, what is learned is the clip
-    itself. The paper's score is the mean of 300 videos."""
-    own = run.recipe.own
+def appearance_is_lost(run, step, video):
+    """Whether the appearance score of a preview, whose prompt asks for another appearance than the
+    clip's, has fallen to appearance_stop (NewMove's supplement, Sec. 4). From there on the model
+    memorizes the clip."""
     if not run.scorer or not step:
         return False
     from scores.clip import text_alignment
 
-    score = text_alignment(run.scorer, video, own["look_prompt"] or run.flags.preview_prompt)
-    say(f"step {step}: appearance score {score:.3f}")
-    return machine.agreed(score <= own["appearance_stop"])
+    own = run.recipe.own
+    prompt = own["appearance_prompt"] or run.flags.preview_prompt
+    score = text_alignment(run.scorer, video, prompt)
+    log(f"step {step}: appearance score {score:.3f}")
+    return machine.broadcast(score <= own["appearance_stop"])
 
 
 @torch.no_grad()
 def preview(run):
-    """One sample (3, F, H, W) of the preview prompt, from where the method starts sampling. What is
-    learned acts in it but for looks, which were there to be left out, unless nothing else is
-    learned."""
-    flags, recipe, whole = run.flags, run.recipe, run.model
-    whole.unet.eval()
-    bar = lambda text: None if run.process else text
-    acting = [n for n in run.learners if not n.startswith("look")] or list(run.learners)
-    like = (run.clips or run.images)[0].latents
-    shape = (like.shape[1], like.shape[2] if run.clips else flags.frames, *like.shape[3:])
-    start = sampler.noise_like_shape(shape, [flags.seed]).to(flags.device)
-    if recipe.noise_prior and run.clips and (run.inverted is None or recipe.inverts == "tuned"):
-        # The base's inversion is made once, before anything has learned.
-        lora.switch(run.learners, (), acting if recipe.inverts == "tuned" else ())
+    """A sample (3, F, H, W) of the preview prompt, from the method's starting latents. All parts
+    are active except appearance, which is trained to be left out, unless nothing else is trained.
+    """
+    flags, recipe, pipe = run.flags, run.recipe, run.pipe
+    pipe.unet.eval()
+    progress = lambda text: None if run.rank else text
+    names = [n for n in run.trainables if not n.startswith("appearance")] or list(run.trainables)
+    latents = (run.clips or run.images)[0].latents
+    channels, frames, *size = latents.shape[1:]
+    shape = channels, frames if run.clips else flags.frames, *size
+    start = sampler.seeded_randn(shape, [flags.seed]).to(flags.device)
+    tuned = recipe.inversion_model == "tuned"
+    if recipe.noise_prior and run.clips and (run.inverted is None or tuned):
+        # With the base model, once, before the first step.
+        lora.set_trainable(run.trainables, (), names if tuned else ())
         steps = recipe.inversion_steps or flags.preview_steps
-        run.inverted = sampler.invert(whole, like, steps, progress=bar("inverting for a sample"))
+        run.inverted = sampler.invert(pipe, latents, steps, progress=progress("preview: inverting"))
     if run.inverted is not None:
         start = sampler.blend_noise(run.inverted, start, recipe.noise_prior)
-    words = lora.switch(run.learners, (), acting)
+    words = lora.set_trainable(run.trainables, (), names)
     prompt = " ".join([flags.preview_prompt, *words])
-    return sampler.sample(whole, [prompt], start, [flags.seed], flags.preview_steps,
-                          recipe.guidance, recipe.sampler, progress=bar("a sample"))[0]
+    return sampler.sample(pipe, [prompt], start, [flags.seed], flags.preview_steps, recipe.guidance,
+                          recipe.sampler, progress=progress("preview"))[0]
 
 
 if __name__ == "__main__":

@@ -52,10 +52,10 @@ def score(run, args, scorers):
     sources = [tracks_of(r, args) for r in run.references]
     goal = args.motion_class
     if goal is None and scorers.classifier:
-        goal = wanted_kind(scorers.classifier, learned, args.device)
+        goal = most_common_class(scorers.classifier, learned, args.device)
     for s in tqdm(run.samples, desc=f"scoring {run.name}", delay=2):
         pictures = scorers.clip.images(s.video)
-        row = score_looks(s, pictures, args, scorers)
+        row = score_appearance(s, pictures, args, scorers)
         if learned:
             row[copy_name(scorers)] = clips.copy_score(scorers.copies.images(s.video), seen)
             own = tracks_of(s, args)
@@ -63,13 +63,13 @@ def score(run, args, scorers):
             row["tracks held (share)"] = s.held
         if goal is not None and scorers.classifier:
             row["motion accuracy (classifier)"] = float(
-                kind_of(scorers.classifier, s.video, args.device) == goal)
+                predicted_class(scorers.classifier, s.video, args.device) == goal)
         if args.world:
             row |= world.world_scores(s.video, s.prompt, learned[0] if learned else None)
         s.figures, s.features = row, pictures
 
 
-def score_looks(s, pictures, args, scorers):
+def score_appearance(s, pictures, args, scorers):
     """What a sample's frames show, against its prompt and each other."""
     text = scorers.clip.texts([s.prompt])
     row = {aligned_name(scorers): clips.alignment(pictures, text),
@@ -86,14 +86,14 @@ def score_looks(s, pictures, args, scorers):
 
 
 @torch.no_grad()
-def kind_of(classifier, video, device="cpu"):
+def predicted_class(classifier, video, device="cpu"):
     """The class that a classifier gives a video (3, F, H, W)."""
     return classifier(video[None].to(device)).argmax().item()
 
 
-def wanted_kind(classifier, references, device="cpu"):
+def most_common_class(classifier, references, device="cpu"):
     """The class that most of the references (3, F, H, W) have; None where there are none."""
-    kinds = [kind_of(classifier, video, device) for video in references]
+    kinds = [predicted_class(classifier, video, device) for video in references]
     return max(set(kinds), key=kinds.count) if kinds else None
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from support import media
-from support.files import finite, publish
+from support.files import nan_to_none
 
 TEMPLATES = Path(__file__).resolve().parent
 LOWER = ("copy score", "share of copies")  # metrics of which less is better, by their beginning
@@ -24,14 +24,10 @@ def better(metric):
     return "↓" if metric.startswith(LOWER) else "↑"
 
 
-def write_page(path, template, content):
-    """Fill a template beside this file with JSON that cannot end its script, whatever prompts
-    hold."""
-    text = json.dumps(finite(content), ensure_ascii=True, default=str).replace("<", "\\u003c")
-    html = (TEMPLATES / template).read_text(encoding="utf-8").replace("__CONTENT__", text)
-    with publish(path) as part:
-        part.write_text(html, encoding="utf-8")
-    print(f"written: {path}")
+def fill(template, content):
+    """A template from this folder, filled with JSON in which prompts cannot end the script."""
+    text = json.dumps(nan_to_none(content), ensure_ascii=True, default=str).replace("<", "\\u003c")
+    return (TEMPLATES / template).read_text(encoding="utf-8").replace("__CONTENT__", text)
 
 
 def embed(video, fps):
@@ -51,7 +47,7 @@ def read_log(path):
     """The steps of a log.jsonl, of each what was told last; lines that are none, as one that was
     cut when the run was killed, are passed by."""
     rows = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
             if type(row["step"]) is int and isinstance(row["seen"], list):
@@ -115,8 +111,8 @@ def against_steps(runs, table):
     return curves
 
 
-def report(path, runs, table, notes):
-    """Write the page: reference, runs side by side, prompts down; figures, curves, settings."""
+def report(runs, table, notes):
+    """The page: the references, one column per run, one row per prompt; metrics, curves, settings."""
     clips, shown, metrics = {}, [], {}
     for run in runs:
         clips |= {r.path: r for r in run.references}
@@ -129,7 +125,7 @@ def report(path, runs, table, notes):
         shown.append({"name": run.name, "settings": vars(run.made) if run.made else {}, "training":
                       vars(run.trained) if run.trained else {}, "losses": losses,
                       "samples": samples})
-    write_page(path, "page.html", {
+    return fill("page.html", {
         "table": table, "better": metrics, "notes": notes, "runs": shown,
         "references": [embed(r.video, r.fps) for r in clips.values()],
         "curves": against_steps(runs, table)})

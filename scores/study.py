@@ -3,21 +3,22 @@
     python eval.py out/a out/b --user-study              # study.html, and study-key.json
     python eval.py --votes votes*.json --key out/a/study-key.json
 """
+import json
 import math
 import random
 from itertools import combinations
 from pathlib import Path
 
-from scores.page import embed, write_page
-from support.files import BadInput, read_json, reading, say, write_json
+from scores.page import embed, fill
+from support.files import BadInput, log, print_line, read_json, reading
 
 RATES = range(1, 6)
 
 
-def study(out, runs, ratings, question):
-    """Write study.html: every two runs' videos of one prompt and seed. Which is which stands in
-    study-key.json alone; the page shuffles pairs and sides for each visitor. Raises BadInput, above
-    all where what two trainings brought would not be compared."""
+def study(runs, ratings, question):
+    """{file name: text} of study.html, with a pair of videos per two runs, prompt and seed, and of
+    study-key.json, which alone holds the runs' names. The page shuffles pairs and sides for each
+    visitor. Raises BadInput, e.g. where two trained models have no prompt in common."""
     chance, pairs, key = random.Random(), [], {}
     for a, b in combinations(runs, 2):
         other, before = {(s.prompt, s.seed): s for s in b.samples}, len(pairs)
@@ -40,10 +41,9 @@ def study(out, runs, ratings, question):
         raise BadInput("--user-study needs two runs with videos of the same prompts and seeds.")
     clips = [r for run in runs for r in run.references]
     reference = embed(clips[0].video, clips[0].fps) if clips else None
-    write_page(out / "study.html", "study.html", {
+    page = fill("study.html", {
         "pairs": pairs, "ratings": ratings, "question": question, "reference": reference})
-    write_json(out / "study-key.json", key)
-    print(f"written: {out / 'study-key.json'}")
+    return {"study.html": page, "study-key.json": json.dumps(key, indent=1) + "\n"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def count_votes(paths, key=None):
         with reading(path, "save the votes again from the study's page, and give its --key"):
             file = read_json(path)
             if file.get("session") and file["session"] in sessions:
-                say(f"{path} is the same visit as another file, and not counted twice")
+                log(f"{path} is the same visit as another file, and not counted twice")
                 continue
             sessions.add(file.get("session"))
             for vote in file["votes"]:
@@ -74,10 +74,10 @@ def count_votes(paths, key=None):
         raise BadInput(f"no votes in {', '.join(map(str, paths))}.")
     for (a, b), votes in choices.items():
         wins, n = votes.count(a), len(votes)
-        print(f"{a} {100 * wins / n:.1f} %, {b} {100 - 100 * wins / n:.1f} % of {n} votes, "
+        print_line(f"{a} {100 * wins / n:.1f} %, {b} {100 - 100 * wins / n:.1f} % of {n} votes, "
               f"p = {binomial_p(wins, n):.3g}")
     for (run, kind), values in sorted(ratings.items()):
-        print(f"{run}: {kind} {1 + sum(values) / len(values):.2f} of 5 ({len(values)} ratings)")
+        print_line(f"{run}: {kind} {1 + sum(values) / len(values):.2f} of 5 ({len(values)} ratings)")
 
 
 def binomial_p(wins, n):

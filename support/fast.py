@@ -111,7 +111,7 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p, self.training)
 
 
-class TimeConv(nn.Conv3d):
+class TemporalConv1d(nn.Conv3d):
     """nn.Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0)), on (B, C, F, h·w) in the 2-D kernel, which is
     several times faster: same numbers."""
 
@@ -130,7 +130,7 @@ def in_fp32(name, keep=()):
     return name in keep or re.search(small, name) is not None
 
 
-def halve(unet, keep=()):
+def halve(unet, dtype, keep=()):
     """Store all parameters in bf16 but those that stay in fp32 (`in_fp32`). Half the memory, and
     no weight is converted again at every step."""
     # Channels last, as the activations lie: or the kernels reorder them at every call.
@@ -138,4 +138,4 @@ def halve(unet, keep=()):
     for name, p in unet.named_parameters():
         if not in_fp32(name, keep):
             layout = layouts.get(p.dim(), torch.preserve_format)
-            p.data = p.data.to(torch.bfloat16, memory_format=layout)
+            p.data = p.data.to(dtype, memory_format=layout)

@@ -1,116 +1,150 @@
-"""Reading what people give, and writing what they keep: nothing here can run what is in a file,
-whatever is wrong with one is told in one line, and nothing that is written is ever half there.
+"""Files: read what users give, write what they keep. No file can run code, each mistake becomes one
+line, and a file that is written appears complete or not at all.
 """
 import argparse
+import codecs
 import contextlib
-import fcntl
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import types
 import typing
+import zipfile
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
 class BadInput(argparse.ArgumentTypeError, ValueError):
-    """What a person gave cannot be used; the message says what was found, wanted and to be done.
-    argparse tells it beside the flag."""
+    """Input that cannot be used. The message names the value found, the value expected and the fix.
+    argparse prints it next to the flag."""
 
 
-def say(text):
-    """A line for the person at the terminal, apart from the program's results."""
-    print(text, file=sys.stderr, flush=True)
+def print_line(text):
+    """Print a line of results to stdout. Control characters are escaped."""
+    print(escaped(text), flush=True)
+
+
+def log(text):
+    """Print a line for the user to stderr. Control characters are escaped."""
+    print(escaped(text), file=sys.stderr, flush=True)
+
+
+def escaped(text):
+    """Text with its control characters, except newlines and tabs, written as \\x1b and so on."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], str(text))
 
 
 # ------------------------------------------------------------------------------------------------
-# In
+# Reading
 
 
 @contextlib.contextmanager
 def reading(path, do="get it again"):
-    """Whatever goes wrong in the block, where a person's file is read, becomes one line that names
-    the file; so a reader is written for files that are right. do: what to do then."""
+    """Turn any error in the block, which reads a user's file, into one line that names the file.
+    Readers are then written for correct files. do: the advice at the end of the line."""
     try:
         if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
-            raise BadInput(f"{path} is no file; give the file itself.")  # one would wait for a pipe
+            raise BadInput(f"{path} is not a regular file; give the file itself.")  # a pipe blocks
         yield
     except (BadInput, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise BadInput(f"{path} cannot be used ({said}); {do}.") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise BadInput(f"{path} cannot be used ({reason}); {do}.") from error
 
 
 def read_json(path):
-    """The object in a JSON file. Raises BadInput when there is none."""
+    """The object in a JSON file. Raises BadInput."""
     with reading(path):
-        values = json.loads(Path(path).read_text())
-        json.dumps(values, ensure_ascii=False).encode()  # lone surrogates are no text
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        json.dumps(values, ensure_ascii=False).encode()  # raises for lone surrogates
         return dict(values.items())
 
 
-def number(least, most, default=MISSING):
-    """A dataclass field: a number, or a list of them, within least … most."""
-    return field(default=default, metadata={"least": least, "most": most})
+def read_text(path):
+    """The text of a file of at most 1 MB: UTF-8, or UTF-16 with a byte-order mark. Raises BadInput.
+    """
+    with reading(path, "save it as UTF-8 text"):
+        if Path(path).stat().st_size > 2**20:
+            raise ValueError("larger than 1 MB")
+        raw = Path(path).read_bytes()
+        marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = raw.decode("utf-16" if marked else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("neither UTF-8 nor marked UTF-16")
+        return text
+
+
+def number(low, high, default=MISSING):
+    """A dataclass field: a number, or a list of them, within low … high."""
+    return field(default=default, metadata={"low": low, "high": high})
 
 
 def one_of(*known):
-    """A dataclass field of few known values, of which the first is the default."""
+    """A dataclass field with a few known values. The first is the default."""
     return field(default=known[0], metadata={"known": known})
 
 
 def read_fields(cls, values, source):
-    """A dataclass of the values that a file holds for its fields; names that are not its own are
-    left alone. Its types may be int, float, bool, str, lists of these, and None beside them.
+    """A dataclass from the values that a file gives for its fields. Other names are ignored. Types
+    may be int, float, bool, str, lists of these, and None.
 
-    Raises BadInput, naming the source, for what is missing, of another type, not finite, or outside
-    what the field says (`number`, `one_of`).
+    Raises BadInput, naming the source, for values that are missing, of another type, not finite, or
+    outside the field's range (`number`, `one_of`).
     """
     chosen = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-    wrong = misfits(cls, values) + [f"{f.name} is missing" for f in fields(cls)
-                                    if f.name not in values
-                                    and f.default is MISSING is f.default_factory]
+    wrong = field_errors(cls, values)
+    for f in fields(cls):
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            wrong.append(f"{f.name} is missing")
     try:
         if wrong:
             raise BadInput("; ".join(wrong[:3]))
-        return cls(**chosen)  # which may find that its fields do not go together
+        return cls(**chosen)
     except BadInput as error:
         raise BadInput(f"{source}: {error}. Take the file beside the weights.") from None
 
 
-def misfits(cls, values):
-    """What is wrong with those of a dataclass's fields that `values` has, in words."""
-    return [f"{f.name} is {repr(values[f.name])[:60]}, wanted {wanted}" for f in fields(cls)
-            if f.name in values and (wanted := unlike(f, values[f.name]))]
+def field_errors(cls, values):
+    """One text per wrong value among a dataclass's fields in `values`."""
+    wrong = []
+    for f in fields(cls):
+        if f.name in values and (expected := expected_values(f, values[f.name])):
+            wrong.append(f"{f.name} is {repr(values[f.name])[:60]}, expected {expected}")
+    return wrong
 
 
-def unlike(f, value):
-    """What a field wants, when the value is not that; else None."""
-    known, least, most = (f.metadata.get(name) for name in ("known", "least", "most"))
+def expected_values(f, value):
+    """The values that a field accepts, as text, if `value` is not one of them; else None."""
+    known, low, high = (f.metadata.get(name) for name in ("known", "low", "high"))
     if known:
         fits = any(value == k and isinstance(value, bool) == isinstance(k, bool) for k in known)
         return None if fits else " or ".join(map(repr, known))
     if not _is(value, f.type):
         return getattr(f.type, "__name__", str(f.type)) if f.type in (int, float) else str(f.type)
     several = value if isinstance(value, list) else [value]
-    if f.type in (int, list[int]) and least is None:
-        least, most = 1, 2**16
-    if least is not None and not all(v is None or least <= v <= most for v in several):
-        return f"{least:g} to {most:g}"
+    if f.type in (int, list[int]) and low is None:
+        low, high = 1, 2**16
+    if low is not None and not all(v is None or low <= v <= high for v in several):
+        return f"{low:g} to {high:g}"
+    if f.default_factory is not MISSING:  # a list of any length
+        return None
     return None if 0 < len(several) <= 64 else "1 to 64 of them"
 
 
 def _is(value, kind):
-    """isinstance, with lists and unions, where a float may be written as an int, and none is NaN,
-    infinite or a truth value."""
+    """isinstance, also for lists and unions. A float may be written as an int. Numbers are finite,
+    and a bool is not a number."""
     if isinstance(kind, types.UnionType):
         return any(_is(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is list:
@@ -120,52 +154,114 @@ def _is(value, kind):
     return isinstance(value, kind)
 
 
-WHOLE = ("position_ids", "num_batches_tracked", "alpha")  # names that may hold whole numbers
+# ------------------------------------------------------------------------------------------------
+# Tensors
+
+
+INTEGERS = ("position_ids", "num_batches_tracked", "alpha")  # names that may hold integers
 
 
 def read_tensors(path, lists=False):
-    """The tensors of a .safetensors, .bin, .pt or .pth file, by name, or, where `lists` are allowed
-    too, a file's plain list of tensors. Nothing in the file can run. Raises BadInput when it is
-    missing, damaged, or holds anything but finite floating-point numbers."""
+    """The tensors of a .safetensors, .bin, .pt or .pth file by name; with `lists`, a plain list of
+    tensors is accepted too. Raises BadInput when the file is missing, damaged, or holds anything
+    except finite floating-point numbers."""
     with reading(path, "download or save it again"):
         if Path(path).suffix == ".safetensors":
             state = load_file(path)
+            check_digest(path, state)
         else:
+            check_pickle(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state) if isinstance(state, dict) else state
         named = state if isinstance(state, dict) or not lists else dict(enumerate(state))
         for name, tensor in named.items():
-            whole = str(name).endswith(WHOLE) and not tensor.is_complex()
-            if not (tensor.is_floating_point() or whole) or not torch.isfinite(tensor).all():
+            integer = str(name).endswith(INTEGERS) and not tensor.is_complex()
+            if tensor.nbytes > tensor.untyped_storage().nbytes():  # expanded: would not fit memory
+                raise BadInput(f"{path}: {str(name)[:80]} is larger than its data; save it again.")
+            if not (tensor.is_floating_point() or integer) or not torch.isfinite(tensor).all():
                 raise BadInput(f"{path}: {str(name)[:80]} holds NaN, infinity, or {tensor.dtype}; "
                                "download or save it again.")
         return state
 
 
+def check_pickle(path):
+    """Raises ValueError for a damaged archive and for a pickle that could allocate any amount of
+    memory. `torch.load(weights_only=True)` allows bytearray(n)."""
+    if not zipfile.is_zipfile(path):
+        pickles = [Path(path).read_bytes()]
+    else:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
+            pickles = [archive.read(n) for n in archive.namelist() if n.endswith(".pkl")]
+    if any(b"bytearray" in text for text in pickles):
+        raise ValueError("its pickle holds a bytearray")
+
+
+def digest(tensors):
+    """A checksum of names, shapes, types and numbers."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def check_digest(path, tensors):
+    """Raises ValueError where a file written by `save_tensors` has changed since."""
+    meta = read_meta(path)
+    if "digest" in meta and meta["digest"] != digest(tensors):
+        raise ValueError(f"its checksum is wrong: {len(tensors)} tensors, of {meta['tensors']}")
+
+
+def read_meta(path):
+    """The metadata of a .safetensors file, str to str; {} for other files. Raises BadInput."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with reading(path, "download or save it again"), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def save_tensors(path, tensors, meta):
+    """Write a .safetensors file with a checksum. Equal tensors and metadata give equal files."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    meta = meta | {"digest": digest(tensors), "tensors": str(len(tensors))}
+    with atomic_write(path) as part:
+        save_file(tensors, part, meta)
+        with open(part, "rb+") as file:  # safetensors writes the metadata in random order
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
 # ------------------------------------------------------------------------------------------------
-# What flags name, judged before anything is loaded
+# Values of flags that can be checked before anything is loaded
 
 
 def check_weights(path, flag="--weights"):
-    """Raises BadInput, with the way to get it, when a weights folder is not here. None, the tiny
-    model, always is."""
+    """Raises BadInput, with the download command, when a weights folder is missing. None stands for
+    the tiny model."""
     if path is None or Path(path).is_dir():
         return
     model = re.fullmatch(r"(?:.*(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)", str(path))
     if model and not Path(path).parent.is_dir():
         folder = model[1].partition("/")[2]
-        raise BadInput(f"{flag} {path} is not a folder here. A model of the Hugging Face hub is "
-                       f"fetched by: hf download {model[1]} --local-dir {folder} (hf comes with "
+        raise BadInput(f"{flag} {path} is not a local folder. To download a model of the Hugging "
+                       f"Face hub: hf download {model[1]} --local-dir {folder} (hf comes with "
                        f"pip install huggingface_hub); then give {flag} {folder}")
-    raise BadInput(f"{flag} {path} is not a folder here; give one in the hub's layout: unet/, vae/,"
-                   " text_encoder/ and scheduler/ (ZeroScope: hf download "
+    raise BadInput(f"{flag} {path} is not a local folder; give one in the hub's layout: unet/, "
+                   "vae/, text_encoder/ and scheduler/ (ZeroScope: hf download "
                    "cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w).")
 
 
-def check_there(path, instead):
-    """Raises BadInput where there is nothing at a path; instead: what to give, in words."""
+def check_exists(path, instead):
+    """Raises BadInput where a path does not exist; instead: the advice, as text."""
     if not Path(path).exists():
-        raise BadInput(f"{path} does not exist here; {instead}.")
+        raise BadInput(f"{path} does not exist; {instead}.")
 
 
 def read_size(text):
@@ -173,84 +269,138 @@ def read_size(text):
     found = re.fullmatch(r"(\d{1,4})[x×X](\d{1,4})", text.strip(), re.ASCII)
     sides = [int(side) for side in found.groups()] if found else [0]
     if any(side % 8 or not 8 <= side <= 4096 for side in sides):
-        raise BadInput(f"{text!r}: wanted WIDTHxHEIGHT in pixels, multiples of 8 up to 4096, such "
-                       "as 576x320.")
+        raise BadInput(f"{text!r}: expected WIDTHxHEIGHT in pixels, multiples of 8 up to 4096, "
+                       "e.g. 576x320.")
     return sides[1], sides[0]
 
 
 # ------------------------------------------------------------------------------------------------
-# Out
+# Writing
 
 
-PART = ".part-"  # files that are being written
+UNFINISHED = ".unfinished"  # the folder, inside an output folder, for files that are being written
+_private = None  # its path, while a command holds an output folder
 
 
 @contextlib.contextmanager
-def publish(path):
-    """A temporary path beside `path`; when the block ends well it is flushed to disk and takes the
-    name, so a reader meets the old file or the new one, never half of one."""
+def atomic_write(path):
+    """A temporary path. When the block ends without error, its file is flushed to disk and renamed
+    to `path`. Readers see the old file or the new one, never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=PART, suffix=path.suffix)
-    os.close(handle)
+    place = path.parent
+    if _private and _private.parent.resolve() in path.resolve().parents:
+        place = _private
+        place.mkdir(exist_ok=True)
     umask = os.umask(0)
     os.umask(umask)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~umask)  # temporary files, and safetensors', are private
-        with open(name, "rb+") as file:  # open for writing: Windows flushes no other
+    # A folder per file: libraries put temporary files of their own next to it.
+    with tempfile.TemporaryDirectory(dir=place, prefix=".tmp-") as folder:
+        part = Path(folder) / path.name
+        yield part
+        os.chmod(part, 0o666 & ~umask)  # safetensors makes its files private
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        os.replace(part, path)
 
 
-def finite(value):
-    """The same with None for what JSON cannot hold: NaN and infinity."""
+def append_line(path, text):
+    """Append a line to a file, which is created if missing. It begins with its newline, so a line
+    cut off by a kill leaves the next one whole. Links and pipes are refused with an OSError."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # not on Windows
+    handle = os.open(path, flags, 0o666)
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write("\n" + text)
+
+
+def nan_to_none(value):
+    """The value with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        return {k: nan_to_none(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
+        return [nan_to_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path, content):
-    """Write a JSON file, whole or not at all. Paths become text."""
-    with publish(path) as part:
-        text = json.dumps(finite(content), indent=1, ensure_ascii=False, default=str)
-        part.write_text(text + "\n")
+    """Write a JSON file atomically. Paths become text."""
+    text = json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, default=str)
+    write_text(path, text + "\n")
+
+
+def write_text(path, text):
+    """Write a text file atomically, in UTF-8."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def own_folder(out, default, resume=False):
-    """A folder that nobody else writes in while the block runs: one that was not there, or held
-    nothing; to `resume`, the one of a run. What is in a folder is never replaced: of the default,
-    out-2, out-3 … come next. Raises BadInput."""
-    folder = Path(out or default)
-    if not out and not resume:
-        others = (default.with_name(f"{default.name}-{n}") for n in itertools.count(2))
-        folder = next(f for f in itertools.chain([default], others) if not f.exists())
+def output_folder(out, default, resume=False):
+    """An output folder, locked while the block runs. It is new or empty; with `resume`, it belongs
+    to a run. Without --out, `default` is numbered: default-2, default-3, … Raises BadInput."""
+    global _private
+    folder = Path(out) if out else find_run(default) if resume else new_folder(default)
     if resume and not folder.is_dir():
-        raise BadInput(f"{folder} is not there, so there is nothing to resume; leave --resume out.")
+        raise BadInput(f"{folder} does not exist, so there is nothing to resume; drop --resume.")
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)  # closed by the system, too, however the process ends
+    with locked(folder):
+        found = {p.name for p in folder.iterdir()}
+        if found and not (resume and (found == {UNFINISHED} or "run.json" in found)):
+            advice = ", or --resume" if "run.json" in found and not resume else ""
+            raise BadInput(f"--out {folder} {'holds no run' if resume else 'is not empty'}; give a "
+                           f"new folder{advice}.")
+        _private = folder / UNFINISHED
+        try:
+            if UNFINISHED in found:  # left by a kill
+                shutil.rmtree(_private)
+            yield folder
+        finally:
+            shutil.rmtree(_private, ignore_errors=True)
+            _private = None
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # succeeds only if nothing was written
+
+
+def new_folder(default):
+    """The first of default, default-2, default-3, … that does not exist, created."""
+    for n in itertools.count(1):
+        folder = default if n == 1 else default.with_name(f"{default.name}-{n}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+def find_run(default):
+    """The one folder among default, default-2, … that holds a run. Raises BadInput for several."""
+    numbered = re.compile(re.escape(default.name) + r"(-\d+)?")
+    there = default.parent.iterdir() if default.parent.is_dir() else []
+    runs = [p for p in there if numbered.fullmatch(p.name) and (p / "run.json").is_file()]
+    if len(runs) > 1:
+        raise BadInput(f"--resume: {len(runs)} runs match, {' and '.join(map(str, sorted(runs)))}; "
+                       "give --out with one of them.")
+    return runs[0] if runs else default
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a lock on a folder; the system releases it however the process ends. Raises BadInput
+    where another command holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        inside = {p.name for p in folder.iterdir() if not p.name.startswith(PART)}
-        if inside and not (resume and ("run.json" in inside or inside == {"prior"})):
-            raise BadInput(f"--out {folder} holds files{' and no run' * resume}; give a new folder"
-                           f"{', or --resume' * ('run.json' in inside)}.")
-        for left in folder.rglob(PART + "*"):  # of a run that was killed while it wrote
-            left.unlink()
-        yield folder
+        yield
     except BlockingIOError:
         raise BadInput(f"{folder} is in use by another command; give another --out.") from None
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # where nothing was written
 
 
 def slug(text, longest=48):
-    """A file name from a text: letters, digits and dashes alone, so it stays in its folder."""
+    """A file name from a text: only letters, digits and dashes, so it stays in its folder."""
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].strip("-") or "untitled"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from support.files import BadInput, read_json, reading, say
+from support.files import log, read_json, reading
 from support.hub import pth_name
 
 TEXT = r"(lora_te\d?_|text_encoder(_\d)?\.|text_model\.|(transformer\.)?resblocks\.)"
@@ -47,7 +47,7 @@ def read_foreign(state, meta, unet, path, clip=0, whole=False):
             raise ValueError(f"it has no clip {clip}, being no list of MotionDirector's")
         text = [n for n in state if re.match(TEXT, n)]
         if text:
-            say(f"{path}: skipping {len(text)} tensors of a text encoder, such as {text[0]}")
+            log(f"{path}: skipping {len(text)} tensors of a text encoder, such as {text[0]}")
         state = {n: t for n, t in state.items() if n not in text}
         layers, tensors = sort_out(state, own, getattr(unet.config, "layers_per_block", None))
         settings = read_settings(state, meta, path)
@@ -210,7 +210,7 @@ def read_motiondirector(state, own, path, clip):
     if clip >= clips:
         raise ValueError(f"it has no clip {clip}, only #0 to #{clips - 1}")
     if clips > 1:
-        say(f"{path}: clip {clip} of {clips}; {path.name}#{clips - 1} takes the last")
+        log(f"{path}: clip {clip} of {clips}; {path.name}#{clips - 1} takes the last")
     return {layer: pair_of(layer, {"A": down, "B": up}, own[f"{layer}.weight"].shape)
             for layer, up, down in zip(layers, ups[clip::clips], downs[clip::clips])}
 

@@ -1,4 +1,4 @@
-"""Where a command runs: devices and precision, torchrun's processes, signals, and how it ends.
+"""The machine: device and precision, processes under torchrun, signals, and the end of a command.
 """
 import contextlib
 import ctypes
@@ -10,45 +10,49 @@ from datetime import timedelta
 
 import torch
 
-from support.files import BadInput, say
+from support.files import BadInput, log
 
 # ------------------------------------------------------------------------------------------------
-# The device
+# Device and precision
 
 
 def find_device(device=None):
-    """The device that a flag names, or the default; under torchrun each process has its own GPU.
+    """The device that a flag names, or the default. Under torchrun each process has its own GPU.
     Raises BadInput when it cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
+    device = device or ("cuda" if torch.cuda.is_available() else
+                        "mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "cuda" and distributed():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if torch.zeros(1, device=device).item() == 0:
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:80]
         raise BadInput(f"--device {device} cannot be used ({reason}); give cpu or cuda.") from None
-    return device
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def default_precision(device):
-    """bf16 wherever the hardware multiplies it faster than fp32, else fp32."""
+    """bf16 where the hardware multiplies it faster than fp32; fp16 on older GPUs; else fp32."""
     if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else "fp32"
+    return "bf16" if torch.device(device).type == "cpu" and supported() else "fp32"
 
 
 def autocast(device, precision):
-    """The context in which the networks run: bf16 products, or plain fp32."""
+    """The autocast context of the networks: bf16 or fp16 matrix products, or plain fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+    return torch.autocast(torch.device(device).type, DTYPES[precision])
 
 
-def keep_memory():
-    """Ask glibc to keep freed memory instead of handing it back to the system and asking again.
+def tune_malloc():
+    """Make glibc keep freed memory instead of returning it to the system.
 
-    On a Linux CPU a training step maps and unmaps all its activations otherwise, which can cost
+    Otherwise a training step on a Linux CPU maps and unmaps all its activations, which can cost
     several times the arithmetic. Call it before the first large tensor; elsewhere it does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
@@ -58,8 +62,8 @@ def keep_memory():
             libc.mallopt(option, size)
 
 
-def send(tensor, device):
-    """A tensor on the device, without waiting for it: a GPU reads it from pinned memory."""
+def to_device(tensor, device):
+    """Copy a tensor to the device without a synchronization: a GPU reads from pinned memory."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -69,20 +73,27 @@ def send(tensor, device):
 # Several processes, started by torchrun
 
 
-def place(device):
-    """This process's number and their count: torchrun's, which meet here, else 0 and 1."""
-    number, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def distributed():
+    """Whether torchrun started this process. Other launchers set RANK and WORLD_SIZE too."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def init_distributed(device):
+    """This process's rank and the world size; torchrun's processes connect here."""
+    if not distributed():
+        return 0, 1
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if count > 1 and not torch.distributed.is_initialized():
         cuda = torch.device(device).type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                             timeout=timedelta(days=1))  # samples take long
-    return number, count
+                                             timeout=timedelta(days=1))  # sampling takes long
+    return rank, count
 
 
-def agreed(value):
-    """The first process's value, in all of them."""
+def broadcast(value):
+    """Broadcast the value of rank 0 to all processes."""
     values = [value]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(values)
@@ -90,30 +101,30 @@ def agreed(value):
 
 
 @contextlib.contextmanager
-def first_alone(context, *args):
-    """What a context gives, which the first process alone is in, in all of them."""
-    first = int(os.environ.get("RANK", 0)) == 0
+def on_rank_zero(context, *args):
+    """Enter a context in rank 0 only, and give its value to all processes."""
+    first = not distributed() or os.environ["RANK"] == "0"
     with context(*args) if first else contextlib.nullcontext() as value:
-        yield agreed(value)
+        yield broadcast(value)
 
 
 @torch.no_grad()
-def add_gradients(parameters):
-    """Sum gradients over the processes. A parameter that learned in some of them alone counts as 0
-    in the others; one that learned nowhere keeps None, so that the optimiser passes it by."""
+def all_reduce_gradients(parameters):
+    """All-reduce gradients by their sum. A parameter without a gradient in some processes counts as
+    0 there; one without a gradient in all of them keeps None, so that the optimizer skips it."""
     if not torch.distributed.is_initialized():
         return
-    learned = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32,
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32,
                            device=parameters[0].device)
-    torch.distributed.all_reduce(learned)
-    for p, count in zip(parameters, learned.tolist()):
+    torch.distributed.all_reduce(present)
+    for p, count in zip(parameters, present.tolist()):
         if count:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad)
 
 
 # ------------------------------------------------------------------------------------------------
-# Stopping, and the end
+# Signals and errors
 
 
 class Stop:
@@ -121,19 +132,19 @@ class Stop:
     stops at once."""
 
     def __init__(self):
-        self.signal = self.caught = None  # what all agree on, and what came here
+        self.signal = self.caught = None  # broadcast by all processes, and received by this one
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.catch)
 
     def catch(self, number, frame):
-        if self.caught and "WORLD_SIZE" not in os.environ:  # torchrun passes signals on twice
+        if self.caught and not distributed():  # torchrun passes each signal on twice
             os._exit(128 + number)
         self.signal = self.caught = number
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # no print: it
-        # may be one that was interrupted
+        # os.write, since the signal may have interrupted a print.
+        os.write(2, b"\nstopping after this step; send the signal again to stop at once\n")
 
     def agree(self, device):
-        """Before a step: if one process was asked to stop, all were."""
+        """The signal that any process received, or None. Called before each step."""
         if torch.distributed.is_initialized():
             asked = torch.tensor(self.caught or 0, device=device)
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
@@ -141,47 +152,51 @@ class Stop:
         return self.signal
 
 
-def leave(number, frame):
-    """What a signal does while there is nothing to save: one line, and the end."""
+def exit_on_signal(number, frame):
+    """The signal handler outside of training: one line, and exit."""
     os.write(2, b"stopped\n")
     raise SystemExit(128 + number)
 
 
 def run(command):
-    """Run a script's main; a person's mistake, or their machine's, becomes one line and exit code
-    2. What is left is a mistake of the code's, which Python shows."""
+    """Run a script's main. User errors and machine errors become one line and exit code 2; other
+    exceptions keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, leave)
+        signal.signal(s, exit_on_signal)
     try:
+        " ".join(sys.argv).encode()  # raises for arguments that are not UTF-8
         return command()
-    except BrokenPipeError:  # of `| head -1`: its reader has seen enough
+    except BrokenPipeError:  # of `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:
-        line = mistake(error)
+        line = user_error(error)
         if line is None:
             raise
-        say(f"error: {' '.join(line.split())}")
+        log(f"error: {' '.join(line.split())}")
         sys.exit(2)
 
 
 MEMORY = r"not enough memory|can't allocate memory|[Oo]ut of memory|Unable to allocate"
 
 
-def mistake(error):
-    """What to tell a person of an error that is theirs, or their machine's; None for our own."""
+def user_error(error):
+    """The line for an error of the user's or the machine's; None for an error in the code."""
     text, kind = str(error), type(error).__name__
     if isinstance(error, BadInput):
         return text
     if isinstance(error, UnicodeError):
-        return f"a text or a name is not UTF-8 ({text[:80]}); type it again, or rename the file."
+        return f"a text or a file name is not UTF-8 ({text[:80]}); rename the file, or retype it."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
             isinstance(error, RuntimeError) and re.search(MEMORY, text)):
         return ("out of memory at the size printed above. Try, in this order: --checkpointing on "
                 "(when training), a smaller --size, fewer --frames, --batch 1.")
-    if isinstance(error, OSError):  # a disk that is full, a folder that is a file, no permission
+    if isinstance(error, OSError):  # disk full, no permission, a folder in place of a file
         return (f"{error.filename or 'a file'}: {error.strerror or error}; give another --out, or "
-                "free some space.")
+                "free disk space.")
     if kind == "SafetensorError" or "PytorchStreamWriter" in text or "file write failed" in text:
-        return f"a file could not be written ({text[:120]}); give another --out, or free some space."
+        return f"a file cannot be written ({text[:120]}); give another --out, or free disk space."
     return None

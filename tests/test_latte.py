@@ -5,12 +5,9 @@ import random
 import re
 import struct
 
-import diffusers
 import pytest
-import tokenizers
 import torch
-import transformers
-from conftest import ROOT, learn, prepared, relative
+from conftest import ROOT, prepare_run, relative, run_training
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -24,6 +21,8 @@ from latte.tokenizer import Tokenizer
 from latte.transformer import LAYERS, Latte, LatteConfig
 from support.files import BadInput
 
+HUB = "diffusers", "tokenizers", "transformers"
+diffusers, tokenizers, transformers = map(pytest.importorskip, HUB)
 FULL = dict(num_layers=28, num_attention_heads=16, attention_head_dim=72, in_channels=4,
             out_channels=8, caption_channels=4096, sample_size=64, patch_size=2)
 SMALL = FULL | dict(num_layers=2, attention_head_dim=4, caption_channels=32, sample_size=8)
@@ -153,7 +152,7 @@ def test_the_tokenizer_equals_tokenizers(hub_pipeline, weights):
 
 def test_the_pipeline_equals_diffusers(hub_pipeline, weights):
     """Text, its mask, guidance, DDIM, the ignored variance and the VAE."""
-    start, prompt = sampler.noise_like_shape((4, 4, 8, 8), [3]), "A dog doing the sks "
+    start, prompt = sampler.seeded_randn((4, 4, 8, 8), [3]), "A dog doing the sks "
     expected = hub_pipeline(prompt, num_inference_steps=3, guidance_scale=7.5, latents=start,
                             video_length=4, height=64, width=64, output_type="pt").frames
     got = sampler.sample(model.load(weights), [prompt], start, [0], steps=3, guidance=7.5)
@@ -171,21 +170,22 @@ def sample(adapter, out, weights, *more):
 
 @pytest.mark.parametrize("method,more,sets", [
     ("vmc", ("--precision", "bf16"), {"": "temporal-attention-qkv"}),
-    ("motiondirector", ("spatial=1", "--precision", "bf16"),
-     {"": "temporal-attention-ff", "-look": "spatial-self-attention-ff"}),
+    ("motiondirector", ("spatial_prob=1", "--precision", "bf16"),
+     {"": "temporal-attention-ff", "-appearance": "spatial-self-attention-ff"}),
     ("newmove", (), {"": "temporal-and-cross-kv"}),
-    ("customize-a-video", ("first=1",), {"": "temporal-attention", "-look": "spatial-attention"}),
-    ("coupled", (), {"": "coupled"}), ("dreambooth", ("prior_clips=1",), {"": "spatial"}),
+    ("customize-a-video", ("absorber_steps=1",),
+     {"": "temporal-attention", "-appearance": "spatial-attention"}),
+    ("coupled", (), {"": "coupled"}), ("dreambooth", ("num_prior_clips=1",), {"": "spatial"}),
     ("custom-diffusion", (), {"": "cross-attention-kv"}), ("textual-inversion", (), {"": "word"}),
     ("tune-a-video", (), {"": "tune-a-video"})])
 def test_every_method_trains_and_samples(method, more, sets, weights, hop, tmp_path, capsys):
     """Its adapters have tensors of its layer sets alone, and change the layers."""
-    learn(method, hop, tmp_path / "run", *flags(weights, "--steps", 2, *more))
+    run_training(method, hop, tmp_path / "run", *flags(weights, "--steps", 2, *more))
     for suffix, layers in sets.items():
         path = tmp_path / "run" / f"{method}{suffix}.safetensors"
         names = [re.sub(r"\.lora_[AB]|^unet\.", "", name) for name, tensor
                  in load_file(path).items() if tensor.dtype == torch.float32]
-        pattern = re.compile(LAYERS.get(layers, r"word\.sks") + r"|word\.sks")
+        pattern = re.compile(LAYERS.get(layers, "word") + r"|word\.sks|clip_latents")
         assert names and all(map(pattern.fullmatch, names))
         sample(path, tmp_path / f"out{suffix}", weights)
         assert ("‖ΔW‖/‖W‖ = 0\n" in capsys.readouterr().out) == (layers == "word")
@@ -194,33 +194,33 @@ def test_every_method_trains_and_samples(method, more, sets, weights, hop, tmp_p
 def test_gradient_checkpointing_gives_the_same_gradients(weights, hop, tmp_path):
     gradients, calls = [], []
     for on in ("off", "on"):
-        run = prepared("newmove", hop, tmp_path, *flags(weights, "--checkpointing", on))
-        block = run.model.unet.transformer_blocks[1]
+        run = prepare_run("newmove", hop, tmp_path / on, *flags(weights, "--checkpointing", on))
+        block = run.pipe.unet.transformer_blocks[1]
         block.register_forward_pre_hook(lambda *_, on=on: calls.append(on))
         train.one_step(run, 0)
-        gradients.append([p.grad for p in lora.named(run.learners).values()])
+        gradients.append([p.grad for p in lora.named(run.trainables).values()])
     assert calls == ["off", "on", "on"] and all(
         torch.equal(a, b) and a.any() for a, b in zip(*gradients))
 
 
 def test_a_resumed_run_is_the_same_run_and_its_merged_folder_opens(weights, hop, tmp_path):
     own = flags(weights, "motion.lr=1e-2", "--steps")
-    learn("newmove", hop, tmp_path / "whole", *own, 4)
-    learn("newmove", hop, tmp_path / "two", *own, 2)
-    learn("newmove", hop, tmp_path / "two", *own, 4, "--resume")
-    whole, two = (tmp_path / name / "newmove.safetensors" for name in ("whole", "two"))
-    sample(two, tmp_path / "out", weights, "--save", tmp_path / "merged")
-    hub, two = diffusers.LatteTransformer3DModel.from_pretrained(
-        tmp_path / "merged" / "transformer").state_dict(), load_file(two)
-    for name, tensor in load_file(whole).items():
-        assert torch.equal(two[name], tensor)
-        assert torch.equal(hub[name.removeprefix("unet.")], tensor.half().float())
-    assert model.load(tmp_path / "merged").read(["a"]).shape == (1, 120, 33)
+    run_training("newmove", hop, tmp_path / "whole", *own, 4)
+    run_training("newmove", hop, tmp_path / "two", *own, 2)
+    run_training("newmove", hop, tmp_path / "two", *own, 4, "--resume")
+    adapter = tmp_path / "two" / "newmove.safetensors"
+    sample(adapter, tmp_path / "out", weights, "--save-merged", tmp_path / "merged")
+    hub = diffusers.LatteTransformer3DModel.from_pretrained(tmp_path / "merged" / "transformer")
+    whole, two = load_file(tmp_path / "whole" / adapter.name), load_file(adapter)
+    assert all(torch.equal(whole[name], two[name]) for name in two)
+    merged = {f"unet.{name}": tensor for name, tensor in hub.state_dict().items()}
+    assert all(torch.equal(merged[n], two[n].half().float()) for n in two if n in merged)
+    assert model.load(tmp_path / "merged").encode_text(["a"]).shape == (1, 120, 33)
 
 
 def test_without_temporal_blocks_frames_do_not_meet(weights):
     latte, x = model.load(weights), torch.randn(1, 4, 4, 8, 8)
-    text, other = latte.read(["a dog"]), x + torch.eye(4)[2].view(4, 1, 1)
+    text, other = latte.encode_text(["a dog"]), x + torch.eye(4)[2].view(4, 1, 1)
     for temporal, expected in ((False, [True, True, False, True]), (True, [False] * 4)):
         a, b = latte.predict(x, 500, text, temporal), latte.predict(other, 500, text, temporal)
         assert (a == b).all(dim=(0, 1, 3, 4)).tolist() == expected
@@ -230,21 +230,21 @@ def test_t5_is_read_once_and_leaves_memory(weights, hop, tmp_path, monkeypatch):
     """Except while a word has learned vectors."""
     read, t5 = [], T5
     monkeypatch.setattr("latte.t5.T5", lambda config: read.append(config) or t5(config))
-    run = prepared("vmc", hop, tmp_path, *flags(weights))
+    run = prepare_run("vmc", hop, tmp_path / "a", *flags(weights))
     train.preview(run)
     train.one_step(run, 0)
-    assert len(read) == 1 and run.model.text.t5 is None
-    run = prepared("textual-inversion", hop, tmp_path, *flags(weights))
+    assert len(read) == 1 and run.pipe.text_encoder.t5 is None
+    run = prepare_run("textual-inversion", hop, tmp_path / "b", *flags(weights))
     train.one_step(run, 0)
-    assert run.model.text.t5 is not None and run.learners["word"][0].vectors.grad.any()
+    assert run.pipe.text_encoder.t5 is not None and run.trainables["word"][0].vectors.grad.any()
 
 
 def test_what_does_not_fit_is_refused(weights):
     latte, odd = model.load(weights), torch.randn(1, 4, 4, 9, 8)
     for message, action in (
-            ("expected at most 120", lambda: latte.read(["dog " * 120])),
-            ("multiples of 16 pixels", lambda: latte.predict(odd, 5, latte.read([""]))),
-            ("known sets: temporal-att", lambda: lora.select(latte.unet, "temporal-convs")),
+            ("expected at most 120", lambda: latte.encode_text(["dog " * 120])),
+            ("multiples of 16 pixels", lambda: latte.predict(odd, 5, latte.encode_text([""]))),
+            ("give one of temporal-att", lambda: lora.select(latte.unet, "temporal-convs")),
             ("config.json cannot be used", lambda: Tokenizer(weights / "vae" / "config.json"))):
         with pytest.raises(BadInput, match=message):
             action()

@@ -1,0 +1,143 @@
+"""Adapter files: trained weights in one .safetensors file with metadata, and merging them into a
+model.
+
+    python -c "from support.files import read_meta; print(read_meta('vmc.safetensors'))"
+
+Axes: C channels, F frames, h w latent, n vectors of a token, D text width.
+"""
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from support import formats
+from support.files import BadInput, read_meta, read_tensors, reading, save_tensors
+
+FORMAT = "motion-adapter-4"
+CLIP = "clip_latents"  # the tensor that holds the first clip, for methods that start from it
+
+# {kind: apply(model, tensors, scale)} for trainables added by users. Their tensors are named
+# "kind.…" in an adapter file; `apply` gets them without that prefix when the adapter is merged.
+ADAPTER_LOADERS = {}
+
+
+def fingerprint(unet):
+    """Twelve letters that identify a base model, equal for its fp16 and fp32 files. Computed from
+    the configuration and the last layer, which is never stored in bf16."""
+    total = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
+    named = dict(unet.named_parameters())
+    for name in [n for n in named if n.startswith(("conv_out", "proj_out"))] or named:
+        tensor = named[name].detach().to("cpu", torch.float16)
+        total.update(tensor.flatten()[:4096].contiguous().numpy().tobytes())
+    return total.hexdigest()[:12]
+
+
+@dataclass
+class Adapter:
+    """Trained weights: full tensors by parameter name, and LoRA pairs (A, B) by module name with
+    the scale multiplied into B; vectors (n, D) of learned tokens; `more`, {kind: {name: tensor}},
+    for ADAPTER_LOADERS; the first clip's latents (C, F, h, w) or None; and meta, the file's
+    metadata (str to str): format, method, base, prompt, step, sampling settings."""
+
+    tensors: dict
+    pairs: dict
+    latents: torch.Tensor
+    meta: dict
+    path: Path
+    words: dict = field(default_factory=dict)
+    more: dict = field(default_factory=dict)
+
+
+def save_adapter(path, trainables, latents=None, **meta):
+    """Write the tensors of trainables and the clip's latents to one file. Tensors keep their
+    precision, so loading is exact. diffusers and peft ignore the names that they do not know."""
+    state = {} if latents is None else {CLIP: latents}
+    for one in trainables:
+        state |= one.tensors()
+    save_tensors(path, state, {"format": FORMAT} | {k: str(v) for k, v in meta.items()})
+
+
+def read_adapter(path, model, whole=False):
+    """Read an adapter for a model: our own file or another program's LoRA. "file.pt#2" is clip 2 of
+    a MotionDirector list; `whole` also accepts all weights of an image UNet. Raises BadInput when
+    the file is not an adapter, is damaged, was trained on another base, or does not fit."""
+    path = Path(path)
+    name, _, clip = path.name.partition("#")
+    path, clip = (path.with_name(name), int(clip)) if clip.isdigit() else (path, 0)
+    state, meta = read_tensors(path, lists=True), read_meta(path)
+    base, words, more, latents = meta.get("base"), {}, {}, None
+    if base and base != fingerprint(model.unet):
+        raise BadInput(f"{path} was trained on {meta.get('base_name')} ({base}), but these weights "
+                       f"are {fingerprint(model.unet)}; give --weights the base it was trained on.")
+    with reading(path, "it belongs to another model"):
+        if own := meta.get("format") == FORMAT:
+            width, channels = model.text_encoder.config.hidden_size, model.unet.config.in_channels
+            latents = state.pop(CLIP, None)
+            if latents is not None:
+                latents = formats.fit(latents, (channels, *latents.shape[1:]), CLIP)
+            for name in list(state):
+                kind, _, rest = name.partition(".")
+                if kind == "word":
+                    vectors = state.pop(name)
+                    words[rest] = formats.fit(vectors, (len(vectors), width), name)
+                elif kind in ADAPTER_LOADERS:
+                    more.setdefault(kind, {})[rest] = state.pop(name)
+        tensors, pairs = {}, {}
+        if state or not own:
+            tensors, pairs = formats.read_foreign(state, meta, model.unet, path, clip, whole)
+    return Adapter(tensors, pairs, latents, meta, path, words, more)
+
+
+@torch.no_grad()
+def apply_adapters(model, adapters, scales=None):
+    """Merge adapters into the model, each with its scale s: W + Σ s·ΔW. Scale 0 leaves W unchanged
+    to the bit; scale 1 sets full tensors exactly. Learned tokens join the text encoder at any scale
+    except 0. Raises BadInput when two adapters hold the same token, before anything is changed.
+    Returns per adapter (path, number of changed layers, ‖ΔW‖/‖W‖ over these)."""
+    words = [w for adapter in adapters for w in adapter.words]
+    if twice := {w for w in words if words.count(w) > 1}:
+        raise BadInput(f"two adapters hold the token {', '.join(twice)}; train one of them with "
+                       "another word.text.")
+    named, before = dict(model.unet.named_parameters()), {}
+    device, norms = next(iter(named.values())).device, [[] for _ in adapters]
+    active = [row for row in zip(adapters, scales or [1.0] * len(adapters), norms) if row[1]]
+    for adapter, scale, mine in active:  # full tensors first: they replace a layer
+        for name, tensor in adapter.tensors.items():
+            mine.append(merge_full(named[name], tensor.to(named[name]), name, scale, before))
+    for adapter, scale, mine in active:
+        for layer, (A, B) in adapter.pairs.items():
+            W = named[f"{layer}.weight"]
+            delta = scale * lora_delta(A.to(device), B.to(device), W.data)
+            mine.append((delta.norm(), W.data.norm()))
+            W.data = W.data + delta
+        for kind, tensors in adapter.more.items():
+            ADAPTER_LOADERS[kind](model, {n: t.to(device) for n, t in tensors.items()}, scale)
+        model.text_encoder.learned |= {w: t.to(device) for w, t in adapter.words.items()}
+    return [(a.path, len(mine), relative_change(mine)) for a, mine in zip(adapters, norms)]
+
+
+def lora_delta(A, B, W):
+    """B·A in the shape of W, also for convolutions."""
+    return (B.flatten(1).float() @ A.flatten(1).float()).view(W.shape).to(W)
+
+
+def merge_full(p, tensor, name, scale, before):
+    """Set p to p + scale·(tensor − base weight); `before` keeps the base weight of each name.
+    Returns the norms of the change and of the base weight."""
+    base = before.get(name, p.data)
+    if scale == 1 and name not in before:
+        p.data = tensor
+    else:
+        p.data = p.data + scale * (tensor - base)
+    before[name] = base
+    return scale * (tensor - base).norm(), base.norm()
+
+
+def relative_change(norms):
+    """‖ΔW‖/‖W‖ over layers, from [(norm of a layer's change, norm of the layer)]."""
+    if not norms:
+        return 0.0
+    change, size = torch.tensor(norms, dtype=torch.float64).norm(dim=0).tolist()
+    return change / size if size else 0.0
