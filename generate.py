@@ -60,7 +60,8 @@ def main(argv=None):
             (name, *job) for name, job in zip(names, jobs)]}
         print_line(f"settings: {json.dumps(settings, ensure_ascii=False, default=str)}")
         rows = []
-        for name, (job, video) in zip(names, generate(args, s, pipe, loaded, jobs, clip)):
+        # generate comes first in zip: it merges the adapters even without a prompt.
+        for (job, video), name in zip(generate(args, s, pipe, loaded, jobs, clip), names):
             if refiner:  # one at a time, since its frames are large
                 video = refine(args, refiner, video, *job)
             media.write_video(out / name, video, args.fps)

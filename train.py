@@ -270,6 +270,10 @@ def prepare_training(run):
     run.trainables = lora.build_trainables(recipe.parts, pipe, clips, flags.seed)
     run.trained = lora.named(run.trainables)
     pipe.unet.checkpointing = flags.checkpointing == "on"
+    # Encoded together, once: a large text encoder leaves memory between calls.
+    captions = [clip.prompt for clip in (*run.clips, *run.images, *run.prior)]
+    look = recipe.own.get("appearance_prompt") or ""
+    pipe.encode_text(["", flags.preview_prompt, look, *captions])
     device = torch.device(flags.device).type
     run.scaler = torch.amp.GradScaler(device, enabled=flags.precision == "fp16")
     if run.rank == 0:
