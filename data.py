@@ -213,7 +213,7 @@ def of_the_world(run, number):
 def by_the_base(run, number):
     """A clip of the caption without its word, sampled from the untrained model (DreamBooth)."""
     flags, recipe, model = run.flags, run.recipe, run.pipe
-    word = recipe.parts["word"].text if "word" in recipe.parts else ""
+    word = recipe.parts["word"].token if "word" in recipe.parts else ""
     caption = " ".join(w for w in run.clips[0].prompt.split() if w != word)
     prompt = check_prompt(recipe.class_prompt or caption or "a video")
     factor, channels = model.vae.config.factor, model.unet.config.in_channels
@@ -231,7 +231,7 @@ def by_the_base(run, number):
 PATCH = (0.33, 0.67)  # of the sides: Customize-A-Video's
 
 
-def crop(video, g):
+def random_patch(video, g):
     """A random part of one random frame, a third to two thirds as wide and high, enlarged, (3, 1,
     H, W): what things look like, without where they are (Customize-A-Video)."""
     f = int(torch.randint(video.shape[1], (), generator=g))
