@@ -86,7 +86,7 @@ def read_adapter(path, model, whole=False):
                     more.setdefault(kind, {})[rest] = state.pop(name)
         tensors, pairs = {}, {}
         if state or not own:
-            tensors, pairs = formats.read_foreign(state, meta, model.unet, path, clip, whole)
+            tensors, pairs = formats.read_foreign(state, meta, model.unet, path, clip, whole or own)
         if not (tensors or pairs or words or more):
             raise ValueError("it holds no trained weights")
     return Adapter(tensors, pairs, latents, meta, path, words, more)

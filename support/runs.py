@@ -8,6 +8,7 @@ not at all, and nothing is ever deleted.
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -41,7 +42,7 @@ def fixed_settings(run):
     flags, digest = run.flags, hashlib.sha256()
     for clip in (*run.clips, *run.images):
         digest.update(clip.video.numpy().tobytes() + clip.prompt.encode())
-    settings = {k: v for k, v in run.recipe.settings().items()
+    settings = {k: v for k, v in json_settings(run.recipe).items()
                 if k not in ("steps", "appearance_stop")}
     if flags.prior == "generated":
         settings["--preview-steps"] = flags.preview_steps
@@ -49,6 +50,11 @@ def fixed_settings(run):
         "--method": run.recipe.name, "--seed": flags.seed, "--precision": flags.precision,
         "--prior": str(flags.prior), "--batch": run.batch, "base model": run.fingerprint,
         "clips": digest.hexdigest()[:12]}))
+
+
+def json_settings(recipe):
+    """A recipe's settings for a JSON file, which cannot hold infinity as a number."""
+    return {k: "inf" if v == math.inf else v for k, v in recipe.settings().items()}
 
 
 def check_same(run, was):
@@ -75,7 +81,7 @@ def claim(run):
 def write_settings(run):
     """run.json, from which the run can be repeated."""
     write_json(run.flags.out / "run.json", {
-        "method": run.recipe.name, "settings": run.recipe.settings(), "flags": vars(run.flags),
+        "method": run.recipe.name, "settings": json_settings(run.recipe), "flags": vars(run.flags),
         "clips": [c.path for c in run.clips], "fixed_settings": fixed_settings(run)})
 
 
@@ -211,11 +217,12 @@ def adapter_groups(trainables):
             if one.tensors():
                 groups.setdefault(suffix, []).append(one)
     for built in groups.values():
-        names = [name for one in built for name in one.tensors()]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise BadInput(f"two parts train {sorted(twice)[0]}, and an adapter holds one; choose "
-                           "other layers, or per_video=off.")
-        for kind in {name.partition(".")[0] for name in names} - {"unet", "word"}:
+        tensors = {}
+        for name, tensor in (row for one in built for row in one.tensors().items()):
+            if tensors.setdefault(name, tensor) is not tensor:  # fully fine-tuned layers are shared
+                raise BadInput(f"two parts train {name}, and an adapter holds one; choose other "
+                               "layers, or per_video=off.")
+        for kind in {name.partition(".")[0] for name in tensors} - {"unet", "word"}:
             if kind not in adapters.ADAPTER_LOADERS:
                 raise BadInput(f"no loader for {kind!r} in adapters.ADAPTER_LOADERS, so the "
                                "adapter could not be used.")

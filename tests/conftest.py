@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -159,12 +160,10 @@ def run_training(*args):
     train.main(flags_of(*args))
 
 
-def prepare_run(*args):
-    """A Run that is ready for its first step, from the arguments of `flags_of`. Its folder must be
-    new."""
-    flags, recipe = train.parse(flags_of(*args))
-    assert not (flags.out / "run.json").exists()
-    return train.prepare(flags, recipe)
+def prepare_run(method, video, parent, *more):
+    """A Run that is ready for its first step, in a new folder inside `parent`."""
+    out = tempfile.mkdtemp(dir=parent)
+    return train.prepare(*train.parse(flags_of(method, video, out, *more)))
 
 
 def expect_error(argv, message, capsys, main=train.main):
