@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -182,7 +183,9 @@ def fork(action, stderr=os.devnull, **environment):
     if pid := os.fork():
         return pid
     os.environ.update(environment)
+    tqdm.set_lock(threading.RLock())  # its default lock is shared with the parent
     sys.stderr, code = open(stderr, "w", buffering=1), 0
+    os.dup2(sys.stderr.fileno(), 2)  # signal handlers write there
     try:
         machine.run(action)
     except SystemExit as stop:
