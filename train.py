@@ -170,6 +170,8 @@ def check_data(flags, recipe, kind):
     if flags.images and (flags.method, kind) not in BY_DATA:
         raise BadInput(f"{flags.method} cannot be trained on {kind}; motiondirector trains on "
                        "images alone, newmove on images of a subject with clips of a motion.")
+    if flags.images and not flags.video and len(flags.prompt) > 1:
+        raise BadInput(f"--prompt: {len(flags.prompt)} captions for images; give one for all.")
     if "subject" in recipe.parts and bool(flags.images) != recipe.is_trainable("subject"):
         raise BadInput("a subject requires --images and subject.layers or "
                        "subject_word.num_vectors: give both, or neither.")

@@ -62,11 +62,11 @@ def contents(folder):
 
 @pytest.fixture(scope="session")
 def trained(hop, tmp_path_factory):
-    """A run of six steps as a command, with previews at 0, 3 and 6, and its output. It can reach no
+    """A run of four steps as a command, with previews at 0, 2 and 4, and its output. It can reach no
     network and no home folder."""
     out = tmp_path_factory.mktemp("run") / "out"
-    command = [sys.executable, ROOT / "train.py", "--video", hop, "--out", out, "--steps", 6,
-               "--preview-every", 3, "--preview-steps", 4]
+    command = [sys.executable, ROOT / "train.py", "--video", hop, "--out", out, "--steps", 4,
+               "--preview-every", 2, "--preview-steps", 2, "--frames", 6, "motion.lr=5e-3"]
     (out.parent / "sitecustomize.py").write_text(
         "import socket\n\n\ndef connect(self, address):\n    raise SystemExit('network')\n\n\n"
         "socket.socket.connect = connect\n")
@@ -105,22 +105,22 @@ def one_step(first_step, tmp_path):
 def test_a_run_leaves_its_settings_log_state_adapter_and_previews(trained, hop, tiny):
     out, printed = trained
     record = json.loads((out / "run.json").read_text())
-    assert record["method"] == "vmc" and record["settings"]["steps"] == 6
+    assert record["method"] == "vmc" and record["settings"]["steps"] == 4
     assert record["flags"]["seed"] == 0 and record["flags"]["size"] == [64, 64]
     log = log_of(out)
-    assert [line["step"] for line in log] == list(range(6))
+    assert [line["step"] for line in log] == list(range(4))
     assert all({"loss", "grad", "losses", "seen", "seconds"} <= line.keys() for line in log)
     assert all({"mse", "t", "clip", "scale", "offset"} <= line["seen"][0].keys() for line in log)
     assert sorted(p.relative_to(out).as_posix() for p in contents(out)) == [
-        "log.jsonl", "run.json", *(f"samples/step-{s:06d}.mp4" for s in (0, 3, 6)),
+        "log.jsonl", "run.json", *(f"samples/step-{s:06d}.mp4" for s in (0, 2, 4)),
         "state.safetensors", "vmc.safetensors"]
     for text in (str(hop.with_suffix(".txt")), "parameters in", "temp_attentions attn1:",
                  METHODS["vmc"].source, train.TINY["vmc"], "generate.py --adapter"):
         assert text in printed
     adapter = adapters.read_adapter(out / "vmc.safetensors", tiny)
-    assert {"method": "vmc", "prompt": "thing 0 hopping", "step": "6", "seed": "0",
+    assert {"method": "vmc", "prompt": "thing 0 hopping", "step": "4", "seed": "0",
             "base": adapters.fingerprint(tiny.unet)}.items() <= adapter.meta.items()
-    assert adapter.latents.shape == (8, 16, 8, 8)
+    assert adapter.latents.shape == (8, 6, 8, 8)
     assert sampler.read_sampling(out, adapter.meta) == sampler.Sampling(
         sampler="ddpm", sampling_steps=20, inversion_steps=0, noise_prior=1,
         inversion_model="tuned", guidance=4, fps=8)
@@ -131,12 +131,12 @@ def test_a_run_leaves_its_settings_log_state_adapter_and_previews(trained, hop, 
 
 def test_a_preview_has_the_reference_the_base_model_and_the_current_one(trained):
     """At step 0 the second and the third are equal."""
-    for step, same in ((0, True), (6, False)):
+    for step, same in ((0, True), (4, False)):
         with av.open(str(trained[0] / "samples" / f"step-{step:06d}.mp4")) as container:
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
         side = frames[0].shape[0]
-        assert len(frames) == 16 and frames[0].shape[1] == 3 * side
-        _, before, now = torch.tensor(frames[8]).float().split(side, dim=1)
+        assert len(frames) == 6 and frames[0].shape[1] == 3 * side
+        _, before, now = torch.tensor(frames[3]).float().split(side, dim=1)
         assert ((before - now).abs().mean() < 2) == same
 
 
@@ -493,7 +493,7 @@ def test_every_flag_and_setting_is_fixed_or_harmless(method, hop, tmp_path):
     (False, "--video VIDEO --images FOLDER/p.png", "vmc cannot be trained on one clip and a subj"),
     (False, "--images FOLDER/p.png", "vmc cannot be trained on one image"),
     (False, "--video VIDEO --method motiondirector --images FOLDER/p.png", "cannot be trained on"),
-    (False, "--images FOLDER/p.png --method motiondirector --prompt one two", "captions|one"),
+    (False, "--images FOLDER/p.png --method motiondirector --prompt one two", "2 captions for images"),
     # settings: unknown names, types, ranges
     (False, "--video VIDEO appearance.rank=4", "appearance.rank"),
     (False, "--video VIDEO motion.lrr=4", "did you mean motion.lr?"),
