@@ -101,9 +101,11 @@ def add_data_flags(add):
     add("--reverse", action="store_true", help="train on the reversed clips")
     add("--frames", type=int_in(4, 1024), help="number of frames")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
-    add("--fps", type=float_in(0.01, 1000), help="frames per second, chosen by time stamp (default: "
-        "the method's, or the clip's if lower; tiny model: 8)")
+    add("--fps", type=float_in(0.01, 1000), help="frames per second: every n-th frame "
+        "of the clip, or by time stamp (default: the method's; tiny model: 8)")
     add("--start", type=float_in(0), default=0.0, help="seconds to skip (default: 0)")
+    add("--allow-damaged", action="store_true", help="train on frames that the decoder reports as "
+        "damaged")
 
 
 def add_training_flags(add):
@@ -115,7 +117,8 @@ def add_training_flags(add):
     add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
         "model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
+    add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
+        "on older GPUs, else fp32")
     add("--checkpointing", choices=("auto", "on", "off"), default="auto", help="gradient "
         "checkpointing: less memory, a third more time (default: auto, on when memory runs out)")
     add("--preview-prompt", type=non_empty, help="prompt of the previews (default: the caption)")
@@ -144,14 +147,15 @@ def resolve_settings(flags, settings):
     recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
     images = data.find_images(flags.images)
     kind = data_kind(clips, images)
-    flags.overrides = [line for line in (
-        BY_DATA.get((flags.method, kind)), None if flags.weights else TINY.get(flags.method)) if line]
+    by_data = BY_DATA.get((flags.method, kind))
+    by_model = None if flags.weights else TINY.get(flags.method)
+    flags.overrides = [line for line in (by_data, by_model) if line]
     steps = [] if flags.steps is None else [f"steps={flags.steps}"]
     recipe = recipe.override(*flags.overrides).apply_user(*settings, *steps)
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
-    if not flags.fps:  # at most the clip's, so that no frame repeats
-        flags.fps = min([recipe.fps, *map(media.frame_rate, clips)]) if flags.weights else 8.0
+    fps = flags.fps or (recipe.fps if flags.weights else 8.0)
+    flags.fps = min((media.frame_rate(clip, fps) for clip in clips), default=fps)
     flags.prior = flags.prior or recipe.own.get("prior")
     flags.default_out = Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
     check_data(flags, recipe, kind)
@@ -211,6 +215,7 @@ class Run:
     base: model.Pipeline = None  # the frozen base model, loaded on first use
     inverted: torch.Tensor = None  # the first clip's inversion, for previews
     scorer: object = None  # the CLIP of appearance_stop
+    scaler: torch.amp.GradScaler = None  # loss scaling for fp16
     rank: int = 0
     world_size: int = 1
     batch: int = 1  # examples per step, over all processes
@@ -230,7 +235,8 @@ def prepare(flags, recipe, rank=0, world_size=1):
     learned = {p.token: p.num_vectors for p in words.values() if p.num_vectors}
     token = lambda name: words[name].token if name in words else None
     clips, sources = data.load_clips(flags.video, flags.prompt, flags.frames, flags.size, flags.fps,
-                                     flags.start, flags.reverse, token("word"), learned)
+                                     flags.start, flags.reverse, token("word"), learned,
+                                     allow_damaged=flags.allow_damaged)
     caption = flags.image_prompt or (flags.prompt[0] if flags.prompt and not clips else None)
     images = data.load_images(flags.images, caption, flags.size, token("subject_word"), learned)
     run = Run(flags, recipe, pipe, clips, images, [], sources, adapters.fingerprint(pipe.unet))
@@ -239,7 +245,8 @@ def prepare(flags, recipe, rank=0, world_size=1):
         raise BadInput(f"--batch {flags.batch}: expected a multiple of the {world_size} processes.")
     stride, lengths = recipe.keywords.get("frame_stride", 0), [c.video.shape[1] for c in clips]
     if stride and stride >= min(lengths):
-        raise BadInput(f"frame_stride={stride}: expected less than the clip's {min(lengths)} frames.")
+        raise BadInput(f"frame_stride={stride}: expected less than {min(lengths)}, the number of "
+                       "frames.")
     flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
     endings = [p.token for n, p in words.items() if n.startswith("appearance") and p.num_vectors]
     for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
@@ -265,6 +272,8 @@ def prepare_training(run):
     run.trainables = lora.build_trainables(recipe.parts, pipe, clips, flags.seed)
     run.trained = lora.named(run.trainables)
     pipe.unet.checkpointing = flags.checkpointing == "on"
+    device = torch.device(flags.device).type
+    run.scaler = torch.amp.GradScaler(device, enabled=flags.precision == "fp16")
     if run.rank == 0:
         runs.report(run)
 
@@ -313,11 +322,13 @@ def train(run, folder, optimizer, before):
             started = time.time()
             losses, seen = fitting_step(run, step, optimizer)
             machine.all_reduce_gradients(parameters)
+            run.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             # The only GPU synchronization of a step.
             record = runs.step_record(step, losses, norm, seen, run, started)
-            check_finite(record, folder)
-            optimizer.step()
+            check_finite(record, folder, run.scaler)
+            run.scaler.step(optimizer)  # skips a step with overflow in fp16
+            run.scaler.update()
             optimizer.zero_grad(set_to_none=True)
             folder.log(record)
             bar.set_postfix(loss=f"{record['loss']:.4f}")
@@ -332,7 +343,7 @@ def one_step(run, step):
     for number in range(run.rank, batch, run.world_size):
         ex = Example(run, step, number)
         for loss in run.recipe.function(ex, **run.recipe.keywords):
-            (loss / batch).backward()
+            run.scaler.scale(loss / batch).backward()
             losses.append(loss.detach())
         seen += ex.close()
     return losses, seen
@@ -362,9 +373,13 @@ def set_train_mode(unet, recipe):
             layer.train(recipe.own.get("unet_dropout", True))
 
 
-def check_finite(record, folder):
-    """Raises BadInput where the loss or the gradient norm is NaN or infinite."""
+def check_finite(record, folder, scaler):
+    """Raises BadInput where the loss or the gradient norm is NaN or infinite, unless a smaller loss
+    scale may help."""
     if math.isfinite(record["loss"] + record["grad"]):
+        return
+    if scaler.is_enabled() and scaler.get_scale() > 1:
+        record["skipped"] = "overflow in fp16"
         return
     where = "; ".join(f"timestep {z['t']}, clip {z['clip']}" for z in record["seen"])
     raise BadInput(f"loss {record['loss']}, gradient norm {record['grad']} at step "
@@ -383,14 +398,14 @@ def check_finite(record, folder):
         steps=400, noise_prior=1.0, sampler="ddpm", sampling_steps=75,
         motion=Trainable("temporal-attention-qkv", lr=1e-4))
 def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
-    """Video Motion Customization (Jeong et al. 2023, Algorithm 1). Trains q, k and v of the temporal
-    attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of residuals between frames; appearance shared
-    by all frames cancels. Captions describe the motion and leave out appearance (Sec. 3.2): "a bird
-    is flying". Sampling starts from the inverted clip.
+    """Video Motion Customization (Jeong et al. 2023, Algorithm 1). Trains q, k and v of the
+    temporal attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of residuals between frames;
+    appearance shared by all frames cancels. Captions describe the motion and leave out appearance
+    (Sec. 3.2): "a bird is flying". Sampling starts from the inverted clip.
 
-    The loss of the published code is another one, blind to sign (loss=residual-cosine-official). The
-    paper's base model, Show-1, diffuses 8 key frames of 64×40 pixels at 2 fps, which two further
-    models interpolate and enlarge; here frames are ZeroScope's latents, at 8 fps.
+    The loss of the published code is another one, blind to sign (loss=residual-cosine-official).
+    The paper's base model, Show-1, diffuses 8 key frames of 64×40 pixels at 2 fps, which two
+    further models interpolate and enlarge; here frames are ZeroScope's latents, at 8 fps.
 
     loss: one of losses.LOSSES
     loss_space: the tensors that the loss compares: output (the network's ε or v), epsilon, or x0
@@ -431,7 +446,8 @@ def motiondirector(ex, beta=1.0, spatial_prob=0.8):
     if "motion" in ex.trainables:
         ex.train("motion", frozen=("appearance",) if spatial else ())
         pred, target = ex.predict(z)
-        yield mse(pred, target) + appearance_debiased(pred, target, ex.random_frame(z), beta)  # Eq. 7
+        debiased = appearance_debiased(pred, target, ex.random_frame(z), beta)
+        yield mse(pred, target) + debiased  # Eq. 7
 
 
 @method("NewMove, Sec. 3, and its code", shape=(16, 384, 384), fps=24.0, steps=3000,
@@ -510,8 +526,8 @@ def customize_a_video(ex, absorber_steps=200):
         max_grad_norm=math.inf, noise_prior=0.5, inversion_model="base", inversion_steps=50,
         sampling_steps=30, guidance=12.0, motion=Trainable("coupled", 32, dropout=0.1, lr=5e-4))
 def coupled(ex, loss="mse"):
-    """MotionDirector's baseline (Table 1): one LoRA on spatial and temporal layers, trained with the
-    plain loss. Its layers, rank and steps are not published; here they are MotionDirector's.
+    """MotionDirector's baseline (Table 1): one LoRA on spatial and temporal layers, trained with
+    the plain loss. Its layers, rank and steps are not published; here they are MotionDirector's.
 
     loss: one of losses.LOSSES
     """
@@ -543,9 +559,10 @@ def dreambooth(ex, prior_loss_weight=1.0):
         fps=24.0, steps=500, prior="folder", num_prior_clips=64, class_prompt="",
         motion=Trainable("cross-attention-kv", lr=1e-5), word=PlaceholderToken("sks", 1, lr=1e-5))
 def custom_diffusion(ex, prior_loss_weight=1.0):
-    """Cross-attention keys and values and one token vector, with real regularization clips. The step
-    is DreamBooth's. Unlike the published code: 500 steps of batch 1 on one GPU without rate scaling,
-    no flips, no resized views with captions, and the start token's k and v are not detached.
+    """Cross-attention keys and values and one token vector, with real regularization clips. The
+    step is DreamBooth's. Unlike the published code: 500 steps of batch 1 on one GPU without rate
+    scaling, no flips, no resized views with captions, and the start token's k and v are not
+    detached.
 
     prior_loss_weight: weight of the regularization clips' loss
     """
@@ -565,9 +582,10 @@ def textual_inversion(ex):
 @method("Tune-A-Video (Wu et al. 2022, Sec. 4.2)", shape=(16, 384, 384), steps=500,
         noise_prior=1.0, guidance=12.5, motion=Trainable("tune-a-video", lr=3e-5))
 def tune_a_video(ex):
-    """Spatial queries and temporal attention; sampling starts from the inverted clip. Rate and steps
-    follow the paper. The original inflates an image model: its temporal attention starts at zero,
-    and each frame attends to the first and the previous one. A video model is an easier start."""
+    """Spatial queries and temporal attention; sampling starts from the inverted clip. Rate and
+    steps follow the paper. The original inflates an image model: its temporal attention starts at
+    zero, and each frame attends to the first and the previous one. A video model is an easier
+    start."""
     z = ex.add_noise(ex.next_clip())
     ex.train("motion")
     yield mse(*ex.predict(z))
@@ -588,8 +606,8 @@ BY_DATA = {
     ("newmove", "several clips and a subject"): "steps=6000 subject.layers=spatial "
                                                 "subject_word.num_vectors=1",
 }
-# Settings for the tiny model. It is hundreds of times smaller, so it needs higher learning rates and
-# fewer steps.
+# Settings for the tiny model. It is hundreds of times smaller, so it needs higher learning rates
+# and fewer steps.
 TINY = {
     "vmc": "steps=300 motion.lr=1e-3 sampling_steps=20 guidance=4",
     "motiondirector": "motion.lr=3e-3 appearance.lr=3e-3 inversion_steps=0 guidance=4",
@@ -628,9 +646,9 @@ class Example:
 
     All random draws come from one generator seeded by (seed, step, example), in the order in which
     the method makes them: augmentation, timestep and noise in add_noise; the dropout seed in
-    predict; rand, random_frame and sample_… where they are called. So --resume and several processes
-    repeat them. `trainables` holds {part: trainables} of all parts that are trained or loaded.
-    """
+    predict; rand, random_frame and sample_… where they are called. So --resume and several
+    processes repeat them. `trainables` holds {part: trainables} of all parts that are trained or
+    loaded. """
 
     def __init__(self, run, step, number):
         self.run, self.pipe, self.step, self.number = run, run.pipe, step, number
@@ -701,8 +719,8 @@ class Example:
         each clip has its own LoRA, this selects the one of next_clip(). It is no context manager,
         since gradient checkpointing repeats the forward pass later."""
         if not any(map(self.is_trainable, parts)):
-            raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, but "
-                           f"step {self.step} trains it; choose its layers.")
+            raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, "
+                           f"but step {self.step} trains it; choose its layers.")
         per_video = [p for p in (*parts, *frozen) if len(self.trainables.get(p, ())) > 1]
         if per_video and self.index is None:
             raise BadInput(f"train: {per_video[0]} has one LoRA per clip; call next_clip first.")
