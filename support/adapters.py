@@ -76,7 +76,8 @@ def read_adapter(path, model, whole=False):
             width, channels = model.text_encoder.config.hidden_size, model.unet.config.in_channels
             latents = state.pop(CLIP, None)
             if latents is not None and (latents.dim() != 4 or len(latents) != channels):
-                raise ValueError(f"{CLIP} is {tuple(latents.shape)}, expected ({channels}, F, h, w)")
+                shape = tuple(latents.shape)
+                raise ValueError(f"{CLIP} is {shape}, expected ({channels}, F, h, w)")
             for name in list(state):
                 kind, _, rest = name.partition(".")
                 if kind == "word" and rest:
