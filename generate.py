@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import lora  # noqa: F401  (registers loaders of new kinds of trainables)
 import sampler
 from model import TINY, is_tiny, load
 from sampler import Sampling, read_sampling

@@ -174,6 +174,8 @@ def check_data(flags, recipe, kind):
     if flags.images and (flags.method, kind) not in BY_DATA:
         raise BadInput(f"{flags.method} cannot be trained on {kind}; motiondirector trains on "
                        "images alone, newmove on images of a subject with clips of a motion.")
+    if flags.images and not flags.video and len(flags.prompt) > 1:
+        raise BadInput(f"--prompt: {len(flags.prompt)} captions for images; give one for all.")
     if "subject" in recipe.parts and bool(flags.images) != recipe.is_trainable("subject"):
         raise BadInput("a subject requires --images and subject.layers or "
                        "subject_word.num_vectors: give both, or neither.")
@@ -649,7 +651,7 @@ class Example:
     def __init__(self, run, step, number):
         self.run, self.pipe, self.step, self.number = run, run.pipe, step, number
         self.g = sampler.generator(run.flags.seed, step, number)
-        self.trainables, self.settings, self.index = run.trainables, run.recipe.own, 0
+        self.trainables, self.settings, self.index = run.trainables, run.recipe.own, None
         self.T = run.pipe.schedule.num_train_timesteps
         self.words, self.records, self.dropout_seed = None, [], 0
         self.pattern, self.hooked, self.hooks = None, [], []
@@ -717,7 +719,10 @@ class Example:
         if not any(map(self.is_trainable, parts)):
             raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, "
                            f"but step {self.step} trains it; choose its layers.")
-        self.words = lora.set_trainable(self.run.trainables, parts, frozen, self.index)
+        per_video = [p for p in (*parts, *frozen) if len(self.trainables.get(p, ())) > 1]
+        if per_video and self.index is None:
+            raise BadInput(f"train: {per_video[0]} has one LoRA per clip; call next_clip first.")
+        self.words = lora.set_trainable(self.trainables, parts, frozen, self.index or 0)
 
     def predict(self, *noisy, loss_space="output"):
         """(prediction, target) for each NoisySample, each (1, C, F, h, w) in fp32: the network's

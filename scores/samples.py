@@ -5,6 +5,7 @@ Axes: C channels, F frames, h w latent.
 from dataclasses import asdict, replace
 
 import data
+import lora  # noqa: F401  (registers loaders of new kinds of trainables)
 import model
 import sampler
 from support import adapters, machine, media
