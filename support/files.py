@@ -320,7 +320,7 @@ def write_text(path, text):
 
 
 @contextlib.contextmanager
-def output_folder(out, default, resume=False):
+def output_folder(out, default, resume=None):
     """An output folder, locked while the block runs. It is new or empty; with `resume`, it belongs
     to a run. Without --out, `default` is numbered: default-2, default-3, … Raises BadInput."""
     global _private
@@ -330,8 +330,9 @@ def output_folder(out, default, resume=False):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         found = {p.name for p in folder.iterdir()}
-        if found and not (resume and (found == {UNFINISHED} or "run.json" in found)):
-            advice = ", or --resume" if "run.json" in found and not resume else ""
+        ours = not found or resume is not None and holds_run(folder, found)
+        if found and not (resume and ours):
+            advice = ", or --resume" if ours else ""
             raise BadInput(f"--out {folder} {'holds no run' if resume else 'is not empty'}; give a "
                            f"new folder{advice}.")
         _private = folder / UNFINISHED
@@ -344,6 +345,16 @@ def output_folder(out, default, resume=False):
             _private = None
             with contextlib.suppress(OSError):
                 folder.rmdir()  # succeeds only if nothing was written
+
+
+def holds_run(folder, found):
+    """Whether a folder with these names in it belongs to a run, maybe killed at its first file."""
+    private = folder / UNFINISHED
+    if private.is_dir() and any(not p.name.startswith(".tmp-") for p in private.iterdir()):
+        return False
+    with contextlib.suppress(BadInput):
+        return found == {UNFINISHED} or "fixed_settings" in read_json(folder / "run.json")
+    return False
 
 
 def new_folder(default):
