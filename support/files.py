@@ -183,9 +183,9 @@ def check_pickle(path):
         raise ValueError("its pickle holds a bytearray")
 
 
-def digest(tensors):
-    """A checksum of names, shapes, types and numbers."""
-    total = hashlib.sha256()
+def digest(tensors, meta):
+    """A checksum of the metadata, and of names, shapes, types and numbers of tensors."""
+    total = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -196,7 +196,8 @@ def digest(tensors):
 def check_digest(path, tensors):
     """Raises ValueError where a file written by `save_tensors` has changed since."""
     meta = read_meta(path)
-    if "digest" in meta and meta["digest"] != digest(tensors):
+    ours, expected = meta.keys() & {"digest", "tensors"}, meta.pop("digest", None)
+    if ours and expected != digest(tensors, meta):
         raise ValueError(f"its checksum is wrong: {len(tensors)} tensors, of {meta['tensors']}")
 
 
@@ -211,7 +212,8 @@ def read_meta(path):
 def save_tensors(path, tensors, meta):
     """Write a .safetensors file with a checksum. Equal tensors and metadata give equal files."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    meta = meta | {"digest": digest(tensors), "tensors": str(len(tensors))}
+    meta = meta | {"tensors": str(len(tensors))}
+    meta["digest"] = digest(tensors, meta)
     with atomic_write(path) as part:
         save_file(tensors, part, meta)
         with open(part, "rb+") as file:  # safetensors writes the metadata in random order
