@@ -60,6 +60,7 @@ def train_flags(place, method, *more):
     return ["--method", method, "--video", place / "clips/hop.mp4", "--weights", place / "weights",
             "--size", "64x64", "--frames", 4, "--precision", "fp32", "--steps", STEPS,
             "--save-every", 2, "--preview-every", 2, "--preview-steps", 1, "--out", "out",
+            "sampling_steps=2",
             *MORE[method], *more]
 
 
@@ -167,33 +168,45 @@ def assert_equal(found, expected):
 
 @pytest.fixture(scope="session")
 def unkilled(place, tmp_path_factory):
-    """unkilled(method): the contents of an uninterrupted run, its events, and its folder."""
+    """unkilled(method): of an uninterrupted run the contents, the events, the folder, and the
+    seconds."""
     @cache
     def run(method):
-        folder = tmp_path_factory.mktemp(method)
-        note = lambda number, name, writes: files_append(folder / "events", name)
+        folder, started = tmp_path_factory.mktemp(method), time.time()
+        note = lambda number, name, writes: append(folder / "events", name)
         code = end_of(start(call(train, *train_flags(place, method)), folder, note))
         assert code == 0, printed(folder)
-        return contents(folder / "out"), (folder / "events").read_text().split("\n")[:-1], folder
+        events = (folder / "events").read_text().split("\n")[:-1]
+        return contents(folder / "out"), events, folder, time.time() - started
 
     return run
 
 
-def files_append(path, text):
-    """Append a line, without an event."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(handle, f"{text}\n".encode())
-    os.close(handle)
+def append(path, text):
+    with open(path, "a") as file:
+        file.write(f"{text}\n")
 
 
-def resume(place, method, folder, expected):
-    """Repeat the command after a fault, with --resume if its folder exists. The first try works
-    and leaves the files of an uninterrupted run."""
-    more = ["--resume"] if (folder / "out").exists() else []
-    code = end_of(start(call(train, *train_flags(place, method, *more)), folder))
-    assert code == 0, printed(folder)
-    assert_equal(contents(folder / "out"), expected)
-    shutil.rmtree(folder)
+
+@pytest.fixture
+def run(place, unkilled, tmp_path):
+    """run(method, act): the exit code of a run with faults, and its folder. run.resume(method)
+    repeats the command, with --resume if its folder exists: the first try works and leaves the
+    files of an uninterrupted run."""
+    folder = tmp_path / "x"
+
+    def begin(method="vmc", act=None):
+        return end_of(start(call(train, *train_flags(place, method)), folder, act)), folder
+
+    def resume(method="vmc"):
+        more = ["--resume"] if (folder / "out").exists() else []
+        code = end_of(start(call(train, *train_flags(place, method, *more)), folder))
+        assert code == 0, printed(folder)
+        assert_equal(contents(folder / "out"), unkilled(method)[0])
+        shutil.rmtree(folder)
+
+    begin.resume = resume
+    return begin
 
 
 def at_event(number, action):
@@ -218,24 +231,19 @@ def choose(count, how_many, seed=0):
 
 @few_or_all
 @pytest.mark.parametrize("method", ("vmc", "dreambooth"))
-def test_a_run_killed_at_any_file_operation_resumes_to_the_bit(method, how_many, place, unkilled,
-                                                               tmp_path):
-    expected, events, _ = unkilled(method)
-    for number in choose(len(events), how_many, method):
-        command = call(train, *train_flags(place, method))
-        pid = start(command, tmp_path / "x", at_event(number, kill))
-        assert end_of(pid) == -signal.SIGKILL
-        resume(place, method, tmp_path / "x", expected)
+def test_a_run_killed_at_any_file_operation_resumes_to_the_bit(method, how_many, run, unkilled):
+    for number in choose(len(unkilled(method)[1]), how_many, method):
+        assert run(method, at_event(number, kill))[0] == -signal.SIGKILL
+        run.resume(method)
 
 
 @pytest.mark.parametrize("everything", (False, pytest.param(True, marks=slow)))
 @pytest.mark.parametrize("method", MORE)
-def test_every_method_killed_in_every_phase_resumes_to_the_bit(method, everything, place, unkilled,
-                                                               tmp_path):
-    """The first, a middle and the last event of each phase; in CI one of these events."""
-    expected, events, _ = unkilled(method)
+def test_a_run_of_any_method_killed_in_any_phase_resumes_to_the_bit(method, everything, run,
+                                                                    unkilled):
+    """At the first, a middle and the last event of each phase; in CI at one of these."""
     points = {}
-    for number, name in enumerate(events, 1):
+    for number, name in enumerate(unkilled(method)[1], 1):
         if name in PHASES:
             points.setdefault(name, []).append(number)
     assert {"reading", "encoding", "preview", "step", "saving"} <= set(points)
@@ -243,38 +251,32 @@ def test_every_method_killed_in_every_phase_resumes_to_the_bit(method, everythin
     if not everything:
         numbers = [random.Random(f"{method} {SEED}").choice(numbers)]
     for number in numbers:
-        command = call(train, *train_flags(place, method))
-        pid = start(command, tmp_path / "x", at_event(number, kill))
-        assert end_of(pid) == -signal.SIGKILL
-        resume(place, method, tmp_path / "x", expected)
+        assert run(method, at_event(number, kill))[0] == -signal.SIGKILL
+        run.resume(method)
 
 
 @pytest.mark.parametrize("how_many", (1, pytest.param(KILLS, marks=slow)))
-def test_runs_killed_at_random_moments_resume_to_the_bit(how_many, place, unkilled, tmp_path):
+def test_runs_killed_at_random_moments_resume_to_the_bit(how_many, run, place, unkilled, tmp_path):
     r = random.Random(SEED)
     for _ in range(how_many):
-        method, started = r.choice(list(MORE)), time.time()
-        expected, _, folder = unkilled(method)
-        longest = (folder / "events").stat().st_mtime - (folder / "err").stat().st_ctime
+        method = r.choice(list(MORE))
+        seconds = unkilled(method)[3]
         pid = start(call(train, *train_flags(place, method)), tmp_path / "x")
-        time.sleep(r.uniform(0, max(1.0, longest, time.time() - started)))
+        time.sleep(r.uniform(0, seconds))
         os.kill(pid, signal.SIGKILL)
         end_of(pid)
-        resume(place, method, tmp_path / "x", expected)
+        run.resume(method)
 
 
 @few_or_all
 @pytest.mark.parametrize("name,code", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_run_stopped_by_a_signal_ends_in_one_line_and_resumes(name, code, how_many, place,
-                                                               unkilled, tmp_path):
-    expected, events, _ = unkilled("vmc")
-    for number in choose(len(events), how_many, name):
-        folder, stop = tmp_path / "x", partial(kill, getattr(signal, name))
-        pid = start(call(train, *train_flags(place, "vmc")), folder, at_event(number, stop))
-        assert end_of(pid) == code, printed(folder)
+def test_a_run_stopped_by_a_signal_prints_one_line_and_resumes(name, code, how_many, run, unkilled):
+    for number in choose(len(unkilled("vmc")[1]), how_many, name):
+        found, folder = run("vmc", at_event(number, partial(kill, getattr(signal, name))))
         lines = printed(folder)
+        assert found == code or number == len(unkilled("vmc")[1]), (number, lines)
         assert not any("Traceback" in line for line in lines) and "stop" in "".join(lines), lines
-        resume(place, "vmc", folder, expected)
+        run.resume()
 
 
 @pytest.fixture(scope="session")
@@ -298,7 +300,7 @@ def test_killed_generate_and_eval_leave_whole_files(name, how_many, commands, un
     command, default = commands[name]
     run, whole = unkilled("vmc")[2], tmp_path / "whole"
     before = contents(run)
-    note = lambda number, name, writes: files_append(whole / "events", name)
+    note = lambda number, name, writes: append(whole / "events", name)
     assert end_of(start(command, whole, note)) == 0, printed(whole)
     expected = contents(whole / "out" / default)
     for number in choose(len((whole / "events").read_text().split()), how_many, name):
@@ -324,53 +326,49 @@ def test_killed_generate_and_eval_leave_whole_files(name, how_many, commands, un
 @few_or_all
 @pytest.mark.parametrize("error", (28, pytest.param(5, marks=slow), pytest.param(30, marks=slow)),
                          ids=("full", "broken", "read-only"))
-def test_a_disk_that_fails_from_any_operation_on(error, how_many, place, unkilled, tmp_path):
-    expected, events, _ = unkilled("vmc")
-    for at in choose(len(events), how_many, error):
+def test_a_disk_that_fails_from_any_operation_on(error, how_many, run, unkilled):
+    for at in choose(len(unkilled("vmc")[1]), how_many, error):
         def act(number, name, writes, at=at):
             if number >= at and writes:
                 raise OSError(error, os.strerror(error), "the disk")
 
-        folder = tmp_path / "x"
-        code = end_of(start(call(train, *train_flags(place, "vmc")), folder, act))
+        code, folder = run("vmc", act)
         if code:  # else nothing was written any more
             check_one_line(folder, code)
-        resume(place, "vmc", folder, expected)
+        run.resume()
 
 
 @pytest.mark.parametrize("how_many", (3, pytest.param(40, marks=slow)))
-def test_a_limit_on_the_size_of_files(how_many, place, unkilled, tmp_path):
-    """It also stops writes inside libraries."""
-    expected, _, run = unkilled("vmc")
-    largest = (run / "out" / "state.safetensors").stat().st_size
+def test_a_limit_on_the_size_of_files(how_many, run, place, unkilled, tmp_path):
+    """It also stops writes inside libraries. stderr is a pipe, since the limit applies to files."""
+    largest, folder = len(unkilled("vmc")[0]["state.safetensors"]), tmp_path / "x"
     for number in range(how_many):
         def command(limit=int(largest * (number / how_many) ** 3)):
+            os.chdir(folder)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             call(train, *train_flags(place, "vmc"))()
 
-        folder = tmp_path / "x"
         folder.mkdir()
-        reader, writer = os.pipe()  # since the limit also applies to the file of stderr
-        pid = fork(lambda: (os.chdir(folder), command()), f"/dev/fd/{writer}")  # noqa: B023
+        reader, writer = os.pipe()
+        pid = fork(command, f"/dev/fd/{writer}")
         os.close(writer)
         with open(reader) as file:
             (folder / "err").write_text(file.read())
         check_one_line(folder, end_of(pid))
-        resume(place, "vmc", folder, expected)
+        run.resume()
 
 
 @few_or_all
-def test_a_folder_deleted_at_any_operation(how_many, place, unkilled, tmp_path):
+def test_a_folder_deleted_at_any_operation(how_many, run, unkilled, tmp_path):
     for at in choose(len(unkilled("vmc")[1]), how_many, 7):
-        folder = tmp_path / str(at)
-
-        def delete(folder=folder):
+        def delete():
             with contextlib.suppress(FileNotFoundError):
-                os.rename(folder / "out", folder / "gone")
+                shutil.rmtree(tmp_path / "x" / "out")
 
-        code = end_of(start(call(train, *train_flags(place, "vmc")), folder, at_event(at, delete)))
+        code, folder = run("vmc", at_event(at, delete))
         if code:
             check_one_line(folder, code)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="users of Unix")
