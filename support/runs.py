@@ -23,6 +23,7 @@ from support.files import (
     append_line,
     check_digest,
     log,
+    nan_to_none,
     print_line,
     read_json,
     read_meta,
@@ -45,7 +46,7 @@ def fixed_settings(run):
                 if k not in ("steps", "appearance_stop")}
     if flags.prior == "generated":
         settings["--preview-steps"] = flags.preview_steps
-    return json.loads(json.dumps(settings | {
+    return json.loads(json.dumps(nan_to_none(settings) | {
         "--method": run.recipe.name, "--seed": flags.seed, "--precision": flags.precision,
         "--prior": str(flags.prior), "--batch": run.batch, "base model": run.fingerprint,
         "clips": digest.hexdigest()[:12]}))
