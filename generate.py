@@ -59,7 +59,7 @@ def main(argv=None):
             (name, *job) for name, job in zip(names, jobs)]}
         print_line(f"settings: {json.dumps(settings, ensure_ascii=False, default=str)}")
         rows = []
-        for name, (job, video) in zip(names, make(args, s, model, loaded, jobs, clip)):
+        for (job, video), name in zip(make(args, s, model, loaded, jobs, clip), names):
             if second:  # one at a time, since its frames are large
                 video = refine(args, second, video, *job)
             media.write_video(out / name, video, args.fps)
