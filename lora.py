@@ -258,15 +258,15 @@ class LoRA(Trained):
 
 
 class TokenEmbedding(Trained):
-    """Trainable vectors of a token in the text encoder. They apply wherever a caption has the token.
-    """
+    """Trainable vectors of a token in the text encoder. They apply wherever a caption has the
+    token. """
 
     def __init__(self, text_encoder, token, count, initializer, seed):
         if not token.strip():
             raise BadInput("a trainable token requires a text: word.token=sks.")
         table, ids = text_encoder.tower.token_embedding.weight, words_to_ids(token)
-        # A single-token word starts from its own vector; a new word from the initializer or "thing".
-        # Noise tells several vectors apart.
+        # A single-token word starts from its own vector; a new word from the initializer or
+        # "thing". Noise tells several vectors apart.
         if len(ids) > 1 or initializer:
             ids = words_to_ids(initializer.strip() or "thing")[:1]
         start = table[ids].detach().float().expand(count, -1)
@@ -333,9 +333,9 @@ def named(trainables):
 
 
 def set_trainable(trainables, train=(), frozen=(), clip=0):
-    """Train the parts in `train`, keep those in `frozen` active but fixed, disable the rest. If each
-    clip has its own, only this clip's is active. Returns the active tokens of appearance parts, with
-    which captions end."""
+    """Train the parts in `train`, keep those in `frozen` active but fixed, disable the rest. If
+    each clip has its own, only this clip's is active. Returns the active tokens of appearance
+    parts, with which captions end."""
     for built in trainables.values():
         for one in built:
             one.active = False
@@ -373,7 +373,8 @@ def build_optimizer(parts, trainables):
                 seen.add(id(p))
                 groups.setdefault((part.lr * factor, part.weight_decay), []).append(p)
         if unused := set(multipliers) - used:
-            raise BadInput(f"{name}.lr_multipliers: no trainable layer matches {', '.join(unused)}.")
+            raise BadInput(f"{name}.lr_multipliers: no trainable layer matches "
+                           f"{', '.join(unused)}.")
     if not groups:
         raise BadInput("no trainable parameters with these settings; choose layers, or num_vectors "
                        "of a token.")

@@ -24,7 +24,7 @@ from support import fast, hub
 from support.fast import Dropout, TemporalConv1d
 from support.files import BadInput, read_fields, read_json, reading
 from support.hub import TextConfig, UNetConfig, VAEConfig
-from support.machine import autocast, to_device
+from support.machine import DTYPES, autocast, to_device
 from support.tokenizer import has_word, tokenize
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
@@ -691,9 +691,9 @@ class Pipeline:
             return self.text_cache[prompt]
 
     def store_frozen(self, keep=()):
-        """In bf16, store the UNet's parameters in bf16, except those named in `keep`."""
-        if self.precision == "bf16":
-            fast.halve(self.unet, keep)
+        """In bf16 or fp16, store the UNet's parameters so too, except those named in `keep`."""
+        if self.precision != "fp32":
+            fast.halve(self.unet, DTYPES[self.precision], keep)
 
     def to(self, device):
         """Move all parts in place. Parameters stay the same objects."""
@@ -715,8 +715,8 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one in the hub's layout, with unet/, vae/, "
                        "text_encoder/ and scheduler/ in it.")
-    half = keep is not None and precision == "bf16"
-    dtype = lambda name: torch.bfloat16 if half and not fast.in_fp32(name, keep) else torch.float32
+    half = keep is not None and precision != "fp32"
+    dtype = lambda name: DTYPES[precision if half and not fast.in_fp32(name, keep) else "fp32"]
     pipe = Pipeline(load_unet(folder, dtype=dtype), load_vae(folder), load_text(folder),
                     load_schedule(folder), precision=precision)
     if half:

@@ -3,8 +3,9 @@
     python -c "import sampler; print(sampler.NoiseSchedule().timesteps(50))"
 
 A sampler starts from noise and calls `predict(x, t)`, the network's raw prediction, at each
-timestep. `NoiseSchedule.to_x0_eps` converts that prediction, ε or v, to clean latents and noise. All
-samplers share the signature (schedule, predict, x, steps, seeds, on_step), plus options of their own.
+timestep. `NoiseSchedule.to_x0_eps` converts that prediction, ε or v, to clean latents and noise.
+All samplers share the signature (schedule, predict, x, steps, seeds, on_step), plus options of
+their own.
 
 Symbols: ᾱ alpha_bar, the share of signal at a timestep; x latents (B, C, F, h, w); t in 0..T-1.
 """
@@ -105,8 +106,8 @@ class NoiseSchedule:
         return signal * noise - sigma * x0
 
     def to_x0_eps(self, prediction, x, a):
-        """(x̂0, ε̂) from the network's prediction at x with ᾱ = a, from `alpha_bar_at`. For ε, x̂0 is
-        Tweedie's formula (Ho et al. 2020, Eq. 15); for v, Salimans & Ho 2022, App. D."""
+        """(x̂0, ε̂) from the network's prediction at x with ᾱ = a, from `alpha_bar_at`. For ε, x̂0
+        is Tweedie's formula (Ho et al. 2020, Eq. 15); for v, Salimans & Ho 2022, App. D."""
         signal, sigma = sqrt_alphas(a, x)
         if self.prediction_type == "epsilon":
             return (x - sigma * prediction) / signal, prediction
@@ -211,9 +212,9 @@ def classifier_free_guidance(network, text, empty=None, scale=1.0):
 
 
 def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0, edit=None):
-    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds noise from `seeds`, one per sample. `skip` leaves
-    out the first steps, with x at the noise level of the first remaining one. edit(x, t) may change
-    the latents before a step."""
+    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds noise from `seeds`, one per sample. `skip`
+    leaves out the first steps, with x at the noise level of the first remaining one. edit(x, t) may
+    change the latents before a step."""
     S, generators = schedule, step_generators(seeds, eta > 0)
     for t in S.timesteps(steps)[skip:]:
         x = edit(x, t) if edit else x
@@ -245,8 +246,8 @@ def ddpm(schedule, predict, x, steps, seeds=None, on_step=None):
 
 
 def dpm_timesteps(schedule, steps):
-    """The timesteps of DPM-Solver. 'leading' and 'linspace' divide into steps + 1 intervals and drop
-    the last.
+    """The timesteps of DPM-Solver. 'leading' and 'linspace' divide into steps + 1 intervals and
+    drop the last.
 
     Raises ValueError when steps is not within 1..T − 1.
     """

@@ -101,8 +101,8 @@ def add_data_flags(add):
     add("--reverse", action="store_true", help="train on the reversed clips")
     add("--frames", type=int_in(4, 1024), help="number of frames")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
-    add("--fps", type=float_in(0.01, 1000), help="frames per second, chosen by time stamp (default: "
-        "the method's, or the clip's if lower; tiny model: 8)")
+    add("--fps", type=float_in(0.01, 1000), help="frames per second, chosen by time stamp "
+        "(default: the method's, or the clip's if lower; tiny model: 8)")
     add("--start", type=float_in(0), default=0.0, help="seconds to skip (default: 0)")
 
 
@@ -115,7 +115,8 @@ def add_training_flags(add):
     add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
         "model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where the hardware has it")
+    add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
+        "on older GPUs, else fp32")
     add("--checkpointing", choices=("auto", "on", "off"), default="auto", help="gradient "
         "checkpointing: less memory, a third more time (default: auto, on when memory runs out)")
     add("--preview-prompt", type=non_empty, help="prompt of the previews (default: the caption)")
@@ -144,8 +145,9 @@ def resolve_settings(flags, settings):
     recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
     images = data.find_images(flags.images)
     kind = data_kind(clips, images)
-    flags.overrides = [line for line in (
-        BY_DATA.get((flags.method, kind)), None if flags.weights else TINY.get(flags.method)) if line]
+    by_data = BY_DATA.get((flags.method, kind))
+    by_model = None if flags.weights else TINY.get(flags.method)
+    flags.overrides = [line for line in (by_data, by_model) if line]
     steps = [] if flags.steps is None else [f"steps={flags.steps}"]
     recipe = recipe.override(*flags.overrides).apply_user(*settings, *steps)
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
@@ -209,6 +211,7 @@ class Run:
     base: model.Pipeline = None  # the frozen base model, loaded on first use
     inverted: torch.Tensor = None  # the first clip's inversion, for previews
     scorer: object = None  # the CLIP of appearance_stop
+    scaler: torch.amp.GradScaler = None  # loss scaling for fp16
     rank: int = 0
     world_size: int = 1
     batch: int = 1  # examples per step, over all processes
@@ -237,7 +240,8 @@ def prepare(flags, recipe, rank=0, world_size=1):
         raise BadInput(f"--batch {flags.batch}: expected a multiple of the {world_size} processes.")
     stride, lengths = recipe.keywords.get("frame_stride", 0), [c.video.shape[1] for c in clips]
     if stride and stride >= min(lengths):
-        raise BadInput(f"frame_stride={stride}: expected less than the clip's {min(lengths)} frames.")
+        raise BadInput(f"frame_stride={stride}: expected less than {min(lengths)}, the number of "
+                       "frames.")
     flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
     endings = [p.token for n, p in words.items() if n.startswith("appearance") and p.num_vectors]
     for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
@@ -263,6 +267,8 @@ def prepare_training(run):
     run.trainables = lora.build_trainables(recipe.parts, pipe, clips, flags.seed)
     run.trained = lora.named(run.trainables)
     pipe.unet.checkpointing = flags.checkpointing == "on"
+    device = torch.device(flags.device).type
+    run.scaler = torch.amp.GradScaler(device, enabled=flags.precision == "fp16")
     if run.rank == 0:
         runs.report(run)
 
@@ -311,11 +317,13 @@ def train(run, folder, optimizer, before):
             started = time.time()
             losses, seen = fitting_step(run, step, optimizer)
             machine.all_reduce_gradients(parameters)
+            run.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
             # The only GPU synchronization of a step.
             record = runs.step_record(step, losses, norm, seen, run, started)
-            check_finite(record, folder)
-            optimizer.step()
+            check_finite(record, folder, run.scaler)
+            run.scaler.step(optimizer)  # skips a step with overflow in fp16
+            run.scaler.update()
             optimizer.zero_grad(set_to_none=True)
             folder.log(record)
             bar.set_postfix(loss=f"{record['loss']:.4f}")
@@ -330,7 +338,7 @@ def one_step(run, step):
     for number in range(run.rank, batch, run.world_size):
         ex = Example(run, step, number)
         for loss in run.recipe.function(ex, **run.recipe.keywords):
-            (loss / batch).backward()
+            run.scaler.scale(loss / batch).backward()
             losses.append(loss.detach())
         seen += ex.close()
     return losses, seen
@@ -360,9 +368,13 @@ def set_train_mode(unet, recipe):
             layer.train(recipe.own.get("unet_dropout", True))
 
 
-def check_finite(record, folder):
-    """Raises BadInput where the loss or the gradient norm is NaN or infinite."""
+def check_finite(record, folder, scaler):
+    """Raises BadInput where the loss or the gradient norm is NaN or infinite, unless a smaller loss
+    scale may help."""
     if math.isfinite(record["loss"] + record["grad"]):
+        return
+    if scaler.is_enabled() and scaler.get_scale() > 1:
+        record["skipped"] = "overflow in fp16"
         return
     where = "; ".join(f"timestep {z['t']}, clip {z['clip']}" for z in record["seen"])
     raise BadInput(f"loss {record['loss']}, gradient norm {record['grad']} at step "
@@ -381,14 +393,14 @@ def check_finite(record, folder):
         steps=400, noise_prior=1.0, sampler="ddpm", sampling_steps=75,
         motion=Trainable("temporal-attention-qkv", lr=1e-4))
 def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
-    """Video Motion Customization (Jeong et al. 2023, Algorithm 1). Trains q, k and v of the temporal
-    attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of residuals between frames; appearance shared
-    by all frames cancels. Captions describe the motion and leave out appearance (Sec. 3.2): "a bird
-    is flying". Sampling starts from the inverted clip.
+    """Video Motion Customization (Jeong et al. 2023, Algorithm 1). Trains q, k and v of the
+    temporal attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of residuals between frames;
+    appearance shared by all frames cancels. Captions describe the motion and leave out appearance
+    (Sec. 3.2): "a bird is flying". Sampling starts from the inverted clip.
 
-    The loss of the published code is another one, blind to sign (loss=residual-cosine-official). The
-    paper's base model, Show-1, diffuses 8 key frames of 64×40 pixels at 2 fps, which two further
-    models interpolate and enlarge; here frames are ZeroScope's latents, at 8 fps.
+    The loss of the published code is another one, blind to sign (loss=residual-cosine-official).
+    The paper's base model, Show-1, diffuses 8 key frames of 64×40 pixels at 2 fps, which two
+    further models interpolate and enlarge; here frames are ZeroScope's latents, at 8 fps.
 
     loss: one of losses.LOSSES
     loss_space: the tensors that the loss compares: output (the network's ε or v), epsilon, or x0
@@ -429,7 +441,8 @@ def motiondirector(ex, beta=1.0, spatial_prob=0.8):
     if "motion" in ex.trainables:
         ex.train("motion", frozen=("appearance",) if spatial else ())
         pred, target = ex.predict(z)
-        yield mse(pred, target) + appearance_debiased(pred, target, ex.random_frame(z), beta)  # Eq. 7
+        debiased = appearance_debiased(pred, target, ex.random_frame(z), beta)
+        yield mse(pred, target) + debiased  # Eq. 7
 
 
 @method("NewMove, Sec. 3, and its code", shape=(16, 384, 384), fps=24.0, steps=3000,
@@ -508,8 +521,8 @@ def customize_a_video(ex, absorber_steps=200):
         max_grad_norm=math.inf, noise_prior=0.5, inversion_model="base", inversion_steps=50,
         sampling_steps=30, guidance=12.0, motion=Trainable("coupled", 32, dropout=0.1, lr=5e-4))
 def coupled(ex, loss="mse"):
-    """MotionDirector's baseline (Table 1): one LoRA on spatial and temporal layers, trained with the
-    plain loss. Its layers, rank and steps are not published; here they are MotionDirector's.
+    """MotionDirector's baseline (Table 1): one LoRA on spatial and temporal layers, trained with
+    the plain loss. Its layers, rank and steps are not published; here they are MotionDirector's.
 
     loss: one of losses.LOSSES
     """
@@ -541,9 +554,10 @@ def dreambooth(ex, prior_loss_weight=1.0):
         fps=24.0, steps=500, prior="folder", num_prior_clips=64, class_prompt="",
         motion=Trainable("cross-attention-kv", lr=1e-5), word=PlaceholderToken("sks", 1, lr=1e-5))
 def custom_diffusion(ex, prior_loss_weight=1.0):
-    """Cross-attention keys and values and one token vector, with real regularization clips. The step
-    is DreamBooth's. Unlike the published code: 500 steps of batch 1 on one GPU without rate scaling,
-    no flips, no resized views with captions, and the start token's k and v are not detached.
+    """Cross-attention keys and values and one token vector, with real regularization clips. The
+    step is DreamBooth's. Unlike the published code: 500 steps of batch 1 on one GPU without rate
+    scaling, no flips, no resized views with captions, and the start token's k and v are not
+    detached.
 
     prior_loss_weight: weight of the regularization clips' loss
     """
@@ -563,9 +577,10 @@ def textual_inversion(ex):
 @method("Tune-A-Video (Wu et al. 2022, Sec. 4.2)", shape=(16, 384, 384), steps=500,
         noise_prior=1.0, guidance=12.5, motion=Trainable("tune-a-video", lr=3e-5))
 def tune_a_video(ex):
-    """Spatial queries and temporal attention; sampling starts from the inverted clip. Rate and steps
-    follow the paper. The original inflates an image model: its temporal attention starts at zero,
-    and each frame attends to the first and the previous one. A video model is an easier start."""
+    """Spatial queries and temporal attention; sampling starts from the inverted clip. Rate and
+    steps follow the paper. The original inflates an image model: its temporal attention starts at
+    zero, and each frame attends to the first and the previous one. A video model is an easier
+    start."""
     z = ex.add_noise(ex.next_clip())
     ex.train("motion")
     yield mse(*ex.predict(z))
@@ -586,8 +601,8 @@ BY_DATA = {
     ("newmove", "several clips and a subject"): "steps=6000 subject.layers=spatial "
                                                 "subject_word.num_vectors=1",
 }
-# Settings for the tiny model. It is hundreds of times smaller, so it needs higher learning rates and
-# fewer steps.
+# Settings for the tiny model. It is hundreds of times smaller, so it needs higher learning rates
+# and fewer steps.
 TINY = {
     "vmc": "steps=300 motion.lr=1e-3 sampling_steps=20 guidance=4",
     "motiondirector": "motion.lr=3e-3 appearance.lr=3e-3 inversion_steps=0 guidance=4",
@@ -626,9 +641,9 @@ class Example:
 
     All random draws come from one generator seeded by (seed, step, example), in the order in which
     the method makes them: augmentation, timestep and noise in add_noise; the dropout seed in
-    predict; rand, random_frame and sample_… where they are called. So --resume and several processes
-    repeat them. `trainables` holds {part: trainables} of all parts that are trained or loaded.
-    """
+    predict; rand, random_frame and sample_… where they are called. So --resume and several
+    processes repeat them. `trainables` holds {part: trainables} of all parts that are trained or
+    loaded. """
 
     def __init__(self, run, step, number):
         self.run, self.pipe, self.step, self.number = run, run.pipe, step, number
@@ -699,8 +714,8 @@ class Example:
         each clip has its own LoRA, this selects the one of next_clip(). It is no context manager,
         since gradient checkpointing repeats the forward pass later."""
         if not any(map(self.is_trainable, parts)):
-            raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, but "
-                           f"step {self.step} trains it; choose its layers.")
+            raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, "
+                           f"but step {self.step} trains it; choose its layers.")
         self.words = lora.set_trainable(self.run.trainables, parts, frozen, self.index)
 
     def predict(self, *noisy, loss_space="output"):

@@ -36,10 +36,10 @@ def fingerprint(unet):
 
 @dataclass
 class Adapter:
-    """Trained weights: full tensors by parameter name, and LoRA pairs (A, B) by module name with the
-    scale multiplied into B; vectors (n, D) of learned tokens; `more`, {kind: {name: tensor}}, for
-    ADAPTER_LOADERS; the first clip's latents (C, F, h, w) or None; and meta, the file's metadata (str to
-    str): format, method, base, prompt, step, sampling settings."""
+    """Trained weights: full tensors by parameter name, and LoRA pairs (A, B) by module name with
+    the scale multiplied into B; vectors (n, D) of learned tokens; `more`, {kind: {name: tensor}},
+    for ADAPTER_LOADERS; the first clip's latents (C, F, h, w) or None; and meta, the file's
+    metadata (str to str): format, method, base, prompt, step, sampling settings."""
 
     tensors: dict
     pairs: dict

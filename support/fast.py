@@ -129,7 +129,7 @@ def in_fp32(name, keep=()):
     return name in keep or re.search(r"norm|\.conv\d\.0\.|^conv_out", name) is not None
 
 
-def halve(unet, keep=()):
+def halve(unet, dtype, keep=()):
     """Store all parameters in bf16 but those that stay in fp32 (`in_fp32`). Half the memory, and
     no weight is converted again at every step."""
     # Channels last, as the activations lie: or the kernels reorder them at every call.
@@ -137,4 +137,4 @@ def halve(unet, keep=()):
     for name, p in unet.named_parameters():
         if not in_fp32(name, keep):
             layout = layouts.get(p.dim(), torch.preserve_format)
-            p.data = p.data.to(torch.bfloat16, memory_format=layout)
+            p.data = p.data.to(dtype, memory_format=layout)

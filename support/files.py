@@ -312,7 +312,8 @@ def nan_to_none(value):
 
 def write_json(path, content):
     """Write a JSON file atomically. Paths become text."""
-    write_text(path, json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, default=str)
+    write_text(path, text + "\n")
 
 
 def write_text(path, text):

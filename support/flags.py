@@ -1,4 +1,4 @@
-"""Flags: one line a mistake, with the nearest name that exists, and ranges beside each flag.
+"""Command-line flags: one line per mistake, with the nearest known name, and ranges of values.
 """
 import argparse
 import difflib
@@ -8,11 +8,14 @@ import sys
 
 from support.files import BadInput
 
+RENAMED = {"--negative": "--negative-prompt", "--seeds": "--videos-per-prompt",
+           "--save": "--save-merged", "--keep-every": "--save-every"}
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, `error: …`, with exit code 2 and no usage before it.
+    """argparse with errors of one line, `error: …`, exit code 2, and no usage text.
 
-    Flags are not abbreviated: a flag that is added later could change what an abbreviation means.
+    Flags cannot be abbreviated: a flag added later could change the meaning of an abbreviation.
     """
 
     def __init__(self, **more):
@@ -20,37 +23,40 @@ class Parser(argparse.ArgumentParser):
                          **more)
 
     def parse_args(self, args=None, namespace=None):
-        """The flags. Ends the command for one that is not known, or a word that no flag takes."""
+        """The flags. Ends the command for unknown flags, and for words that belong to no flag."""
         known, rest = self.parse_known_args(sys.argv[1:] if args is None else args, namespace)
         for word in rest:
-            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
+            name = word.partition("=")[0]
+            if name in RENAMED:
+                self.error(f"{name} is called {RENAMED[name]} now")
+            near = difflib.get_close_matches(name, self._option_string_actions, 1)
             self.error(f"{word!r} belongs to no flag"
-                       + (f"; did you mean {near[0]}?" if near else "; a text of several words is "
-                          "written in quotes, and --help lists all flags."))
+                       + (f"; did you mean {near[0]}?" if near else "; put a text of several words "
+                          "in quotes. --help lists all flags."))
         return known
 
     def error(self, message):
-        """One line, and the end."""
+        """Print one line and exit."""
         self.exit(2, f"error: {' '.join(message.removeprefix('argument ').split())}\n")
 
 
 def int_in(low, high=2**31):
-    """A whole number within low … high, for `type=`."""
-    return functools.partial(_number, int, "a whole number", low, high)
+    """An integer within low … high, for `type=`."""
+    return functools.partial(_number, int, "an integer", low, high)
 
 
 def float_in(low, high=1e18):
-    """A number within low … high, and finite, for `type=`."""
+    """A finite number within low … high, for `type=`."""
     return functools.partial(_number, float, "a number", low, high)
 
 
-def _number(kind, what, low, high, text):
+def _number(kind, expected, low, high, text):
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
     if not low <= value <= high:
-        raise BadInput(f"{text[:40]}: wanted {what}, {low:g} to {high:g}.")
+        raise BadInput(f"{text[:40]}: expected {expected}, {low:g} to {high:g}.")
     return value
 
 
@@ -58,14 +64,14 @@ def choice(*known):
     """One of some words, for `type=`."""
     def read(text):
         if text not in known:
-            raise BadInput(f"{text[:40]}: wanted {' or '.join(known)}.")
+            raise BadInput(f"{text[:40]}: expected {' or '.join(known)}.")
         return text
 
     return read
 
 
-def non_empty(value):
+def non_empty(text):
     """A text that is not empty, for `type=`."""
-    if not value.strip():
-        raise BadInput("is empty; write what to show in it.")
-    return value
+    if not text.strip():
+        raise BadInput("the text is empty.")
+    return text

@@ -90,7 +90,8 @@ class TextConfig:
 
 def find_weights(folder):
     """The weights files in a part's folder: a .safetensors, else a .bin, else a .pth; the plain one
-    before the hub's variants (.fp16.…), or all shards of one (…-00001-of-00002…). Raises BadInput."""
+    before the hub's variants (.fp16.…), or all shards of one (…-00001-of-00002…). Raises
+    BadInput."""
     folder = Path(folder)
     for suffix in (".safetensors", ".bin", ".pth"):
         files = sorted(folder.glob(f"*{suffix}"), key=lambda p: (p.name.count("."), p.name))

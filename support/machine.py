@@ -19,7 +19,8 @@ from support.files import BadInput, log
 def find_device(device=None):
     """The device that a flag names, or the default. Under torchrun each process has its own GPU.
     Raises BadInput when it cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else
+                        "mps" if torch.backends.mps.is_available() else "cpu")
     if device == "cuda" and distributed():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -30,19 +31,22 @@ def find_device(device=None):
         raise BadInput(f"--device {device} cannot be used ({reason}); give cpu or cuda.") from None
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def default_precision(device):
-    """bf16 where the hardware multiplies it faster than fp32, else fp32."""
+    """bf16 where the hardware multiplies it faster than fp32; fp16 on older GPUs; else fp32."""
     if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else "fp32"
+    return "bf16" if torch.device(device).type == "cpu" and supported() else "fp32"
 
 
 def autocast(device, precision):
-    """The autocast context of the networks: bf16 matrix products, or plain fp32."""
+    """The autocast context of the networks: bf16 or fp16 matrix products, or plain fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+    return torch.autocast(torch.device(device).type, DTYPES[precision])
 
 
 def tune_malloc():
@@ -194,5 +198,5 @@ def user_error(error):
         return (f"{error.filename or 'a file'}: {error.strerror or error}; give another --out, or "
                 "free disk space.")
     if kind == "SafetensorError" or "PytorchStreamWriter" in text or "file write failed" in text:
-        return f"a file could not be written ({text[:120]}); give another --out, or free disk space."
+        return f"a file cannot be written ({text[:120]}); give another --out, or free disk space."
     return None

@@ -2,9 +2,8 @@
 name=value.
 
 A recipe has three kinds of settings: training and sampling (steps, guidance, …), those of its parts
-(motion.lr, appearance.rank, …) and the keywords of its function (loss, beta, …). Unknown settings, and
-settings without effect, are refused.
-"""
+(motion.lr, appearance.rank, …) and the keywords of its function (loss, beta, …). Unknown settings,
+and settings without effect, are refused. """
 import argparse
 import difflib
 import inspect
@@ -23,8 +22,8 @@ CHOICES = {}  # {setting: its possible values}, filled in by train.py
 KNOWN = {
     "steps": (int_in(1, 10**7), "training steps"),
     "max_grad_norm": (float_in(1e-12, math.inf), "gradient-norm threshold; inf disables clipping"),
-    "noise_prior": (float_in(0, 1), "p in the starting latents √p·inverted + √(1−p)·noise of samples"),
-    "inversion_model": (choice("tuned", "base"), "the model that inversion_model the clip: tuned or base"),
+    "noise_prior": (float_in(0, 1), "p in the starting latents √p·inverted + √(1−p)·noise"),
+    "inversion_model": (choice("tuned", "base"), "model that inverts the clip: tuned or base"),
     "inversion_steps": (int_in(0, 10**4), "DDIM inversion steps; 0 for as many as sampling steps"),
     "sampler": (None, "sampler of previews and of generate.py"),
     "sampling_steps": (int_in(1, 10**4), "sampling steps"),
@@ -34,9 +33,9 @@ KNOWN = {
               "model, world (the tiny model's), or none; folder warns if there is none"),
     "num_prior_clips": (int_in(1, 10**5), "number of regularization clips to make"),
     "class_prompt": (None, "caption of generated ones; empty for the clip's without its token"),
-    "appearance_stop": (float_in(-1, 1), "stop when the CLIP score of a preview and appearance_prompt falls "
-                        "to this value; 0 never stops; requires --preview-prompt and, with real "
-                        "weights, clip and clip_weights"),
+    "appearance_stop": (float_in(-1, 1), "stop when the CLIP score of a preview and "
+                        "appearance_prompt falls to this value; 0 never stops; requires "
+                        "--preview-prompt and, with real weights, clip and clip_weights"),
     "clip": (None, "open_clip model of that score; empty for the tiny CLIP"),
     "clip_weights": (None, "its weights, a local file"),
     "layers": (None, "trainable layers: a set of lora.LAYERS, a pattern over names, or none"),
@@ -47,10 +46,11 @@ KNOWN = {
     "load_from": (None, "a LoRA or image UNet of another program, used frozen"),
     "lr": (float_in(0, 1e6), "AdamW's learning rate"),
     "weight_decay": (float_in(0, 1e6), "AdamW's weight decay"),
-    "lr_multipliers": (None, "learning-rate multipliers for some layers: pattern:factor,pattern:factor"),
+    "lr_multipliers": (None, "rate multipliers of some layers: pattern:factor,pattern:factor"),
     "token": (None, "the placeholder token in captions; empty for none"),
     "num_vectors": (int_in(0, 64), "number of trainable vectors of the token; 0 keeps it frozen"),
-    "initializer_token": (None, "a known word to initialize it from; empty for the token itself, or 'thing'"),
+    "initializer_token": (None, "a known word to initialize it from; empty for the token itself, "
+                          "or 'thing' if it is new"),
     "alpha": (float_in(0, 1), ""), "frame_stride": (int_in(1, 10**4), ""),
     "loss_space": (choice("output", "epsilon", "x0"), ""),
 }
@@ -127,7 +127,7 @@ class Recipe:
         return recipe, given
 
     def is_trainable(self, *parts):
-        """Whether any part whose name begins so is trainable: look, appearance_word."""
+        """True if a part whose name begins so is trainable: appearance covers appearance_word."""
         return any(part.trainable for name, part in self.parts.items() if name.startswith(parts))
 
 
@@ -136,6 +136,17 @@ def write_value(value):
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+RENAMED = {  # old names of settings
+    "clip_grad": "max_grad_norm", "inverts": "inversion_model", "network_dropout": "unet_dropout",
+    "prior_clips": "num_prior_clips", "prior_prompt": "class_prompt",
+    "prior_weight": "prior_loss_weight", "look_prompt": "appearance_prompt",
+    "spatial": "spatial_prob", "stride": "frame_stride", "align": "loss_space",
+    "first": "subject_start (newmove) or absorber_steps (customize-a-video)",
+    "file": "load_from", "rates": "lr_multipliers", "per_clip": "per_video", "text": "token",
+    "vectors": "num_vectors", "init": "initializer_token", "look": "appearance",
+    "look_word": "appearance_word"}
 
 
 def split_settings(argv):
@@ -149,7 +160,10 @@ def split_settings(argv):
         if name and name[1] in names:
             settings.append(text)
             continue
-        if name and "." in name[1] and " " not in text and not Path(text).exists():
+        parts = name[1].split(".") if name else []
+        if new := [RENAMED[part] for part in parts if part in RENAMED]:
+            raise BadInput(f"{name[1]}: this setting's name has changed to {'.'.join(new)}.")
+        if len(parts) > 1 and " " not in text and not Path(text).exists():
             near = difflib.get_close_matches(name[1], names, 1)
             raise BadInput(f"{text[:60]!r}: no method has the setting {name[1]}"
                            + (f"; did you mean {near[0]}?" if near else "."))
@@ -161,13 +175,13 @@ METHODS = {}
 
 
 def method(source, *, shape=(16, 256, 256), fps=8.0, steps, max_grad_norm=1.0, noise_prior=0.0,
-           inversion_model="tuned", inversion_steps=0, sampler="ddim", sampling_steps=50, guidance=9.0,
-           **more):
+           inversion_model="tuned", inversion_steps=0, sampler="ddim", sampling_steps=50,
+           guidance=9.0, **more):
     """A decorator that makes a function a method with these settings. In `more`, values with a
     `build` (lora.Trainable, lora.PlaceholderToken, or your own) are parts: they can be trained."""
-    own = {"steps": steps, "max_grad_norm": max_grad_norm, "noise_prior": noise_prior, "inversion_model": inversion_model,
-           "inversion_steps": inversion_steps, "sampler": sampler,
-           "sampling_steps": sampling_steps, "guidance": guidance}
+    own = {"steps": steps, "max_grad_norm": max_grad_norm, "noise_prior": noise_prior,
+           "inversion_model": inversion_model, "inversion_steps": inversion_steps,
+           "sampler": sampler, "sampling_steps": sampling_steps, "guidance": guidance}
     parts = {name: value for name, value in more.items() if hasattr(value, "build")}
     own |= {name: value for name, value in more.items() if name not in parts}
 

@@ -23,7 +23,6 @@ from support.files import (
     append_line,
     check_digest,
     log,
-    nan_to_none,
     print_line,
     read_json,
     read_meta,
@@ -34,7 +33,7 @@ from support.files import (
 from support.recipe import write_value
 
 # ------------------------------------------------------------------------------------------------
-# Which run it is
+# Settings
 
 
 def fixed_settings(run):
@@ -42,14 +41,14 @@ def fixed_settings(run):
     flags, digest = run.flags, hashlib.sha256()
     for clip in (*run.clips, *run.images):
         digest.update(clip.video.numpy().tobytes() + clip.prompt.encode())
-    settings = {k: v for k, v in run.recipe.settings().items()
-                if k not in ("steps", "appearance_stop")}
+    values = {k: v for k, v in run.recipe.settings().items()
+              if k not in ("steps", "appearance_stop")}
     if flags.prior == "generated":
-        settings["--preview-steps"] = flags.preview_steps
-    return json.loads(json.dumps(nan_to_none(settings) | {
-        "--method": run.recipe.name, "--seed": flags.seed, "--precision": flags.precision,
-        "--prior": str(flags.prior), "--batch": run.batch, "base model": run.fingerprint,
-        "clips": digest.hexdigest()[:12]}))
+        values["--preview-steps"] = flags.preview_steps
+    values |= {"--method": run.recipe.name, "--seed": flags.seed, "--precision": flags.precision,
+               "--prior": flags.prior, "--batch": run.batch, "base model": run.fingerprint,
+               "clips": digest.hexdigest()[:12]}
+    return {k: write_value(v) for k, v in values.items()}
 
 
 def check_same(run, was):
@@ -68,7 +67,7 @@ def claim(run):
     path = run.flags.out / "run.json"
     if os.path.lexists(path):
         with reading(path, "start again in a new --out"):
-            check_same(run, read_json(path)["fixed_settings"])
+            check_same(run, read_json(path)["fixed"])
     elif run.rank == 0:
         write_settings(run)
 
@@ -77,7 +76,7 @@ def write_settings(run):
     """run.json, from which the run can be repeated."""
     write_json(run.flags.out / "run.json", {
         "method": run.recipe.name, "settings": run.recipe.settings(), "flags": vars(run.flags),
-        "clips": [c.path for c in run.clips], "fixed_settings": fixed_settings(run)})
+        "clips": [c.path for c in run.clips], "fixed": fixed_settings(run)})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,7 +97,8 @@ def save_state(path, step, run, optimizer):
     for name, p in run.trained.items():
         for kind, tensor in {"": p, **optimizer.state.get(p, {})}.items():
             tensors[f"{kind}:{name}"] = tensor
-    save_tensors(path, tensors, {"step": str(step), "prior": prior_digest(run)})
+    save_tensors(path, tensors, {"step": str(step), "prior": prior_digest(run),
+                                 "scaler": json.dumps(run.scaler.state_dict())})
 
 
 def load_state(path, run, optimizer):
@@ -123,6 +123,7 @@ def load_state(path, run, optimizer):
             else:  # moments in the memory layout of their parameter
                 like = torch.empty_like(p) if tensor.shape == p.shape else tensor.to(p.device)
                 optimizer.state[p][kind] = like.copy_(tensor)
+        run.scaler.load_state_dict(json.loads(meta["scaler"]))
     return step
 
 
@@ -259,18 +260,19 @@ def report(run):
     """Print data, trainable parameters and settings."""
     flags, recipe = run.flags, run.recipe
     for clip, source in zip(run.clips, run.sources):
-        print_line(f"clip: {clip.path}, {clip.video.shape[1]} frames, {clip.prompt!r} (from {source})")
+        print_line(f"clip: {clip.path}, {clip.video.shape[1]} frames, {clip.prompt!r} "
+                   f"(from {source})")
     for clip in run.images:
         print_line(f"image: {clip.path}, {clip.prompt!r}")
     if run.prior:
         print_line(f"prior: {len(run.prior)} clips ({flags.prior}), e.g. {run.prior[0].prompt!r}")
     count = lambda tensors: sum(p.numel() for p in tensors)
-    print_line(f"trainable: {count(run.trained.values()):,} parameters in {len(run.trained)} tensors (the "
-         f"UNet has {count(run.pipe.unet.parameters()):,})")
+    print_line(f"trainable: {count(run.trained.values()):,} parameters in {len(run.trained)} "
+               f"tensors (the UNet has {count(run.pipe.unet.parameters()):,})")
     for part, several in run.trainables.items():
         mine = several[0].parameters()
         print_line(f"  {part}: {count(mine.values()):,} in {len(mine)}"
-             + (f", for each of {len(several)} clips" if len(several) > 1 else ""))
+                   + (f", for each of {len(several)} clips" if len(several) > 1 else ""))
         for kind, (tensors, numbers) in layer_types(mine).items():
             print_line(f"    {kind}: {numbers:,} in {tensors}")
     print_line(f"recipe: {recipe.source}")
@@ -279,7 +281,7 @@ def report(run):
     settings = " ".join(f"{k}={write_value(v)}" for k, v in recipe.settings().items())
     height, width = flags.size
     print_line(f"settings: {settings}\non: {width}x{height}, up to {flags.frames} frames at "
-         f"{flags.fps:g} fps, {flags.device}, {flags.precision}, seed {flags.seed}")
+               f"{flags.fps:g} fps, {flags.device}, {flags.precision}, seed {flags.seed}")
 
 
 def layer_types(parameters):
