@@ -19,12 +19,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import data
 import generate
 import lora
 import model
 import sampler
 from support import hub, media
+from support.files import digest
 from tiny import world
 
 # ------------------------------------------------------------------------------------------------
@@ -179,7 +179,8 @@ def put_instead(path, how, elsewhere=None):
 
 OUR_NAMES = ("run.json", "settings.json", "metrics.json", "page.html", "study-key.json",
              "sheet.png", "log.jsonl", "state.safetensors", "vmc.safetensors",
-             "samples/step-000000.mp4", ".tmp-abc/vmc.safetensors", ".part-vmc.safetensors", ".unfinished/mine")
+             "samples/step-000000.mp4", ".tmp-abc/vmc.safetensors", ".part-vmc.safetensors",
+             ".unfinished/mine")
 
 
 def write_names(folder, names=OUR_NAMES):
@@ -241,22 +242,24 @@ def retensor(r, path):
     return how, must
 
 
-# What an adapter says of itself, and whether another program's reader could make sense of it.
 STORIES = ("noise_prior", "sampling_steps", "inversion_steps", "guidance", "fps", "step", "sampler",
            "inversion_model", "format", "base", "prompt", "method")
 
 
 def restory(r, path):
-    """Change an adapter's metadata."""
+    """Change an adapter's metadata, with a checksum of the new metadata in half of the cases."""
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     name, text = r.choice(STORIES), r.choice(
         ("", "abc", "-1", "nan", "inf", "1e999", "0", "2.5", "9" * 5000, "None", "a\nb", "é", "1e9",
          "[]", "true", "x" * 9999))
-    save_file(load_file(path), path, meta | {name: text})
-    wanted = sampler.Sampling.__dataclass_fields__.get(name)
-    odd = wanted is not None and text in ("", "abc", "-1", "nan", "inf", "None", "a\nb", "é", "[]")
-    return f"{name} = {text[:20]!r}", "refuse" if odd else ""
+    tensors, meta = load_file(path), meta | {name: text}
+    if honest := r.random() < 0.5:
+        meta["digest"] = digest(tensors, {k: v for k, v in meta.items() if k != "digest"})
+    save_file(tensors, path, meta)
+    number = name in sampler.Sampling.__dataclass_fields__
+    odd = number and text in ("", "abc", "-1", "nan", "inf", "None", "a\nb", "é", "[]")
+    return f"{name} = {text[:20]!r}", "refuse" if odd or not honest else ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -457,16 +460,6 @@ def scored(name):
     return f"to score: {name}", set_up
 
 
-def real_clips(folder):
-    """What is in a folder of a person's: each file and folder of it, to learn from."""
-    rows = []
-    for path in data.find_clips(sorted(folder.iterdir())) if folder else []:
-        pictures = path.is_dir() and len(list(path.iterdir())) >= media.FEWEST_FRAMES
-        if pictures or path.suffix.lower() in media.VIDEOS:
-            rows.append((f"a clip: {path}", lambda case, path=path: ("train", ["--video", path])))
-    return rows
-
-
 def find_fine():
     """The list."""
     from support.recipe import METHODS
@@ -478,7 +471,8 @@ def find_fine():
         clip_of("tall.mp4", size=(128, 34)), clip_of("c.webm", codec="libvpx-vp9"),
         clip_of("c.mov", codec="qtrle", pix_fmt="argb"),
         clip_of("c.avi", codec="mpeg4"),
-        clip_of("deep.mp4", pix_fmt="yuv420p10le"), clip_of("wide.mp4", sample_aspect_ratio=Fraction(4, 3)),
+        clip_of("deep.mp4", pix_fmt="yuv420p10le"),
+        clip_of("wide.mp4", sample_aspect_ratio=Fraction(4, 3)),
         clip_of("grey.mkv", codec="ffv1", pix_fmt="gray"), clip_of("UPPER.MP4"),
         clip_of("a clip, é 中 'x'.mp4"), clip_of("-x.mp4"), clip_of("4.mp4", frames=8),
         clip_of("rate.mkv", frames=32, times=[*[i / 24 for i in range(16)],

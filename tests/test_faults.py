@@ -116,6 +116,7 @@ def start(command, folder, act=None):
 
     def action():
         os.chdir(folder)
+        os.dup2(sys.stderr.fileno(), 2)
         if act:
             watch(folder / "out", act)
         command()

@@ -241,7 +241,8 @@ def test_flags_override_the_adapter_which_overrides_the_defaults(tiny, adapter, 
     assert both.source.path == adapter and both.scale == [0.5, 0.5] and both.noise_prior == 1
     assert resolved(tiny, "--adapter", look).noise_prior == 0
     assert resolved(tiny, "--init-video", clip).noise_prior == 1
-    wide, trained = tmp_path / "wide.safetensors", lora.FullFinetune(tiny.unet, "attn1")
+    wide, trained = tmp_path / "wide.safetensors", lora.FullFinetune(
+        tiny.unet, "temporal-attention")
     adapters.save_adapter(wide, [trained], torch.zeros(8, 4, 5, 9), noise_prior=1, method="vmc")
     s = resolved(tiny, "--adapter", wide)
     assert (s.size, s.frames) == ((40, 72), 4)
