@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import complain
+from conftest import expect_error
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -529,7 +529,7 @@ def test_votes_that_cannot_be_counted_are_refused(file, message, tmp_path, capsy
     path, key = tmp_path / "votes.json", tmp_path / "study-key.json"
     path.write_bytes(file if isinstance(file, bytes) else json.dumps(file).encode())
     key.write_text(json.dumps({"1": "one", "2": "two", "3": "one"}))
-    complain(["--votes", path], message, capsys, eval.main)
+    expect_error(["--votes", path], message, capsys, eval.main)
 
 
 def test_binomial_by_hand():
@@ -652,7 +652,7 @@ def test_damaged_files_of_a_run_are_refused(name, text, message, tmp_path, capsy
     write_run(tmp_path / "made", clips(1)[1], ["a"],
               adapter=[str(tmp_path / "run" / "vmc.safetensors")])
     (tmp_path / ("made" if name == "settings.json" else "run") / name).write_text(text)
-    complain([tmp_path / "made", "--out", tmp_path / "out"], message, capsys, eval.main)
+    expect_error([tmp_path / "made", "--out", tmp_path / "out"], message, capsys, eval.main)
     assert not (tmp_path / "out").exists()
 
 
@@ -689,7 +689,7 @@ def test_a_run_without_its_clip_or_its_adapter_is_refused(tmp_path):
 def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    complain(argv, message, capsys, eval.main)
+    expect_error(argv, message, capsys, eval.main)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -287,7 +287,7 @@ def commands(place, unkilled):
     adapter = ["--adapter", run / "vmc.safetensors", "--weights", place / "weights"]
     few = ["--steps", 2, "--precision", "fp32", "--device", "cpu"]
     return {
-        "generate": (call(generate, *adapter, "--prompt", "a star", "--seeds", 2, *few,
+        "generate": (call(generate, *adapter, "--prompt", "a star", "--videos-per-prompt", 2, *few,
                           "--guidance", 1), "generated"),
         "eval": (call(evaluate, run, "--size", 32, "--frames", 4, "--device", "cpu", "--no-world"),
                  "evaluation")}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, complain, relative
+from conftest import FULL_UNET, ROOT, TINY, expect_error, relative
 from safetensors.torch import load_file, save_file
 
 import data
@@ -79,7 +79,7 @@ def resolved(tiny, *argv):
     args = generate.parse([str(a) for a in ("--prompt", "a red star", *argv)])
     prompts = generate.check(args)
     loaded = [adapters.read_adapter(path, tiny) for path in args.adapter]
-    s, source = generate.resolve(args, tiny, loaded)
+    s, source = generate.resolve_settings(args, tiny, loaded)
     generate.check_sampling(args, prompts, tiny, loaded, s)
     return SimpleNamespace(**vars(args) | vars(s) | {"s": s, "args": args, "source": source})
 
@@ -91,7 +91,7 @@ def resolved(tiny, *argv):
 def test_a_folder_has_videos_a_contact_sheet_and_settings(adapter, tmp_path, capsys):
     lines = tmp_path / "prompts.txt"
     lines.write_text("a green ring hopping\n\n../../escape <b>\n")
-    make("--adapter", adapter, "--prompts", lines, "--seeds", 2, "--steps", 3, "--out",
+    make("--adapter", adapter, "--prompts", lines, "--videos-per-prompt", 2, "--steps", 3, "--out",
          tmp_path / "set")
     names = sorted(p.name for p in (tmp_path / "set").iterdir())
     videos = [n for n in names if n.endswith(".mp4")]
@@ -131,8 +131,8 @@ def test_starting_latents_and_negative_prompt(more, prior, adapter, tmp_path, mo
     sample = sampler.sample
     monkeypatch.setattr(sampler, "sample", lambda pipe, texts, start, *a, **k: (
         seen.update(start=start), sample(pipe, texts, start, *a, **k))[1])
-    make("--adapter", adapter, "--prompt", "a red star", "--negative", "a blue ring", "--steps", 1,
-         "--out", tmp_path, *more)
+    make("--adapter", adapter, "--prompt", "a red star", "--negative-prompt", "a blue ring",
+         "--steps", 1, "--out", tmp_path, *more)
     noise = sampler.seeded_randn((8, FRAMES, 8, 8), [0])
     torch.testing.assert_close(seen["start"], prior**0.5 * inverted + (1 - prior)**0.5 * noise)
     assert set(seen["texts"]) >= {"a red star", "a blue ring"} and "" not in seen["texts"][-2:]
@@ -152,7 +152,7 @@ def test_another_clip_than_the_adapters_is_inverted(adapter, clip, tmp_path):
 @pytest.mark.parametrize("method,equal", [("ddim", True), ("ddpm", False)])
 def test_from_the_inverted_clip_seeds_matter_for_ddpm_only(method, equal, latents, tmp_path):
     path = write_adapter(tmp_path / "a.safetensors", latents, sampler=method)
-    make("--adapter", path, "--prompt", "a red star", "--seeds", 2, "--out", tmp_path / "set")
+    make("--adapter", path, "--prompt", "a red star", "--videos-per-prompt", 2, "--out", tmp_path / "set")
     one, two = videos_of(tmp_path / "set").values()
     assert (one == two) == equal
     settings = json.loads((tmp_path / "set" / "settings.json").read_text())
@@ -163,7 +163,7 @@ def test_a_video_does_not_depend_on_the_others(tmp_path):
     """To the bit on a CPU in its own precision, also refined."""
     same = ("--steps", 2, "--frames", 4, "--refine", TINY, "--refine-steps", 4, "--strength", 0.5)
     (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
-    make("--prompts", tmp_path / "prompts.txt", "--seeds", 2, "--batch", 4, *same,
+    make("--prompts", tmp_path / "prompts.txt", "--videos-per-prompt", 2, "--batch", 4, *same,
          "--out", tmp_path / "many")
     make("--prompt", "a blue ring", "--seed", 1, "--batch", 1, *same, "--out", tmp_path / "one")
     many, one = videos_of(tmp_path / "many"), videos_of(tmp_path / "one")
@@ -180,8 +180,9 @@ def test_a_video_in_a_batch_differs_in_its_last_bits_only(tiny):
 
 def test_the_merged_model_is_saved_in_both_layouts(adapter, tiny, tmp_path, capsys):
     """In fp16, the hub's precision, and without a prompt."""
-    make("--adapter", adapter, "--save", tmp_path / "merged", "--out", tmp_path / "out")
-    make("--adapter", adapter, "--save", tmp_path / "merged.pth", "--out", tmp_path / "out")
+    make("--adapter", adapter, "--save-merged", tmp_path / "merged", "--out", tmp_path / "out")
+    make("--adapter", adapter, "--save-merged", tmp_path / "merged.pth", "--out",
+         tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"merged", "merged.pth"}
     kept = dict(model.load(tmp_path / "merged").unet.named_parameters())
     base = dict(model.load_unet(TINY).named_parameters())
@@ -189,7 +190,7 @@ def test_the_merged_model_is_saved_in_both_layouts(adapter, tiny, tmp_path, caps
     for name, p in kept.items():
         assert torch.allclose(p, learned.get(name, base[name]), rtol=1e-3, atol=1e-6), name
     assert any(not torch.equal(kept[name], base[name]) for name in learned)
-    complain(["--adapter", adapter, "--save", tmp_path / "merged"], "name of a new folder", capsys,
+    expect_error(["--adapter", adapter, "--save-merged", tmp_path / "merged"], "name of a new folder", capsys,
              generate.main)
 
 
@@ -213,7 +214,7 @@ def test_default_folders_are_numbered_and_given_ones_must_be_empty(tmp_path, mon
     assert names == {"generated": ["000-a-red-star-seed0.mp4"],
                      "generated-2": ["000-a-blue-ring-seed0.mp4"]}
     before = videos_of(tmp_path / "out/generated")
-    complain(["--prompt", "x", *same, "--out", "out/generated"], "is not empty; give a new folder",
+    expect_error(["--prompt", "x", *same, "--out", "out/generated"], "is not empty; give a new folder",
              capsys, generate.main)
     assert videos_of(tmp_path / "out/generated") == before
     (tmp_path / "empty").mkdir()
@@ -250,7 +251,7 @@ def test_flags_override_the_adapter_which_overrides_the_defaults(tiny, adapter, 
 
 def test_an_adapter_without_its_clip_is_refused(tmp_path, capsys):
     path = write_adapter(tmp_path / "a.safetensors", None)
-    complain(["--adapter", path, "--prompt", "x", "--out", tmp_path / "o"],
+    expect_error(["--adapter", path, "--prompt", "x", "--out", tmp_path / "o"],
              "starts from a clip, and none is given; give --init-video", capsys, generate.main)
 
 
@@ -288,7 +289,7 @@ def test_wrong_metadata_is_refused_before_sampling(name, text, latents, tmp_path
     monkeypatch.setattr(sampler, "sample", lambda *a, **k: pytest.fail("sampled"))
     monkeypatch.setattr(sampler, "invert", lambda *a, **k: pytest.fail("inverted"))
     expected = "--steps 700" if text == "700" else f"a.safetensors.*({name}|convert|literal|digits)"
-    complain(["--adapter", path, "--prompt", "x", "--out", tmp_path / "o"], expected, capsys,
+    expect_error(["--adapter", path, "--prompt", "x", "--out", tmp_path / "o"], expected, capsys,
              generate.main)
     assert not (tmp_path / "o").exists()
 
@@ -330,7 +331,7 @@ def test_words_unknown_to_the_tiny_model_are_named(adapter, tiny, capsys):
 
 def refine(tiny, video, second=None, **more):
     args = SimpleNamespace(refine_size=(64, 64), refine_steps=10, refine_guidance=1.0, strength=0.5,
-                           negative="")
+                           negative_prompt="")
     vars(args).update(more)
     return generate.refine(args, second or tiny, video, "a thing", 0)
 
@@ -363,20 +364,20 @@ def test_refining_takes_the_last_steps_of_the_second_model(tiny, monkeypatch):
 
 def test_dmt_has_the_published_settings(tiny, clip, adapter, monkeypatch):
     s = resolved(tiny, "--dmt", clip)
-    assert (s.sampling_steps, s.inversion_steps, s.guidance, s.negative) == (50, 0, 4, "")
+    assert (s.sampling_steps, s.inversion_steps, s.guidance, s.negative_prompt) == (50, 0, 4, "")
     assert s.size == (64, 64) and s.checkpointing == "off"
     sampling, shape = generate.dmt_defaults(1000, tiny=False)
     assert sampling == {"guidance": 10.0, "inversion_steps": 999}
-    assert shape["negative"].startswith("bad quality, distortions")
-    assert len(generate.guided_timesteps(s.s, tiny)) == 20 and generate.PULLS == 10
+    assert shape["negative_prompt"].startswith("bad quality, distortions")
+    assert len(generate.guided_timesteps(s.s, tiny)) == 20 and generate.ADAM_STEPS == 10
     with monkeypatch.context() as patched:  # other weights
         patched.setattr(generate, "is_tiny", lambda weights: False)
         for more in ([], ["--adapter", adapter]):
             v = resolved(tiny, "--dmt", clip, *more)
             assert (v.frames, v.size, v.guidance, v.checkpointing) == (24, (320, 576), 10, "on")
-    given = resolved(tiny, "--dmt", clip, "--inversion-steps", 9, "--negative", "blue", "--steps",
-                     6)
-    assert (given.inversion_steps, given.negative, given.sampling_steps) == (9, "blue", 6)
+    given = resolved(tiny, "--dmt", clip, "--inversion-steps", 9, "--negative-prompt", "blue",
+                     "--steps", 6)
+    assert (given.inversion_steps, given.negative_prompt, given.sampling_steps) == (9, "blue", 6)
 
 
 def test_pairwise_differences_by_hand():
@@ -403,8 +404,6 @@ def test_dmt_features_are_those_of_a_whole_pass_which_stops_after_them(tiny):
 
 
 def test_dmt_reads_the_layers_of_the_published_code():
-    from test_model import FULL_UNET
-
     with torch.device("meta"):
         unet = model.UNet(model.UNetConfig(**FULL_UNET))
     names = [n for n, _ in unet.named_modules() if re.fullmatch(generate.LAYERS, n)]
@@ -536,7 +535,7 @@ X = ["--prompt", "x"]
     ([*X, "--seed", "-1"], "--seed: -1"),
     ([*X, "--noise-prior", "2"], "0 to 1"),
     ([*X, "--sampler", "ddmi"], "--sampler: invalid choice"),
-    ([*X, "--save", "{p}/m.safetensors"], "a new folder, or of a .pth"),
+    ([*X, "--save-merged", "{p}/m.safetensors"], "a new folder, or of a .pth"),
     ([*X, "--dmt", "{p}/c.mp4", "--noise-prior", "1"], "--dmt has its own start"),
     ([*X, "--adapter", "{a}", "--scale", "1", "2"], "2 numbers for 1"),
     ([*X, "--weights", "cerspense/zeroscope_v2_576w"],
@@ -554,13 +553,13 @@ def test_errors_before_anything_is_loaded(argv, message, tmp_path, adapter, monk
     monkeypatch.setattr(generate, "load", lambda *a, **k: pytest.fail("loaded"))
     argv = [a.format(p=tmp_path, a=adapter) for a in argv]
     argv += [] if "--out" in argv else ["--out", tmp_path / "o"]
-    complain(argv, message, capsys, generate.main)
+    expect_error(argv, message, capsys, generate.main)
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("argv,message", [
     (["--prompt", "x " * 100], "Shorten it"),
-    ([*X, "--negative", "x " * 100], "Shorten it"),
+    ([*X, "--negative-prompt", "x " * 100], "Shorten it"),
     ([*X, "--adapter", "{p}/none.safetensors"], "none.safetensors"),
     ([*X, "--adapter", "{p}/broken.safetensors"], "cannot be used"),
     ([*X, "--adapter", "{p}/changed.safetensors"], "checksum is wrong"),
@@ -581,7 +580,7 @@ def test_errors_before_anything_is_sampled(argv, message, adapter, tmp_path, mon
     monkeypatch.setattr(sampler, "sample", lambda *a, **k: pytest.fail("sampled"))
     monkeypatch.setattr(sampler, "invert", lambda *a, **k: pytest.fail("inverted"))
     argv = [a.format(p=tmp_path, a=adapter) for a in argv]
-    complain([*argv, "--out", tmp_path / "o"], message.format(p=tmp_path), capsys, generate.main)
+    expect_error([*argv, "--out", tmp_path / "o"], message.format(p=tmp_path), capsys, generate.main)
     assert not (tmp_path / "o").exists()
 
 
