@@ -356,7 +356,7 @@ def holds_run(folder, found):
     if private.is_dir() and any(not p.name.startswith(".tmp-") for p in private.iterdir()):
         return False
     with contextlib.suppress(BadInput):
-        return found == {UNFINISHED} or "fixed_settings" in read_json(folder / "run.json")
+        return found == {UNFINISHED} or "fixed" in read_json(folder / "run.json")
     return False
 
 
