@@ -73,8 +73,8 @@ def test_consistency_falls_when_frames_are_mixed(clip):
     assert steady > mixed + 0.05
 
 
-def test_hubs_clip_equals_transformers():
-    """A narrow CLIPModel with random weights: picture and text features, and PickScore."""
+def test_clip_and_pick_score_equal_transformers():
+    """A narrow CLIPModel with random weights: image and text features, and PickScore."""
     transformers = pytest.importorskip("transformers")
     import open_clip
 
@@ -119,7 +119,7 @@ def test_copies_are_found_and_others_are_not(clip):
 
 
 @pytest.mark.parametrize("size", (64, 256))
-def test_tracks_follow_rendered_things(size):
+def test_tracks_follow_rendered_objects(size):
     """Points on things and on floors against the exact paths: median error at most a 64th of the
     picture, of each kind on its own, at the world's size and enlarged; what is said to hold, does.
     """
@@ -200,7 +200,7 @@ def measure(folder, *flags):
 
 
 class Brightness(torch.nn.Module):
-    """A stand-in for a scorer in TorchScript: (B, 3, …) -> (B, 2), or a distance of two."""
+    """A classifier in TorchScript: (B, 3, …) -> (B, 2)."""
 
     def forward(self, a: torch.Tensor):
         m = a.flatten(1).mean(1, keepdim=True)
@@ -212,7 +212,7 @@ class Apart(torch.nn.Module):
         return (a - b).abs().flatten(1).mean(1)
 
 
-def test_scorers_given_in_torchscript(tmp_path):
+def test_scorers_in_torchscript(tmp_path):
     """The class is 0 for bright videos, 1 for dark ones; the distance of grey 0.5 and −0.5 is 1."""
     bright, dark = torch.full((3, 16, 64, 64), 0.5), torch.full((3, 16, 64, 64), -0.5)
     write_run(tmp_path / "run", [bright, dark], ["a", "a"])
@@ -249,7 +249,7 @@ def test_a_run_against_itself_and_against_another(tmp_path, capsys):
     assert own["background"] == 1 and "motion fidelity" in capsys.readouterr().out
 
 
-def test_the_worlds_figures_fall_when_time_runs_backward_or_the_prompt_is_another(tmp_path):
+def test_metrics_of_the_tiny_world_fall_for_reversed_videos_and_other_prompts(tmp_path):
     """The words of a background or of a motion ("in a circle", "blue striped") name no thing."""
     scenes, videos = clips(40, ("moving in a circle", "moving left"), seed=5)
     one = next(i for i, (c, b, s) in enumerate(zip(scenes.colour, scenes.background, scenes.shape))
@@ -277,7 +277,7 @@ def test_the_worlds_figures_fall_when_time_runs_backward_or_the_prompt_is_anothe
 
 
 @pytest.mark.parametrize("hub", (True, False))
-def test_any_clip_of_open_clips_with_local_weights(hub, tmp_path):
+def test_any_model_of_open_clip_with_local_weights(hub, tmp_path):
     """A narrow model under a name of its own, its file in either format: the same features."""
     import open_clip
 
@@ -310,7 +310,7 @@ def test_any_clip_of_open_clips_with_local_weights(hub, tmp_path):
     assert torch.allclose(clip.images(videos[0]), want, atol=1e-5)
 
 
-def test_figures_that_are_no_number_are_left_empty(tmp_path):
+def test_metrics_that_are_nan_are_left_empty(tmp_path):
     class Nothing(torch.nn.Module):
         def forward(self, a: torch.Tensor, b: torch.Tensor):
             return (a - b).abs().flatten(1).mean(1) * float("nan")
@@ -322,7 +322,7 @@ def test_figures_that_are_no_number_are_left_empty(tmp_path):
     assert "NaN" not in score.page.read_text()
 
 
-def test_sscd_is_fed_as_its_authors_say():
+def test_sscd_gets_the_input_that_its_authors_specify():
     """288 pixels, ImageNet's mean and deviation: a picture of the mean colour gives zeros."""
     class See(torch.nn.Module):
         def forward(self, x: torch.Tensor):
@@ -333,7 +333,7 @@ def test_sscd_is_fed_as_its_authors_say():
     assert torch.allclose(got, F.normalize(torch.tensor([[1.0, 288.0]] * 2), dim=1), atol=1e-6)
 
 
-def test_the_appearance_score_reads_the_prompt_without_its_motion(tmp_path, clip):
+def test_the_appearance_score_uses_the_prompt_without_its_motion(tmp_path, clip):
     scenes, videos = clips(1, ("moving left",))
     look = world.captions(scenes, motion=False)[0]
     prompt = world.captions(scenes)[0]
@@ -370,7 +370,7 @@ def test_keyframes_and_given_tracks(tmp_path):
         measure(tmp_path / "run", *flags)
 
 
-def test_copies_are_counted_above_what_the_base_model_reaches(tmp_path):
+def test_copies_are_counted_above_the_threshold_of_the_base_model(tmp_path):
     _, videos = clips(4)
     write_run(tmp_path / "base", videos[:3], ["a"] * 3, adapter=[])
     write_run(tmp_path / "copies", videos[3:], ["a"])
@@ -384,10 +384,10 @@ def test_copies_are_counted_above_what_the_base_model_reaches(tmp_path):
 
 
 def browse(page, *scripts):
-    """The page's DOM after its scripts, and these, have run in headless Chromium."""
+    """The page's DOM in headless Chromium after its scripts and these."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
-        pytest.skip("no Chromium here")
+        pytest.skip("Chromium is not installed")
     html = page.read_text()
     for script in scripts:
         html = html.replace("</html>", f"<script>{script}</script></html>")
@@ -405,7 +405,7 @@ def browse(page, *scripts):
 NASTY = "a star</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 
 
-def test_the_page_plays_and_nothing_in_it_acts(tmp_path):
+def test_the_page_plays_videos_and_runs_no_foreign_script(tmp_path):
     _, videos = clips(2, ("hopping",))
     media.write_video(tmp_path / "clip.mp4", videos[1], world.FPS)
     write_run(tmp_path / "one", videos, [NASTY, "two"])
@@ -423,7 +423,7 @@ def test_the_page_plays_and_nothing_in_it_acts(tmp_path):
 
 
 def test_a_study_is_blind_and_its_votes_are_counted(tmp_path, capsys):
-    """Somebody who always takes run two's video, whichever side it is on."""
+    """A visitor who always chooses the video of run two, on either side."""
     _, videos = clips(8, ("hopping",))
     for name in ("one", "two"):
         write_run(tmp_path / name, videos[:4] if name == "one" else videos[4:], list("abcd"))
@@ -459,7 +459,7 @@ def test_a_study_is_blind_and_its_votes_are_counted(tmp_path, capsys):
     assert "one: motion 1.00 of 5 (4 ratings)" in said and "two: text 4.00 of 5" in said
 
 
-def test_a_study_that_would_not_compare_two_trainings_is_refused(tmp_path, capsys):
+def test_a_study_of_runs_without_a_common_prompt_is_refused(tmp_path, capsys):
     """They sampled other prompts; with the same ones they are compared, and a word that the
     tiny model has never met is told. What stands twice in the file is one prompt."""
     write_clip(tmp_path)
@@ -480,7 +480,7 @@ def test_a_study_that_would_not_compare_two_trainings_is_refused(tmp_path, capsy
 VOTE = {"chosen": "1", "other": "2"}
 
 
-def test_votes_go_to_the_run_that_was_chosen(tmp_path, capsys):
+def test_votes_count_for_the_chosen_run(tmp_path, capsys):
     (tmp_path / "study-key.json").write_text(json.dumps({"1": "one", "2": "two"}))
     other = {"chosen": "2", "other": "1"}
     votes = [other, other, VOTE | {"ratings": {"1": {"motion": 4}}}, other]
@@ -613,7 +613,7 @@ def test_the_method_names_the_model_that_inverts(inversion, prior, same, tmp_pat
         assert torch.equal(found[0], found[1]) == same
 
 
-def test_prompts_that_differ_are_not_averaged_together(tmp_path, capsys):
+def test_only_common_prompts_are_compared(tmp_path, capsys):
     _, videos = clips(3)
     write_run(tmp_path / "one", videos[:2], ["a star", "a ring"])
     write_run(tmp_path / "two", [videos[0], videos[2]], ["a star", "a cross"])

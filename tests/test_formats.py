@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, relative
+from conftest import NARROW_UNET, ROOT, relative
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,18 +20,6 @@ peft = pytest.importorskip("peft")
 from diffusers import utils as their_utils  # noqa: E402
 from diffusers.loaders import PeftAdapterMixin  # noqa: E402
 
-NARROW = {
-    "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": [32, 64, 64],
-    "cross_attention_dim": 24, "attention_head_dim": 8, "norm_num_groups": 8,
-    "down_block_types": ["CrossAttnDownBlock3D"] * 2 + ["DownBlock3D"],
-    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 2,
-}
-FULL = NARROW | {
-    "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024,
-    "attention_head_dim": 64, "norm_num_groups": 32,
-    "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
-    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
-}
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
 Q, K, OUT, FF = (BLOCK + n for n in ("attn1.to_q", "attn2.to_k", "attn1.to_out.0", "ff.net.2"))
 CONV, TIME = "down_blocks.1.resnets.0.conv1", "up_blocks.1.temp_convs.0.conv2.3"
@@ -53,33 +41,27 @@ def pair(W, rank, seed=0):
 
 @pytest.fixture(scope="module")
 def base():
-    """One set of weights for all; no layer is silent."""
+    """One set of weights for all, without zeros."""
     torch.manual_seed(0)
-    return {n: t + noise(*t.shape, size=0.1) for n, t in Theirs(**NARROW).state_dict().items()}
+    return {n: t + noise(*t.shape, size=0.1) for n, t in Theirs(**NARROW_UNET).state_dict().items()}
 
 
 @pytest.fixture
 def theirs(base):
-    unet = Theirs(**NARROW).eval()
+    unet = Theirs(**NARROW_UNET).eval()
     unet.load_state_dict(base)
     return unet
 
 
 @pytest.fixture(scope="module")
 def unet(base):
-    ours = model.UNet(model.UNetConfig(**NARROW)).eval().requires_grad_(False)
+    ours = model.UNet(model.UNetConfig(**NARROW_UNET)).eval().requires_grad_(False)
     ours.load_state_dict(base)
     return ours
 
 
-@pytest.fixture(scope="module")
-def full():
-    with torch.device("meta"):
-        return model.UNet(model.UNetConfig(**FULL))
-
-
 def merged(base, tensors, pairs):
-    """The weights as an adapter changes them."""
+    """The weights merged with an adapter."""
     state = base | tensors
     for layer, (A, B) in pairs.items():
         W = base[f"{layer}.weight"]
@@ -89,7 +71,7 @@ def merged(base, tensors, pairs):
 
 
 def assert_equal(got, want, base):
-    """Every weight the same, to 1e-6, and its change to 1e-5; and something was changed."""
+    """Equal weights, to 1e-6, and equal changes, to 1e-5. At least one weight changed."""
     changed = [n for n in base if not torch.equal(want[n], base[n])]
     assert changed and [n for n in base if not torch.equal(got[n], base[n])] == changed
     assert max(relative(got[n], want[n]) for n in changed) <= 1e-6
@@ -112,8 +94,8 @@ def config(**settings):
     return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ALL} | settings)
 
 
-def learned(unet):
-    """Gives all that could have learned some change."""
+def train_all(unet):
+    """Change all trainable parameters."""
     for i, p in enumerate(unet.parameters()):
         if p.requires_grad:
             p.data = p.data * 0.9 + noise(*p.shape, seed=i)
@@ -129,9 +111,9 @@ def fused(unet):
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_files_of_diffusers(kind, theirs, unet, base, tmp_path):
-    """By save_lora_adapter (no "unet." anywhere), and as a pipeline saves it (everywhere)."""
+    """By save_lora_adapter, without "unet.", and as a pipeline saves it, with it."""
     theirs.add_adapter(config(**SETTINGS[kind]))
-    learned(theirs)
+    train_all(theirs)
     theirs.save_lora_adapter(tmp_path)
     path, want = tmp_path / "pytorch_lora_weights.safetensors", fused(theirs)
     with safe_open(path, "pt") as file:
@@ -143,10 +125,10 @@ def test_files_of_diffusers(kind, theirs, unet, base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_files_of_pefts_save_pretrained(kind, theirs, unet, base, tmp_path):
-    """Its settings are in adapter_config.json beside the file."""
+def test_files_of_peft(kind, theirs, unet, base, tmp_path):
+    """Its settings are in adapter_config.json, next to the file."""
     wrapped = peft.get_peft_model(theirs, config(**SETTINGS[kind]))
-    learned(theirs)
+    train_all(theirs)
     wrapped.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     got = merged(base, *formats.read_foreign(load_file(path), {}, unet, path))
@@ -157,7 +139,7 @@ def test_files_of_pefts_save_pretrained(kind, theirs, unet, base, tmp_path):
 
 
 def renamed(*changes):
-    """A file with parts of its names replaced."""
+    """A function that replaces parts of names."""
     def rename(state):
         names = {n: n for n in state}
         for old, new in changes:
@@ -168,7 +150,7 @@ def renamed(*changes):
 
 
 COMFY = ("^unet", "diffusion_model")
-OTHER = {  # how peft's names are written otherwise; each at alpha = r
+OTHER = {  # other notations of peft's names, each with alpha = r
     "adapter's name": renamed((r"weight$", "my-own.weight")),
     "lora.down": their_utils.convert_state_dict_to_diffusers,
     "to_q_lora.down": renamed((r"\.lora_A", "_lora.down"), (r"\.lora_B", "_lora.up"),
@@ -182,9 +164,9 @@ OTHER = {  # how peft's names are written otherwise; each at alpha = r
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_other_names_of_the_same(kind, theirs, unet, base):
+def test_other_notations_of_the_same_names(kind, theirs, unet, base):
     theirs.add_adapter(config(lora_alpha=4, target_modules=ALL[:3] if "to_q" in kind else ALL))
-    learned(theirs)
+    train_all(theirs)
     state = {f"unet.{n}": t for n, t in peft.get_peft_model_state_dict(theirs).items()}
     got = formats.read_foreign(OTHER[kind](state), {}, unet, "x")
     assert_equal(merged(base, *got), fused(theirs), base)
@@ -192,7 +174,7 @@ def test_other_names_of_the_same(kind, theirs, unet, base):
 
 @pytest.mark.parametrize("kind", ("beside peft's names", "kohya"))
 def test_alphas_in_tensors(kind, theirs, unet, base):
-    """Each layer has its own; diffusers reads peft's names with the same alphas."""
+    """Each layer has its own alpha. diffusers reads peft's names with the same alphas."""
     state = formats.to_peft({n: pair(base[f"{n}.weight"], 4, i) for i, n in enumerate(ALL)})
     alphas = {f"unet.{layer}.alpha": i + 1.0 for i, layer in enumerate(ALL)}
     theirs.load_lora_adapter(dict(state), network_alphas=alphas, prefix="unet")
@@ -204,7 +186,7 @@ def test_alphas_in_tensors(kind, theirs, unet, base):
 
 
 # ------------------------------------------------------------------------------------------------
-# By the formula, where no reference is installed
+# Against the formula, for programs that are not installed
 
 
 def kohya(layer, **parts):
@@ -213,7 +195,7 @@ def kohya(layer, **parts):
 
 @pytest.mark.parametrize("names", ("hub's", "web UI's"))
 def test_stable_lora(names, unet, base):
-    """Its layers' own lines, at r = 2; a bias in the file is the layer's new one."""
+    """Its own formula, with r = 2. A bias in the file replaces the layer's."""
     state, want = {f"{OUT}.bias": noise(32)}, base | {f"{OUT}.bias": noise(32)}
     for name in (f"{layer}.weight" for layer in ALL):
         wide, narrow, *kernel = base[name].shape
@@ -231,8 +213,8 @@ def test_stable_lora(names, unet, base):
 
 
 @pytest.mark.parametrize("kind,clips", [("temporal", 1), ("spatial", 1), ("spatial", 3)])
-def test_motiondirectors_lists_without_names(kind, clips, full, capsys):
-    """At full size. Each tensor is filled with its own number, so layer and clip can be told."""
+def test_lists_of_motiondirector_without_names(kind, clips, full, capsys):
+    """At full size. Each tensor holds its own number, which identifies layer and clip."""
     order = json.loads((ROOT / "tests/reference/motiondirector_order.json").read_text())[kind]
     tensors = []
     for wide, narrow in [shape for _, shape in order for _ in range(clips)]:
@@ -249,7 +231,7 @@ def test_motiondirectors_lists_without_names(kind, clips, full, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# What is refused
+# Refused files
 
 
 A, B = noise(2, 32), noise(32, 2)
@@ -306,8 +288,8 @@ def test_unknown_tensors_and_settings_are_refused_in_one_line(message, state, me
 
 
 @pytest.mark.parametrize("kept", (r".*", r"(?!.*temp_|transformer_in).*"))
-def test_whole_unets_are_no_adapters_unless_asked_for(kept, unet, base, capsys):
-    """Neither a video UNet nor an image UNet; some of their tensors are."""
+def test_whole_unets_are_adapters_only_on_request(kept, unet, base, capsys):
+    """All weights of a video or image UNet are refused; a part of them is an adapter."""
     state = {f"unet.{n}": t for n, t in base.items() if re.fullmatch(kept, n)}
     with pytest.raises(BadInput, match="is no adapter"):
         formats.read_foreign(state, {}, unet, "x")
@@ -320,10 +302,10 @@ def test_whole_unets_are_no_adapters_unless_asked_for(kept, unet, base, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# Out
+# Exported files
 
 
-def test_ours_load_in_peft_as_they_are(theirs, unet, base):
+def test_our_adapters_load_in_peft(theirs, unet, base):
     pairs = {layer: pair(base[f"{layer}.weight"], 3) for layer in ALL}
     theirs.load_lora_adapter(formats.to_peft(pairs), prefix="unet")
     ours = copy.deepcopy(unet)
@@ -335,8 +317,8 @@ def test_ours_load_in_peft_as_they_are(theirs, unet, base):
         assert relative(theirs(x, 300, text).sample, out) <= 4e-6
 
 
-def test_a_saved_folder_is_the_model_again(tmp_path):
-    """In the hub's layout, with the base's other parts; and it is never written over."""
+def test_a_saved_folder_loads_as_the_same_model(tmp_path):
+    """In the hub's layout, with the base model's other parts. It is never overwritten."""
     tiny, new = model.load(), tmp_path / "new"
     export.save_hub(tiny, new, model.TINY)
     again = model.load(new)
@@ -349,24 +331,25 @@ def test_a_saved_folder_is_the_model_again(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
-def test_a_saved_folder_opens_in_diffusers_and_a_pth_is_read_back(unet, base, tmp_path):
-    Theirs(**NARROW).save_config(tmp_path / "base" / "unet")
-    export.save_hub(SimpleNamespace(unet=unet, text_encoder=None), tmp_path / "new", tmp_path / "base")
+def test_diffusers_loads_a_saved_folder_and_a_pth_is_read_back(unet, base, tmp_path):
+    Theirs(**NARROW_UNET).save_config(tmp_path / "base" / "unet")
+    pipe = SimpleNamespace(unet=unet, text_encoder=None)
+    export.save_hub(pipe, tmp_path / "new", tmp_path / "base")
     opened = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "new" / "unet").state_dict()
-    export.save_pth(SimpleNamespace(unet=unet, text_encoder=None), tmp_path / "unet.pth")
+    export.save_pth(pipe, tmp_path / "unet.pth")
     back = hub.unet_from_pth(torch.load(tmp_path / "unet.pth", weights_only=True), unet)
     for state in (opened, back):
         assert set(state) == set(base)
         assert all(torch.equal(t.float(), base[n].half().float()) for n, t in state.items())
 
 
-def test_a_pth_has_the_names_and_shapes_of_the_released_one(full):
+def test_a_pth_has_the_names_and_shapes_of_the_released_file(full):
     table = json.loads((ROOT / "tests/reference/unet_modelscope_pth_map.json").read_text())
     state = export.as_pth(full.state_dict(), full)
     assert {n: list(t.shape) for n, t in state.items()} == dict(table.values())
 
 
-def test_what_fp16_cannot_hold_is_not_saved(unet, tmp_path):
+def test_weights_too_large_for_fp16_are_refused(unet, tmp_path):
     loud = copy.deepcopy(unet)
     loud.conv_in.bias.data[0] = 1e6
     with pytest.raises(BadInput, match="conv_in.bias is too large for fp16"):
