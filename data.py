@@ -13,12 +13,13 @@ import torch.nn.functional as F
 
 import sampler
 from support import machine
-from support.files import BadInput, check_exists, log, reading, write_text
+from support.files import BadInput, check_exists, log, read_text, write_text
 from support.media import (
     VIDEOS,
     find_images,
     fit,
-    natural,
+    list_folder,
+    log_once,
     read_image,
     read_video,
     write_video,
@@ -63,9 +64,7 @@ def find_caption(video, prompt=None):
 
 def read_prompts(path):
     """The non-empty lines of a text file. Raises BadInput, also where there is none."""
-    with reading(path, "give a text file with one prompt per line"):
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise BadInput(f"{path} is empty; write one prompt per line.")
     return lines
@@ -102,8 +101,12 @@ def find_clips(paths):
     folders of these."""
     found = []
     for path in map(Path, paths):
-        inside = sorted(path.iterdir(), key=natural) if path.is_dir() else []
+        inside = list_folder(path) if path.is_dir() else []
         clips = [p for p in inside if p.suffix.lower() in VIDEOS or p.is_dir()]
+        others = [p.name for p in inside if p not in clips and p.suffix != ".txt"]
+        if clips and others:
+            log_once(f"note: {path} also holds files that are not clips and are not read: "
+                     f"{', '.join(others[:3])}{' …' * (len(others) > 3)}")
         found += clips or [path]
     return found
 
@@ -122,7 +125,7 @@ def check_clips(paths, prompts):
 
 
 def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, token=None,
-               learned=None, learn=True):
+               learned=None, learn=True, allow_damaged=False):
     """The clips that paths name, with captions, and the origin of each caption.
 
     prompts: one caption for all, one per clip, or None; token: appended to captions that lack it;
@@ -138,7 +141,7 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, toke
         if token and not has_word(caption, token):
             caption, source = f"{caption} {token}", f"{source}, and word.token"
         check_prompt(caption, learned, path)
-        video = read_video(path, frames, size, fps, start, learn)
+        video = read_video(path, frames, size, fps, start, learn, allow_damaged)
         clips.append(Clip(video.flip(1) if reverse else video, caption, path))
         sources.append(source)
     if any(source.endswith("word.token") for source in sources):

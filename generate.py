@@ -257,6 +257,7 @@ def starting_clip(args, pipe, s, source):
         return None
     if not path:
         return source.latents[None].to(pipe.device).float()
+    args.fps = media.frame_rate(path, args.fps)
     video = media.read_video(path, args.frames, args.size, args.fps)
     args.frames, args.caption = video.shape[1], data.find_caption(path)[0]
     # DMT's code samples the VAE's posterior.

@@ -101,9 +101,11 @@ def add_data_flags(add):
     add("--reverse", action="store_true", help="train on the reversed clips")
     add("--frames", type=int_in(4, 1024), help="number of frames")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
-    add("--fps", type=float_in(0.01, 1000), help="frames per second, chosen by time stamp "
-        "(default: the method's, or the clip's if lower; tiny model: 8)")
+    add("--fps", type=float_in(0.01, 1000), help="frames per second: every n-th frame "
+        "of the clip, or by time stamp (default: the method's; tiny model: 8)")
     add("--start", type=float_in(0), default=0.0, help="seconds to skip (default: 0)")
+    add("--allow-damaged", action="store_true", help="train on frames that the decoder reports as "
+        "damaged")
 
 
 def add_training_flags(add):
@@ -152,8 +154,8 @@ def resolve_settings(flags, settings):
     recipe = recipe.override(*flags.overrides).apply_user(*settings, *steps)
     frames, *size = recipe.shape if flags.weights else (16, 64, 64)
     flags.frames, flags.size = flags.frames or frames, flags.size or tuple(size)
-    if not flags.fps:  # at most the clip's, so that no frame repeats
-        flags.fps = min([recipe.fps, *map(media.frame_rate, clips)]) if flags.weights else 8.0
+    fps = flags.fps or (recipe.fps if flags.weights else 8.0)
+    flags.fps = min((media.frame_rate(clip, fps) for clip in clips), default=fps)
     flags.prior = flags.prior or recipe.own.get("prior")
     flags.default_out = Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
     check_data(flags, recipe, kind)
@@ -231,7 +233,8 @@ def prepare(flags, recipe, rank=0, world_size=1):
     learned = {p.token: p.num_vectors for p in words.values() if p.num_vectors}
     token = lambda name: words[name].token if name in words else None
     clips, sources = data.load_clips(flags.video, flags.prompt, flags.frames, flags.size, flags.fps,
-                                     flags.start, flags.reverse, token("word"), learned)
+                                     flags.start, flags.reverse, token("word"), learned,
+                                     allow_damaged=flags.allow_damaged)
     caption = flags.image_prompt or (flags.prompt[0] if flags.prompt and not clips else None)
     images = data.load_images(flags.images, caption, flags.size, token("subject_word"), learned)
     run = Run(flags, recipe, pipe, clips, images, [], sources, adapters.fingerprint(pipe.unet))

@@ -151,9 +151,9 @@ def read_run(name, folder, args):
 def list_clips(folder):
     """The videos of a folder, and the folders in it of numbered pictures; or itself, where it is
     one. Raises BadInput."""
-    pictures = lambda p: any(f.suffix.lower() in media.IMAGES for f in p.iterdir())
+    pictures = lambda p: any(f.suffix.lower() in media.IMAGES for f in media.list_folder(p))
     found = []
-    for path in sorted(folder.iterdir(), key=media.natural):
+    for path in media.list_folder(folder):
         if path.suffix.lower() in media.VIDEOS or path.is_dir() and pictures(path):
             found.append(path)
     if not found and not pictures(folder):

@@ -2,6 +2,7 @@
 line, and a file that is written appears complete or not at all.
 """
 import argparse
+import codecs
 import contextlib
 import hashlib
 import itertools
@@ -68,6 +69,20 @@ def read_json(path):
         values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         json.dumps(values, ensure_ascii=False).encode()  # raises for lone surrogates
         return dict(values.items())
+
+
+def read_text(path):
+    """The text of a file of at most 1 MB: UTF-8, or UTF-16 with a byte-order mark. Raises BadInput.
+    """
+    with reading(path, "save it as UTF-8 text"):
+        if Path(path).stat().st_size > 2**20:
+            raise ValueError("larger than 1 MB")
+        raw = Path(path).read_bytes()
+        marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = raw.decode("utf-16" if marked else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("neither UTF-8 nor marked UTF-16")
+        return text
 
 
 def number(low, high, default=MISSING):

@@ -1,34 +1,38 @@
-"""Videos and pictures: read with everything that can be wrong with them, and written.
+"""Videos and images: reading, writing, and the order of files in a folder.
 
     python -c "from support.media import decode; print(next(decode('clip.mp4'))[0])"
 
-Timing is the signal here, so frames are chosen by their time stamps and never by counting; no more
-than the chosen frames, at the size wanted, is ever held.
+Frames are chosen by their time stamps. Only the chosen frames are held, at the requested size.
 
-Axes: C colours, F frames, H W picture. Videos are float32 in [-1, 1].
+Axes: C colors, F frames, H W image. Videos are float32 in [-1, 1].
 """
 import contextlib
-import math
 import re
+import shlex
 import statistics
 from fractions import Fraction
-from functools import partial
-from itertools import islice, pairwise
+from functools import cache, partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from support.files import BadInput, atomic_write, check_exists, log, reading
 
-VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v")
+VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".gif", ".avi", ".mpg", ".mpeg", ".ts", ".mts",
+          ".m2ts", ".flv", ".wmv", ".3gp", ".ogv")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FEWEST_FRAMES = 4  # residuals and directions mean nothing below that
-MOST_PIXELS = 2**26  # of a picture, twice 8K's: a file may claim any size, and is asked before
-Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow raises at twice as many
+SYSTEM_FILES = ("__macosx", "icon\r", "thumbs.db", "desktop.ini", "$recycle.bin", "@eadir")
+HDR = (16, 18)  # PQ and HLG, by their number in H.273
+TONE_MAP = "zscale=t=linear:npl=203,tonemap=mobius,zscale=p=bt709:t=bt709:m=bt709,format=yuv420p"
+FEWEST_FRAMES = 4  # residuals and directions are meaningless for fewer
+MOST_PIXELS = 2**26  # per image, twice 8K: a header may claim any size
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow raises at twice this number
+log_once = cache(log)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -36,33 +40,44 @@ Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow raises at twice as many
 
 
 def natural(path):
-    """Sort key by which 2.jpg comes before 10.jpg."""
-    return [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", Path(path).name)]
+    """Sort key that puts 2.jpg before 10.jpg."""
+    name = Path(path).name
+    return [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", name)], name
 
 
-def read_video(path, frames, size, fps, start=0.0, learn=True):
-    """A clip as (3, F, H, W): `frames` frames at `fps` from `start` seconds, or as many as it has.
+def list_folder(folder):
+    """The paths in a folder, in natural order, without hidden files and SYSTEM_FILES."""
+    with reading(folder):
+        inside = sorted(Path(folder).iterdir(), key=natural)
+    return [p for p in inside if p.name[0] != "." and p.name.lower() not in SYSTEM_FILES]
 
-    path: a video file, or a folder of pictures in natural order (which are taken as they are).
-    size: (H, W); the picture is scaled to cover it and cropped at the centre, never stretched.
-    learn: warn of what is bad in a clip to learn from.
+
+def read_video(path, frames, size, fps, start=0.0, learn=True, allow_damaged=False):
+    """A clip (3, F, H, W): `frames` frames from `start` seconds on, or as many as there are.
+
+    path: a video, an animated WebP or PNG, or a folder of images (one frame per image).
+    size: (H, W); images are scaled to cover it and center-cropped, never stretched.
+    fps: requested rate; the frames have the rate `frame_rate(path, fps)`.
+    learn: warn about clips that are poor training data.
+    allow_damaged: warn about damaged frames instead of refusing the file.
     Raises BadInput for anything that is not a clip of at least four frames.
     """
-    path = Path(path)
-    with reading(path, f"give one of {', '.join(VIDEOS)}, or a folder of pictures"):
-        source = read_folder(path, fps) if path.is_dir() else decode(path, start)
+    path, fps = Path(path), frame_rate(path, fps)
+    images = path.is_dir() or path.suffix.lower() in IMAGES
+    with reading(path, f"give one of {', '.join(VIDEOS)}, or a folder of images"):
+        source = read_images(path, fps) if images else decode(path, allow_damaged, start)
         chosen, times, (h, w) = choose_frames(source, frames, fps, start, size)
     if len(chosen) < FEWEST_FRAMES:
-        raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; wanted "
+        raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; expected "
                        f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher "
                        "--fps.")
     video, shape = torch.stack(chosen, dim=1), w / h * size[0] / size[1]
     if learn and len(chosen) < frames:
-        log(f"{path} has {len(chosen)} frames at {fps:g} fps, wanted {frames}: "
-            "going on with its own length")
-    if learn and len(set(times)) < len(times):
-        log(f"warning: {path} has fewer than {fps:g} frames a second, so frames repeat; "
-            "a lower --fps avoids that")
+        log(f"{path} has {len(chosen)} frames at {fps:g} fps, expected {frames}: "
+            "training uses its own length")
+    if learn and np.ptp(steps := np.diff(times)) > 0.015:  # more than rounded time stamps
+        log(f"warning: {path} has a variable frame rate: the chosen frames are {min(steps):.3g} to "
+            f"{max(steps):.3g} s apart, expected {1 / fps:.3g} s; a lower --fps may help")
     if learn and (cut := 1 - min(shape, 1 / shape)) > 0.2:
         log(f"warning: {cut:.0%} of the {'width' if shape > 1 else 'height'} of {path} is cut off; "
             "a --size of its shape keeps it")
@@ -72,106 +87,150 @@ def read_video(path, frames, size, fps, start=0.0, learn=True):
 
 
 def choose_frames(source, frames, fps, start, size):
-    """The pictures (3, *size) nearest in time to start, start + 1/fps, … while the clip lasts,
-    their times, and the shape (H, W) that they had, from a source of (seconds, function that makes
-    the picture, uint8). Nothing is held of what is not chosen, and nothing read after the last."""
-    wanted = start + np.arange(frames) / fps
-    chosen, times, seen, shape = [], [], [], None
+    """Select the frames nearest to start, start + 1/fps, … until the clip ends. Times count from
+    the first chosen frame, so that steps stay equal for a `start` between two frames.
 
-    def take(time, make):
-        nonlocal shape
-        if not times or times[-1] != time:
-            picture = make()
-            shape, last = picture.shape[:2], fit(picture, size)
-        else:
-            last = chosen[-1]
-        chosen.append(last)
-        times.append(time)
-
-    before = None
-    for now in source:
-        seen.append(now[0])
-        while len(chosen) < frames and wanted[len(chosen)] <= now[0]:
-            goal = wanted[len(chosen)]
-            take(*(before if before and goal - before[0] <= now[0] - goal else now))
+    source: (seconds, function that returns the image) per frame; only chosen images are made.
+    Returns the images (3, *size), their times, and the original shape (H, W).
+    """
+    chosen, times, shape, duration = [], [], None, 1 / fps
+    for (time, make), after in pairwise(chain(source, [None])):
+        duration = after[0] - time if after else duration
+        end = time + duration * (0.5 if after else 0.75)
+        while len(chosen) < frames and (times[0] if times else start) + len(chosen) / fps <= end:
+            if not times or times[-1] != time:
+                picture = make()
+                if shape not in (None, picture.shape[:2]):
+                    raise ValueError("its frames have several sizes")
+                shape, image = picture.shape[:2], fit(picture, size)
+            chosen.append(image)
+            times.append(time)
         if len(chosen) == frames:
-            return chosen, times, shape
-        before = now
-    spacing = np.median(np.diff(seen)) if len(seen) > 1 else 1 / fps
-    while before and len(chosen) < frames and wanted[len(chosen)] < seen[-1] + 0.75 * spacing:
-        take(*before)  # the last frame, too, is shown for a while
+            break
     return chosen, times, shape or (1, 1)
 
 
-def decode(path, start=0.0):
-    """Yields (seconds since the first frame, function that makes the picture) of a video file, from
-    the key frame before `start` seconds on. The pictures (H, W, 3) uint8 are upright, with square
-    pixels."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
-        rate, first = float(stream.average_rate or 25), None
+def decode(path, allow_damaged=False, start=0.0):
+    """Yields (seconds since the first frame, function that returns the image) per frame of a video
+    file, from the key frame before `start` seconds on. Images (H, W, 3) uint8 are upright, with
+    square pixels. Raises BadInput for a frame that the decoder marks as corrupt or cannot decode,
+    unless `allow_damaged`."""
+    count, first = 0, None
+    with av.open(f"file:{path}") as container:  # without "file:", "a:b.mp4" names a protocol
+        stream = container.streams.best("video")
+        if stream is None:
+            raise BadInput(f"{path} has no video stream; give a video file.")
+        if stream.codec_context.color_trc in HDR:
+            log_once(f"warning: {path} is HDR, so its colors are read too dark and pale; convert "
+                     f"it: ffmpeg -i {shlex.quote(str(path))} -vf {TONE_MAP} sdr.mp4")
+        rate, aspect = float(stream.average_rate or 25), float(stream.sample_aspect_ratio or 1)
+        # Several threads would lose the marks of corrupt frames.
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS), "threads": "1"}
         if start and stream.start_time is not None:
             first = float(stream.start_time * stream.time_base)
             with contextlib.suppress(av.error.FFmpegError):
                 container.seek(int((first + start) / stream.time_base), stream=stream)
-        for count, frame in enumerate(container.decode(stream)):
-            if start and count == 0 and (frame.time or 0) - (first or 0) > start:
-                yield from decode(path)  # seeking does not lead there
-                return
-            first = frame.time if first is None else first
-            time = count / rate if frame.time is None else frame.time - first
-            yield time, partial(upright, frame, float(stream.sample_aspect_ratio or 1))
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                frames = None
+            if frames is None or any(frame.is_corrupt for frame in frames):
+                if not allow_damaged:
+                    raise BadInput(f"{path} is damaged at {count / rate:.2f} s; give an intact "
+                                   "copy, or --allow-damaged to use it as it is.")
+                log_once(f"warning: {path} is damaged, and is used as it is")
+            for frame in frames or []:
+                if start and count == 0 and (frame.time or 0) - (first or 0) > start:
+                    yield from decode(path, allow_damaged)  # the file has no usable index
+                    return
+                first = frame.time if first is None else first
+                time = count / rate if frame.time is None else frame.time - first
+                yield time, partial(upright, frame, aspect)
+                count += 1
 
 
-def frame_rate(path):
-    """Frames a second of a video file, by the median spacing of its first time stamps, in [0.01,
-    1000]; inf where none says so, as of a folder of pictures."""
-    with contextlib.suppress(Exception), av.open(str(path)) as container:  # `decode` tells
-        packets = islice(container.demux(video=0), 64)
-        times = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None)
-        return min(max(1 / statistics.median(b - a for a, b in pairwise(times)), 0.01), 1000.0)
-    return math.inf
+def frame_rate(path, fps):
+    """The rate of a clip that is read at `fps`: its own rate divided by a whole number, so that
+    the frames read are equally far apart. `fps` itself for a folder, or if the rate is unknown."""
+    with contextlib.suppress(Exception):  # read_video reports what is wrong with a file
+        if Path(path).suffix.lower() in IMAGES:
+            (first, _), (second, _) = islice(read_images(Path(path), fps), 2)
+            spacing = second - first
+        else:
+            with av.open(f"file:{path}") as container:
+                stream = container.streams.best("video")
+                packets = islice(container.demux(stream), 64)
+                ticks = [p.dts if p.pts is None else p.pts for p in packets if p.size]
+                steps = np.diff(sorted(ticks))
+                steps = steps[abs(steps / statistics.median(steps) - 1) <= 0.25]  # without pauses
+                spacing = steps.mean() * stream.time_base
+        rate = round(float(1 / spacing), 2)
+        return rate / max(1, round(rate / fps))
+    return fps
 
 
 def upright(frame, aspect):
-    """A decoded frame as (H, W, 3) uint8, turned as the file says and with square pixels, of which
-    there are never more than were decoded."""
-    picture = frame.to_ndarray(format="rgb24")
-    if aspect != 1:
-        square = frame.width * min(aspect, 1), frame.height * min(1 / aspect, 1)
-        picture = np.asarray(Image.fromarray(picture).resize([max(1, round(s)) for s in square]))
-    return np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90))
+    """A decoded frame (H, W, 3) uint8 as players show it: square pixels, rotated, mirrored."""
+    alpha = any(component.is_alpha for component in frame.format.components)
+    image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
+    square = frame.width * min(aspect, 1), frame.height * min(1 / aspect, 1)
+    picture = to_rgb(image.resize([max(1, round(side)) for side in square]))
+    if matrix := frame.side_data.get("DISPLAYMATRIX"):  # x' = a·x + c·y, y' = b·x + d·y
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        if abs(b) > abs(a):
+            picture, a, d = picture.swapaxes(0, 1), c, b
+        picture = picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(picture)
 
 
 def find_images(paths):
-    """The picture files that the paths name: files, or folders of them. Raises BadInput."""
+    """The image files that the paths name: files, or folders of them. Raises BadInput."""
     found = []
     for path in map(Path, paths):
-        check_exists(path, "give a picture, or a folder of pictures")
-        inside = sorted(path.iterdir(), key=natural) if path.is_dir() else [path]
+        check_exists(path, "give an image, or a folder of images")
+        inside = list_folder(path) if path.is_dir() else [path]
         pictures = [p for p in inside if p.suffix.lower() in IMAGES]
         if not pictures:
-            raise BadInput(f"{path} holds no pictures ({', '.join(IMAGES)}).")
+            raise BadInput(f"{path} holds no images ({', '.join(IMAGES)}).")
         found += pictures
     return found
 
 
-def read_folder(path, fps):
-    """Yields (seconds, function that makes the picture) of a folder of pictures, one each 1/fps, in
-    natural order. Raises BadInput."""
-    for i, file in enumerate(find_images([path])):
-        yield i / fps, partial(read_image, file)
+def read_images(path, fps):
+    """Yields (seconds, function that returns the image) per frame of an animated image, or per
+    image of a folder, 1/fps apart. Raises BadInput."""
+    if path.is_dir():
+        for i, file in enumerate(find_images([path])):
+            yield i / fps, partial(read_image, file)
+        return
+    time = 0.0
+    with Image.open(path) as animation:
+        for image in ImageSequence.Iterator(animation):
+            yield time, partial(np.asarray, to_rgb(image))
+            time += image.info.get("duration", 0) / 1000
 
 
 def read_image(path):
-    """(H, W, 3) uint8, turned as its EXIF says. Raises BadInput."""
+    """An image file as (H, W, 3) uint8. Raises BadInput."""
     with reading(path, "save it again"), Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return to_rgb(image)
+
+
+def to_rgb(image):
+    """A Pillow image as (H, W, 3) uint8: upright by its EXIF orientation, opaque, 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        log_once("note: transparent pixels are composited on white")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def fit(picture, size):
-    """(H, W, 3) uint8 -> (3, *size) in [-1, 1]: scaled to cover, then cropped at the centre."""
+    """(H, W, 3) uint8 -> (3, *size) in [-1, 1]: scaled to cover, then center-cropped."""
     H, W = size
     h, w = picture.shape[:2]
     scale = max(H / h, W / w)
@@ -201,7 +260,7 @@ def enlarged(pixels, least):
 
 def write_video(path, video, fps):
     """(3, F, H, W) -> an H.264 mp4 that every player opens: yuv420p, even sides, about 256 high or
-    more (small pictures are enlarged by a whole number)."""
+    more (small videos are enlarged by a whole number)."""
     pixels = enlarged(to_pixels(video), 256)
     odd = pixels.shape[1] % 2, pixels.shape[2] % 2
     pixels = np.pad(pixels, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), "edge")
@@ -221,7 +280,7 @@ def every_nth(video, columns=8):
 
 
 def contact_sheet(path, videos):
-    """One row a video (3, F, H, W), eight frames of each, as a PNG."""
+    """A PNG with one row per video (3, F, H, W) of eight frames each."""
     rows = [np.concatenate(list(enlarged(to_pixels(every_nth(v)), 96)), axis=1) for v in videos]
     width = max(r.shape[1] for r in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]

@@ -1,46 +1,63 @@
-"""Words to token ids, as the hub's CLIP tokenizer makes them, and words that are learned."""
-import re
+"""Prompts to token ids: CLIP's byte-pair encoding, and words with learned embeddings.
 
+The ids equal those of transformers' CLIPTokenizer, for all characters up to Unicode 15.1.
+"""
+import re
+import unicodedata
+from functools import cache
+
+import regex
 import torch
 
-START, END = 49406, 49407  # <|startoftext|> and <|endoftext|> in CLIP's vocabulary
-_tokenizer = None
+START, END = 49406, 49407
+SPECIAL = {"<|startoftext|>": [START], "<|endoftext|>": [END], "!": [0]}  # "!" is for padding
+MARKS = [re.escape(token) for token in SPECIAL]
+WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+MARKED_WORDS = regex.compile(r"<\|(?:start|end)oftext\|>|" + WORDS.pattern)
 
 
 def word_pattern(words):
-    """The pattern of any of the words, standing alone ('sks' is not in 'desks'), in whatever case:
-    the tokenizer lower-cases."""
+    """A regular expression for any of the words, in any case, standing alone ('sks', not 'desks').
+    The case does not matter because the tokenizer lower-cases."""
     words = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     return rf"(?i:(?<!\w)({words})(?!\w))"
 
 
 def has_word(prompt, word):
-    """Whether a prompt has a word standing alone."""
+    """True if a prompt contains a word standing alone."""
     return re.search(word_pattern([word]), prompt) is not None
 
 
-def words_to_ids(prompt, learned=None):
-    """A prompt's token ids, without start and end; learned: {word: its ids} of learned words."""
-    global _tokenizer
-    if learned:
-        known, ids = {word.lower(): its for word, its in learned.items()}, []
-        for part in re.split(word_pattern(learned), prompt):
-            ids += known[part.lower()] if part.lower() in known else words_to_ids(part)
-        return ids
-    if _tokenizer is None:
-        from open_clip.tokenizer import SimpleTokenizer  # here, because it takes seconds to import
+@cache
+def load_vocabulary():
+    """open_clip's tokenizer, for its tables; by itself it changes quotes, ligatures, entities."""
+    from open_clip.tokenizer import SimpleTokenizer  # imported here because it takes seconds
+    return SimpleTokenizer()
 
-        _tokenizer = SimpleTokenizer()
-    pieces = [_tokenizer.encode(piece) for piece in prompt.split("!")]
-    return pieces[0] + [t for piece in pieces[1:] for t in [0, *piece]]
+
+def encode_text(text):
+    """The token ids of a text without special tokens and learned words."""
+    text, ids = "".join(char.lower() for char in unicodedata.normalize("NFC", text)), []
+    clip = load_vocabulary()
+    for match in MARKED_WORDS.findall(text):
+        for word in WORDS.findall(match):
+            letters = "".join(clip.byte_encoder[byte] for byte in word.encode())
+            ids += [clip.encoder[token] for token in clip.bpe(letters).split(" ")]
+    return ids
+
+
+def words_to_ids(prompt, learned=None):
+    """The token ids of a prompt, without start and end. learned: {word: ids} of learned words."""
+    known = {word.lower(): ids for word, ids in (learned or {}).items()}
+    pattern = "|".join([*([word_pattern(known)] if known else []), *map("({})".format, MARKS)])
+    ids = []
+    for part in filter(None, re.split(pattern, prompt)):
+        ids += SPECIAL.get(part) or known.get(part.lower()) or encode_text(part)
+    return ids
 
 
 def tokenize(prompts, length=77, learned=None):
-    """list of str -> ids (B, length), as the hub's tokenizer makes them: start, text, end, zeros.
-
-    Its padding token is "!", whose id is 0; so every "!" of a prompt is 0 too, where open_clip's
-    own rule would give 256. Longer prompts are cut, with the end token kept.
-    """
+    """Prompts -> ids (B, length): start, text, end, padding. Longer texts are cut."""
     ids = torch.zeros(len(prompts), length, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         tokens = [START, *words_to_ids(prompt, learned)[: length - 2], END]

@@ -1,5 +1,5 @@
-"""What the tests share: where the repository is, the tiny model loaded once, clips to learn from,
-and ways to run a command."""
+"""Shared by the tests: paths, the tiny model, clips, optional packages, and ways to run a command.
+"""
 import os
 import re
 import signal
@@ -7,8 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
-# One thread for all: the tests start processes of their own, and threads that wait for each other
-# on a shared machine cost more than they give. Set before torch is imported.
+# One thread: the tests start processes of their own, and waiting threads slow a shared machine.
+# Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -27,44 +27,99 @@ from tiny import world  # noqa: E402
 
 TINY = ROOT / "tiny" / "weights"
 
+# ZeroScope's UNet and text encoder, and a narrow UNet with all its kinds of layers.
+HEAD = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
+FULL_UNET = HEAD | {
+    "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024,
+    "attention_head_dim": 64,
+    "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+}
+NARROW_UNET = HEAD | {
+    "block_out_channels": [32, 64, 64], "cross_attention_dim": 24, "attention_head_dim": 8,
+    "norm_num_groups": 8,
+    "down_block_types": ["CrossAttnDownBlock3D"] * 2 + ["DownBlock3D"],
+    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 2,
+}
+FULL_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+             "num_attention_heads": 16}
+
 
 def relative(a, b):
     """‖a − b‖ / ‖b‖."""
     return ((a - b).norm() / b.norm()).item()
 
 
+# ------------------------------------------------------------------------------------------------
+# Packages that only the tests need. A test that requests one is skipped where it is missing.
+
+
+def optional(package):
+    """The package, or a skip of the test that requests it."""
+    return pytest.importorskip(package, reason=f"{package} is not installed; "
+                               "pip install -r requirements-test.txt")
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    return optional("diffusers")
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return optional("transformers")
+
+
+@pytest.fixture(scope="session")
+def peft():
+    return optional("peft")
+
+
+# ------------------------------------------------------------------------------------------------
+# Models and clips
+
+
 @pytest.fixture(scope="session")
 def tiny():
+    """The tiny model, which no test may change."""
     return model.load(TINY)
 
 
+@pytest.fixture(scope="session")
+def full():
+    """ZeroScope's UNet on the meta device: names and shapes without numbers."""
+    with torch.device("meta"):
+        return model.UNet(model.UNetConfig(**FULL_UNET))
+
+
 @pytest.fixture(scope="session", autouse=True)
-def threads():
-    machine.keep_memory()
-    torch.use_deterministic_algorithms(False)
+def malloc():
+    machine.tune_malloc()
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Two clips of hopping things, in videos/ with captions beside them, and a picture."""
+    """Two clips of hopping objects in videos/, each with a caption file, and an image."""
     folder = tmp_path_factory.mktemp("clips")
     scenes = world.sample_scenes(2, torch.Generator().manual_seed(5), ("hopping",))
     videos = world.render(scenes)
     for i, video in enumerate(videos):
         media.write_video(folder / "videos" / f"{i}.mp4", video, world.FPS)
         (folder / "videos" / f"{i}.txt").write_text(f"thing {i} hopping")
-    Image.fromarray(media.to_pixels(videos[0])[0]).save(folder / "thing.png")
+    for name in ("thing", "again"):
+        Image.fromarray(media.to_pixels(videos[0])[0]).save(folder / f"{name}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
 def hop(folder):
+    """The first of the two clips."""
     return folder / "videos" / "0.mp4"
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A run that is tested in this process leaves its answers to signals there."""
+    """A command that runs in this process replaces its signal handlers. This restores them."""
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -73,7 +128,7 @@ def handlers():
 
 @pytest.fixture
 def bars(monkeypatch):
-    """The bars that samples and inversions would show if they took long: {name: steps}."""
+    """The progress bars of sampling and inversion: {title: steps}."""
     shown = {}
 
     def bar(total, desc, **more):
@@ -85,45 +140,50 @@ def bars(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# train.py in this process, or in a copy of it
+# train.py in this process or in a fork of it
 
 FAST = ("--preview-every", 0, "--preview-steps", 2, "--frames", 4)
 
 
 def flags_of(method, video, out, *more):
-    """Flags for a run of few frames without samples, with two prior clips where they are made."""
+    """Flags of a short run: four frames, no previews, two generated regularization clips."""
     flags = ["--method", method, *(("--video", video) if video else ()), "--out", out, *FAST, *more]
-    if train.METHODS[method].prior and not {"--prior", "--weights"} & set(more):
-        flags.append("prior_clips=2")
+    prior = train.METHODS[method].own.get("prior")
+    if prior and not {"--prior", "--weights"} & set(more):
+        flags.append("num_prior_clips=2")
     return [str(flag) for flag in flags]
 
 
-def learn(*args):
+def run_training(*args):
+    """A whole run of train.py, from the arguments of `flags_of`."""
     train.main(flags_of(*args))
 
 
-def prepared(*args):
-    """A Run as main makes it, ready for its first step."""
-    return train.prepare(*train.parse(flags_of(*args)))
+def prepare_run(*args):
+    """A Run that is ready for its first step, from the arguments of `flags_of`. Its folder must be
+    new."""
+    flags, recipe = train.parse(flags_of(*args))
+    assert not (flags.out / "run.json").exists()
+    return train.prepare(flags, recipe)
 
 
-def complain(argv, says, capsys, main=train.main):
-    """The command ends with exit code 2 and one line, the last, that says `says`."""
+def expect_error(argv, message, capsys, main=train.main):
+    """The command ends with exit code 2, and its last line is an error that matches `message`."""
     with pytest.raises(SystemExit) as stop:
         machine.run(lambda: main([str(a) for a in argv]))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and lines[-1].startswith("error: "), lines
-    assert re.search(says, lines[-1]), lines[-1]
+    assert re.search(message, lines[-1]), lines[-1]
     assert len([line for line in lines if "error:" in line]) == 1
 
 
-def fork(action, says=os.devnull, **environment):
-    """A copy of this process that does something as a script would; its id. What it says to the
-    person goes to a file. Costs no import of torch, as a new Python would."""
+def fork(action, stderr=os.devnull, **environment):
+    """Fork this process and run `action` as a script would. Returns the process id. Unlike a new
+    Python, a fork does not import torch again."""
     if pid := os.fork():
         return pid
     os.environ.update(environment)
-    sys.stderr, code = open(says, "w", buffering=1), 0
+    sys.stderr, code = open(stderr, "w", buffering=1), 0
     try:
         machine.run(action)
     except SystemExit as stop:

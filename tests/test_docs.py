@@ -1,12 +1,13 @@
-"""What the documentation says: written from the code as it is, and its commands can be given."""
+"""The documentation agrees with the code and the measurements, and its commands parse."""
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-sys.path[:0] = [str(ROOT / "docs")]
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 
 import write  # noqa: E402
 
@@ -15,8 +16,6 @@ import generate  # noqa: E402
 import train  # noqa: E402
 from support.files import read_json  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
-from tiny.claims_page import number as number_of  # noqa: E402
-from tiny.judging import SO_FAR  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 MAKE = (ROOT / "Makefile").read_text().replace("\\\n", "").replace("$(BIN)/", "").replace(
@@ -24,10 +23,33 @@ MAKE = (ROOT / "Makefile").read_text().replace("\\\n", "").replace("$(BIN)/", ""
 COMMANDS = re.findall(r"^\s*python (train|generate|eval)\.py (.*)$", README + MAKE, re.MULTILINE)
 
 
-def test_pages_are_written_from_the_methods():
-    """`python docs/write.py` has been run since the recipes changed."""
-    assert (ROOT / "docs" / "methods.md").read_text() == write.methods_page()
-    assert (ROOT / "assets" / "unet.svg").read_text() == write.drawing()
+def test_methods_page_is_current():
+    """If it fails, run `python docs/write.py`."""
+    assert (ROOT / "docs" / "methods.md").read_text() == write.page()
+
+
+def test_speed_page_has_the_measured_tables():
+    """If it fails, run `python benchmarks/bench.py page`."""
+    bench = pytest.importorskip("bench")
+    page = (ROOT / "docs" / "speed.md").read_text()
+    results = read_json(ROOT / "docs" / "speed.json")
+    assert len(page.splitlines()) <= 120 and "cpu" in results
+    for command, result in results.items():
+        part = page.split(f"<!-- {command} -->")[1].split("<!-- end -->")[0]
+        assert len(result["rows"]) >= 6
+        for row in result["rows"]:
+            assert bench.line_of(row) in part
+
+
+@pytest.mark.slow
+def test_benchmark_compares_the_same_computation(tmp_path):
+    out = tmp_path / "dry.json"
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "bench.py", "dry", "--repeats", "1",
+                    "--only", "(vmc|generate.py), fp32", "--out", out], check=True)
+    training, sampling = read_json(out)["rows"]
+    assert training["errors"] == sampling["errors"] == {}
+    assert training["seconds"].keys() == {"ours", "diffusers"}
+    assert sampling["difference"] < 1e-4
 
 
 @pytest.mark.parametrize("script,flags", COMMANDS)
@@ -75,22 +97,26 @@ def test_the_readmes_own_method_learns(hop, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "mine.safetensors").is_file()
 
 
-def test_every_setting_says_what_it_means():
+def test_every_setting_has_a_description():
     for recipe in METHODS.values():
-        for name in recipe.settings():
-            assert recipe.meaning(name) != "see the docstring", f"{recipe.name}: {name}"
+        for action in recipe.parser()._actions:
+            assert not action.help.startswith(" ("), f"{recipe.name}: {action.dest}"
 
 
 def test_the_readme_says_of_the_claims_what_was_measured():
     """`README.md` was brought up to date after `python tiny/claims.py`."""
+    from tiny.claims_page import number as number_of
+    from tiny.judging import SO_FAR
+
     claims = read_json(ROOT / "docs" / "claims.json")["claims"]
     section = README.split("## Do the papers' claims hold?")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \| (.*) \|$", section, re.MULTILINE)
     assert 5 <= len(rows) <= 10
     for number, measured, verdict in rows:
-        said = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", measured)
+        printed = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", measured)
         true = [number_of(record) for record in claims[number]["measures"]]
-        assert verdict == claims[number]["verdict"] and said and set(said) <= set(true), number
+        assert verdict == claims[number]["verdict"], number
+        assert printed and set(printed) <= set(true), number
     verdicts = [row["verdict"].removesuffix(SO_FAR) for row in claims.values()]
     counts = re.findall(r"(\d+) (?:are |is )?(agree|disagree|too close to call|not measured)\b",
                         section)
@@ -106,6 +132,6 @@ def test_the_readmes_table_of_methods_is_of_the_results():
     for name, row in methods.items():
         cells = row["cells"]
         own = cells.get("tuned, own start", cells["tuned, noise"])
-        agreement, looks = own["agreement"][0], own["all three"][0]
-        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * looks:.0f} % \|$", README,
+        agreement, share = own["agreement"][0], own["all three"][0]
+        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * share:.0f} % \|$", README,
                          re.MULTILINE)
