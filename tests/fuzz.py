@@ -36,7 +36,7 @@ import train  # noqa: E402
 from support import machine, media, recipe, tokenizer  # noqa: E402
 from support.files import UNFINISHED, read_meta  # noqa: E402
 
-LIMIT = 30  # seconds until a case is asked to stop; 10 s later it counts as a hang
+LIMIT = 30  # seconds on an idle machine until a case is asked to stop; later it counts as a hang
 MEMORY = 6 * 2**30  # bytes that a case may allocate
 CAPTION = ["--prompt", "a thing hopping", "sampling_steps=2"]  # of the run in the stock
 RESUME = [*CAPTION, "--steps", 3, "--resume"]
@@ -501,17 +501,18 @@ def act(case):
 
 
 def wait(pid):
-    """A process's exit code, or minus its signal. After LIMIT the process gets SIGTERM, and 10 s
-    later SIGKILL."""
+    """A process's exit code, or minus its signal. After a limit, which is longer on a busy machine,
+    the process gets SIGTERM, and a third of the limit later SIGKILL."""
     started, asked = time.time(), False
+    limit = LIMIT * max(1, os.getloadavg()[0] / os.cpu_count())
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        late = time.time() - started - LIMIT
+        late = time.time() - started - limit
         if late > 0 and not asked:
             asked = not os.kill(pid, signal.SIGTERM)
-        if late > 10:
+        if late > limit / 3:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
 

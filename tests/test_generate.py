@@ -524,7 +524,7 @@ X = ["--prompt", "x"]
     (["--prompts", "{p}/latin.txt"], "latin.txt"),
     (["--prompts", "{p}"], "cannot be used"),
     ([*X, "--prompts", "{p}/empty.txt"], "--prompt"),
-    (["--prompt", " "], "--prompt: is empty"),
+    (["--prompt", " "], "--prompt: the text is empty"),
     (["--prompt", "a", "bird", "flies"], "'bird' belongs to no flag"),
     (["--promt", "x"], "belongs to no flag; did you mean --prompt"),
     ([*X, "--size", "100000x64"], "WIDTHxHEIGHT"),
