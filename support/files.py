@@ -368,7 +368,8 @@ def output_folder(out, default, resume=None):
 def holds_run(folder, found):
     """Whether a folder with these names in it belongs to a run, maybe killed at its first file."""
     private = folder / UNFINISHED
-    if private.is_dir() and any(not p.name.startswith(".tmp-") for p in private.iterdir()):
+    if UNFINISHED in found and (private.is_symlink() or not private.is_dir() or any(
+            not p.name.startswith(".tmp-") for p in private.iterdir())):
         return False
     with contextlib.suppress(BadInput):
         return found == {UNFINISHED} or "fixed" in read_json(folder / "run.json")
