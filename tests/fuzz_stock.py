@@ -1,10 +1,8 @@
-"""What the campaign of fuzz.py spoils, and how: a very small model with clips, adapters, a run, a
-set of videos and votes; the ways to change bytes, tensors, JSON, states, logs and flags; and inputs
-that must work.
+"""The files that the campaign of fuzz.py damages: a very small model, clips, and LoRAs; ways to
+change bytes, tensors, JSON, logs and flags; and inputs that must work.
 
-A way takes a random.Random and a file, changes the file, and gives (what it did, "refuse" where no
-person would want what is left to be used, "work" where it still means the same, "" where it may be
-either).
+A way takes a random.Random and a file, changes the file, and returns a description and "refuse" if
+the file must not be used, "work" if it still means the same, or "" if both are correct.
 """
 import json
 import math
@@ -47,7 +45,7 @@ CONFIGS = {  # of a model that takes milliseconds
         "num_attention_heads": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "bos_token_id": 0,
         "max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 2}),
 }
-CLIPS = ("hop.mp4", "hop.gif", "hop.mkv", "pictures")
+CLIPS = ("hop.mp4", "hop.gif", "hop.mkv", "images")
 FOREIGN = ("diffusers.safetensors", "kohya.safetensors", "peft/adapter_model.safetensors",
            "motiondirector.pt")
 
@@ -70,22 +68,22 @@ def make_weights(place):
 
 
 def use(folder):
-    """From now on the very small model is the tiny one."""
+    """Use the very small model as the tiny one."""
     model.TINY = generate.TINY = folder
 
 
 def make_clips(folder):
-    """One motion as a video of three containers, and as pictures; and clips to keep beside it."""
+    """One motion as a video in three containers and as images, and regularization clips."""
     video = world.render(world.sample_scenes(3, torch.Generator().manual_seed(5), ("hopping",)))
     video = video[..., ::2, ::2]  # half as large
     write(folder / "clips/hop.mp4", video[0])
     write(folder / "clips/hop.mkv", video[0])
-    pictures = [Image.fromarray(p) for p in media.to_pixels(video[0][:, :8])]
-    pictures[0].save(folder / "clips/hop.gif", save_all=True, append_images=pictures[1:],
+    images = [Image.fromarray(p) for p in media.to_pixels(video[0][:, :8])]
+    images[0].save(folder / "clips/hop.gif", save_all=True, append_images=images[1:],
                      duration=125)
-    (folder / "clips/pictures").mkdir()
-    for i, picture in enumerate(pictures):
-        picture.save(folder / f"clips/pictures/{i}.{'png' if i % 2 else 'jpg'}")
+    (folder / "clips/images").mkdir()
+    for i, image in enumerate(images):
+        image.save(folder / f"clips/images/{i}.{'png' if i % 2 else 'jpg'}")
     for i in (1, 2):
         write(folder / f"prior/thing {i} hopping.mp4", video[i])
 
@@ -101,8 +99,8 @@ def write(path, video, times=None, codec="libx264", **stream_options):
             setattr(stream, name, value)
         if times:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        for i, picture in enumerate(pixels):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for i, image in enumerate(pixels):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times:
                 frame.pts, frame.time_base = round(times[i] * 1000), Fraction(1, 1000)
             container.mux(stream.encode(frame))
@@ -110,7 +108,7 @@ def write(path, video, times=None, codec="libx264", **stream_options):
 
 
 def make_foreign(folder):
-    """One LoRA as diffusers, kohya, peft and MotionDirector keep it."""
+    """One LoRA in the formats of diffusers, kohya, peft and MotionDirector."""
     unet = model.load_unet(folder / "weights")
     pairs = lora.LoRA(unet, "coupled", 2).pairs
     peft, kohya, listed = {}, {}, []
@@ -139,7 +137,7 @@ def make_foreign(folder):
 
 
 def ruin(r, path):
-    """Change a file's bytes, or the file for another thing."""
+    """Change a file's bytes, or replace it by a folder, a pipe or a link."""
     how = r.choice(("a flip", "flips", "cut", "more", "a hole", "empty", "text", "pickle", "gone",
                     "a folder", "a pipe", "a loop", "zeros", "another"))
     raw = bytearray(path.read_bytes())
@@ -195,7 +193,7 @@ def write_names(folder, names=OUR_NAMES):
 
 
 def put(value):
-    """A way to write one odd value among a tensor's."""
+    """A way that writes one odd value into a tensor."""
     def way(t):
         t = t.clone().float()
         t.view(-1)[len(t.flatten()) // 2] = value
@@ -203,7 +201,7 @@ def put(value):
     return way
 
 
-WAYS = {  # what becomes of one tensor; None where it goes
+WAYS = {  # {change: the new tensor, or None if it is removed}
     "NaN": put(math.nan), "infinity": put(math.inf), "gone": lambda t: None,
     "whole numbers": lambda t: t.long(), "bool": lambda t: t > 0, "bytes": lambda t: t.byte(),
     "an axis more": lambda t: t[None, None], "shorter": lambda t: t[: len(t) // 2],
@@ -269,7 +267,7 @@ def restory(r, path):
 ODD = [None, True, False, 0, -1, 1, 3, 7, 2**31, 10**30, -10**400, 1e-300, 0.5, math.nan, math.inf,
        "", "x", "../..", "/etc/hostname", "\0", "a\nb", "é" * 9, "x" * 9999, "\ud800", [], [1], {},
        [[1, 2]], {"a": 1}, [None], ["x"] * 3, [0] * 9999]
-NUMBERS = {  # numbers without which a network or a set of videos is another
+NUMBERS = {  # numbers that determine a network or a schedule
     "attention_head_dim", "cross_attention_dim", "layers_per_block", "norm_num_groups", "norm_eps",
     "in_channels", "out_channels", "latent_channels", "scaling_factor", "hidden_size", "r",
     "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps", "lora_alpha",
@@ -327,7 +325,7 @@ PATTERNS = ("(.*)*x", "(a|a)*$", "(a+)+b", ".*" * 30, "(", "[", "((.*)+)+\\1", "
 
 
 def odd_value(r, place):
-    """What somebody might type; half of it sensible, so that the rest of the command is reached."""
+    """A value that somebody could type. Half of them are sensible, so that commands go further."""
     files = [str(place / name) for name in (
         "clips", "clips/hop.mp4", "weights", "adapters/vmc.safetensors", "prompts.txt", "set",
         "foreign/motiondirector.pt", "weights/unet/config.json", "votes/votes.json")]
@@ -343,7 +341,7 @@ def odd_value(r, place):
 
 
 def flags_of(command):
-    """All flags of a command, as its own --help lists them."""
+    """All flags of a command."""
     seen = []
     parse = __import__("support.flags", fromlist=["Parser"]).Parser
     add = parse.add_argument
@@ -363,7 +361,7 @@ def flags_of(command):
 
 
 def odd_text(r):
-    """A prompt that a person, a program or an accident might write."""
+    """A prompt of odd characters."""
     letters = ["a", "red", "star", " ", "\n", "\t", "\r\n", "!", "é", "ß", "中文", "😀", "\u202e",
                "\0", "\u2028", "<script>", "</script>", "&amp;", "\"", "'", "\\", "/", "..", "%s",
                "{}", "sks", "<look>", "X*", "\x1b[31m", "-", "--", "\ufeff", "\udcff", "ﬁ", "1",
@@ -372,7 +370,7 @@ def odd_text(r):
 
 
 # ------------------------------------------------------------------------------------------------
-# What must work: [(what it is, a function of the case that gives a command and its flags)]
+# Inputs that must work: [(description, function from a case to a command and its flags)]
 
 
 def clip_of(name, size=(32, 32), frames=16, **more):
@@ -403,7 +401,7 @@ def text_of(text):
 
 
 def method_of(name, method):
-    """A method with all of its settings given, each as it is."""
+    """A method with all its settings given, each with its default."""
     from support.recipe import write_value
     from train import TINY
 
@@ -461,7 +459,7 @@ def scored(name):
 
 
 def find_fine():
-    """The list."""
+    """All inputs that must work."""
     from support.recipe import METHODS
 
     rows = [(f"a clip: {name}", lambda case, name=name: (

@@ -99,8 +99,8 @@ def test_clip_and_pick_score_equal_transformers():
     pictures, words = (getattr(x, "pooler_output", x) for x in (pictures, words))
     assert torch.allclose(ours.images(video), F.normalize(pictures, dim=-1), atol=1e-5)
     assert torch.allclose(ours.texts(["a red star", "two"]), F.normalize(words, dim=-1), atol=1e-5)
-    want = theirs.logit_scale.exp() * F.cosine_similarity(pictures, words[:1]).mean()
-    assert pick_score(ours, video, "a red star") == pytest.approx(want.item(), abs=1e-4)
+    expected = theirs.logit_scale.exp() * F.cosine_similarity(pictures, words[:1]).mean()
+    assert pick_score(ours, video, "a red star") == pytest.approx(expected.item(), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,12 +120,12 @@ def test_copies_are_found_and_others_are_not(clip):
 
 @pytest.mark.parametrize("size", (64, 256))
 def test_tracks_follow_rendered_objects(size):
-    """Points on things and on floors against the exact paths: median error at most a 64th of the
-    picture, of each kind on its own, at the world's size and enlarged; what is said to hold, does.
+    """Points on objects and backgrounds against the exact paths. The median error of each kind is
+    at most a 64th of the image, at the world's size and enlarged. Tracks marked as held are right.
     """
     scenes, videos = clips(24 if size == 64 else 16, (
         "moving left", "moving up", "hopping", "standing still while the camera pans"), seed=3)
-    path, errors = world.trajectory(scenes), {"things": [], "still": [], "panned": []}
+    path, errors = world.trajectory(scenes), {"objects": [], "still": [], "panned": []}
     held_of = {True: [], False: []}  # of tracks that are right, and of those that went astray
     for i, video in enumerate(videos):
         large = F.interpolate(video.transpose(0, 1), (size, size), mode="bicubic")
@@ -136,7 +136,7 @@ def test_tracks_follow_rendered_objects(size):
         on, off = far < 0.5 * scenes.radius[i], far > 3.5 * scenes.radius[i]
         shift = tracks - tracks[:, :1]
         if path.pan[i].abs().max() == 0:
-            errors["things"].append((shift[on] - moved).norm(dim=-1).flatten())
+            errors["objects"].append((shift[on] - moved).norm(dim=-1).flatten())
             errors["still"].append(shift[off].norm(dim=-1).flatten())
             truth = (shift - torch.where(on[:, None, None], moved, 0)).norm(dim=-1).amax(1) < 3
             for right in held_of:
@@ -144,7 +144,7 @@ def test_tracks_follow_rendered_objects(size):
         elif scenes.background[i] in (2, 3):  # along stripes and waves nothing is seen to move
             pan = torch.stack([path.pan[i], torch.zeros(16)], 1)
             beside = (tracks[:, 0, 1] - path.y[i, 0]).abs() > 2 * scenes.radius[i]
-            inside = tracks[:, :1, 0] + path.pan[i] > 6  # (P, F), still in the picture
+            inside = tracks[:, :1, 0] + path.pan[i] > 6  # (P, F), still in the image
             errors["panned"].append((shift - pan).norm(dim=-1)[beside[:, None] & inside])
     for kind, found in errors.items():
         found = torch.cat(found)
@@ -250,7 +250,7 @@ def test_a_run_against_itself_and_against_another(tmp_path, capsys):
 
 
 def test_metrics_of_the_tiny_world_fall_for_reversed_videos_and_other_prompts(tmp_path):
-    """The words of a background or of a motion ("in a circle", "blue striped") name no thing."""
+    """The words of a background or a motion ("in a circle", "blue striped") name no object."""
     scenes, videos = clips(40, ("moving in a circle", "moving left"), seed=5)
     one = next(i for i, (c, b, s) in enumerate(zip(scenes.colour, scenes.background, scenes.shape))
                if b == 1 and c not in (5,) and s not in (0,) and scenes.motion[i] == 7)
@@ -306,8 +306,8 @@ def test_any_model_of_open_clip_with_local_weights(hub, tmp_path):
                                antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN,
                                                               open_clip.OPENAI_DATASET_STD))
-        want = F.normalize(net.encode_image((frames - mean) / std), dim=-1)
-    assert torch.allclose(clip.images(videos[0]), want, atol=1e-5)
+        expected = F.normalize(net.encode_image((frames - mean) / std), dim=-1)
+    assert torch.allclose(clip.images(videos[0]), expected, atol=1e-5)
 
 
 def test_metrics_that_are_nan_are_left_empty(tmp_path):
@@ -323,7 +323,7 @@ def test_metrics_that_are_nan_are_left_empty(tmp_path):
 
 
 def test_sscd_gets_the_input_that_its_authors_specify():
-    """288 pixels, ImageNet's mean and deviation: a picture of the mean colour gives zeros."""
+    """288 pixels, ImageNet's mean and deviation: an image of the mean color gives zeros."""
     class See(torch.nn.Module):
         def forward(self, x: torch.Tensor):
             return torch.cat([x.flatten(1)[:, :1] + 1.0, torch.full((len(x), 1), float(x.shape[-1]),
@@ -335,13 +335,13 @@ def test_sscd_gets_the_input_that_its_authors_specify():
 
 def test_the_appearance_score_uses_the_prompt_without_its_motion(tmp_path, clip):
     scenes, videos = clips(1, ("moving left",))
-    look = world.captions(scenes, motion=False)[0]
+    appearance = world.captions(scenes, motion=False)[0]
     prompt = world.captions(scenes)[0]
     write_run(tmp_path / "run", [videos[0]], [prompt])
     row = measure(tmp_path / "run", "--motion-words", "moving left")
     video = media.read_video(tmp_path / "run" / "0.mp4", 16, (64, 64), 8)
     aligned = row["text alignment (tiny CLIP)"]
-    assert row["appearance score"] == pytest.approx(text_alignment(clip, video, look))
+    assert row["appearance score"] == pytest.approx(text_alignment(clip, video, appearance))
     assert aligned == pytest.approx(text_alignment(clip, video, prompt))
     assert row["appearance score"] != aligned
     assert measure(tmp_path / "run", "--motion-words", "mov")["appearance score"] is None
@@ -366,7 +366,7 @@ def test_keyframes_and_given_tracks(tmp_path):
         np.save(tmp_path / "tracks" / "clips" / "0.npy", given)
         assert measure(tmp_path / "run", *flags)["motion fidelity"] == pytest.approx(fidelity)
     np.save(tmp_path / "tracks" / "clips" / "0.npy", line[:, :5])
-    with pytest.raises(BadInput, match=r"wanted \(P, 16, 2\)"):
+    with pytest.raises(BadInput, match=r"\(P, 16, 2\)"):
         measure(tmp_path / "run", *flags)
 
 
@@ -454,14 +454,13 @@ def test_a_study_is_blind_and_its_votes_are_counted(tmp_path, capsys):
     capsys.readouterr()
     eval.main(["--votes", str(tmp_path / "votes.json"), str(tmp_path / "again.json"), "--key",
                str(key)])
-    said = capsys.readouterr().out
-    assert "one 0.0 %, two 100.0 % of 4 votes, p = 0.125" in said
-    assert "one: motion 1.00 of 5 (4 ratings)" in said and "two: text 4.00 of 5" in said
+    printed = capsys.readouterr().out
+    assert "one 0.0 %, two 100.0 % of 4 votes, p = 0.125" in printed
+    assert "one: motion 1.00 of 5 (4 ratings)" in printed and "two: text 4.00 of 5" in printed
 
 
 def test_a_study_of_runs_without_a_common_prompt_is_refused(tmp_path, capsys):
-    """They sampled other prompts; with the same ones they are compared, and a word that the
-    tiny model has never met is told. What stands twice in the file is one prompt."""
+    """With --prompts both sample the same prompts. A prompt that the file repeats counts once."""
     write_clip(tmp_path)
     trained = [tmp_path / "one", tmp_path / "two"]
     for folder, prompt in zip(trained, ("a star hopping", "a ring hopping")):
@@ -486,13 +485,14 @@ def test_votes_count_for_the_chosen_run(tmp_path, capsys):
     votes = [other, other, VOTE | {"ratings": {"1": {"motion": 4}}}, other]
     (tmp_path / "votes.json").write_text(json.dumps({"votes": votes}))
     eval.main(["--votes", str(tmp_path / "votes.json")])
-    said = capsys.readouterr().out
-    assert "one 25.0 %, two 75.0 % of 4 votes, p = 0.625" in said and "one: motion 4.00" in said
+    printed = capsys.readouterr().out
+    assert "one 25.0 %, two 75.0 % of 4 votes, p = 0.625" in printed
+    assert "one: motion 4.00" in printed
 
 
 def test_training_clips_are_measured_as_training_read_them(tmp_path):
     """Backward, from its start on, and the center that training cropped: of 48x64 pixels at 16x32,
-    columns 0 to 64 and rows 8 to 40, of which the central square is measured."""
+    columns 0 to 64 and rows 8 to 40, and the central square of these is measured."""
     video = torch.linspace(-0.2, 0.2, 16)[:, None, None] + torch.linspace(-0.7, 0.7, 64).expand(
         16, 48, 64)
     media.write_video(tmp_path / "clip.mp4", video.expand(3, 16, 48, 64), 8)
@@ -566,7 +566,7 @@ def write_trained(folder, clip, prompt="a star hopping", steps=(1, 2), latents=T
 
 
 def content(page):
-    """What a page holds."""
+    """The content of a page, from its JSON."""
     return json.loads(page.read_text().split('id="content">')[1].split("</script>")[0])
 
 
@@ -619,9 +619,9 @@ def test_only_common_prompts_are_compared(tmp_path, capsys):
     write_run(tmp_path / "two", [videos[0], videos[2]], ["a star", "a cross"])
     table = score(tmp_path / "one", tmp_path / "two", "--no-world")
     assert table["one"] == table["two"]  # of the star alone, which is the same video
-    said = capsys.readouterr().out
-    assert "Left out: one 1 of 2 videos, two 1 of 2" in said
-    assert "text alignment (tiny CLIP) ↑" in said
+    printed = capsys.readouterr().out
+    assert "Left out: one 1 of 2 videos, two 1 of 2" in printed
+    assert "text alignment (tiny CLIP) ↑" in printed
     write_run(tmp_path / "two", videos[:1], ["a cross"])
     table = score(tmp_path / "one", tmp_path / "two", "--no-world")
     assert "cannot be compared" in capsys.readouterr().out and table["one"] != table["two"]
@@ -660,7 +660,7 @@ def test_damaged_files_of_a_run_are_refused(name, text, message, tmp_path, capsy
     ("", []), ("x\n\x00\n[]\n", []), ('{"step": 1, "seen": []}\n{"step": 1, "seen": [3]}', [1]),
     ('\n{"step": "x", "seen": []}\n{"step": 2, "seen": []}\n{"st', [2])])
 def test_lines_that_are_no_step_are_left_out_of_the_loss_curve(text, rows, tmp_path):
-    """Of a step that was logged twice, the last line counts."""
+    """The last line of a step counts."""
     (tmp_path / "log.jsonl").write_text(text)
     found = page.read_log(tmp_path / "log.jsonl")
     assert [row["step"] for row in found] == rows and (rows != [1] or found[0]["seen"] == [3])
@@ -697,7 +697,7 @@ def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     ({"adapter": []}, True), ({"adapter": ["a"], "scale": [0.0]}, True),
     ({"adapter": ["a"]}, False), ({"adapter": [], "noise_prior": 0.5}, False), (None, False)])
 def test_the_threshold_of_copies_is_the_base_models_own_score(made, base):
-    """Of samples without an adapter, or at scale 0, from noise."""
+    """The base model: samples from noise without an adapter, or at scale 0."""
     args = SimpleNamespace(copy_threshold=None, sscd=None)
     made = made and folders.GeneratedInfo(videos=[["a.mp4", "a", 0]], **made)
     scored = [SimpleNamespace(figures={"copies": i / 200}) for i in range(101)]

@@ -1,5 +1,5 @@
-"""LoRAs of other programs, against the merged weights of diffusers and peft or the formula;
-refused files; and exported files, read by other programs."""
+"""LoRAs of other programs, against the merged weights of diffusers and peft, or the
+formula; refused files; and exported files, read by other programs."""
 import copy
 import json
 import re
@@ -70,16 +70,16 @@ def merged(base, tensors, pairs):
     return state
 
 
-def assert_equal(got, want, base):
+def assert_equal(got, expected, base):
     """Equal weights, to 1e-6, and equal changes, to 1e-5. At least one weight changed."""
-    changed = [n for n in base if not torch.equal(want[n], base[n])]
+    changed = [n for n in base if not torch.equal(expected[n], base[n])]
     assert changed and [n for n in base if not torch.equal(got[n], base[n])] == changed
-    assert max(relative(got[n], want[n]) for n in changed) <= 1e-6
-    assert max(relative(got[n] - base[n], want[n] - base[n]) for n in changed) <= 1e-5
+    assert max(relative(got[n], expected[n]) for n in changed) <= 1e-6
+    assert max(relative(got[n] - base[n], expected[n] - base[n]) for n in changed) <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------
-# What diffusers and peft write, against what they merge
+# Files of diffusers and peft, against their own merged weights
 
 
 SETTINGS = {
@@ -115,13 +115,13 @@ def test_files_of_diffusers(kind, theirs, unet, base, tmp_path):
     theirs.add_adapter(config(**SETTINGS[kind]))
     train_all(theirs)
     theirs.save_lora_adapter(tmp_path)
-    path, want = tmp_path / "pytorch_lora_weights.safetensors", fused(theirs)
+    path, expected = tmp_path / "pytorch_lora_weights.safetensors", fused(theirs)
     with safe_open(path, "pt") as file:
         values = json.loads(file.metadata()["lora_adapter_metadata"])
     for prefix in ("", "unet."):
         meta = {"lora_adapter_metadata": json.dumps({prefix + k: v for k, v in values.items()})}
         state = {prefix + n: t for n, t in load_file(path).items()}
-        assert_equal(merged(base, *formats.read_foreign(state, meta, unet, path)), want, base)
+        assert_equal(merged(base, *formats.read_foreign(state, meta, unet, path)), expected, base)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -172,7 +172,7 @@ def test_other_notations_of_the_same_names(kind, theirs, unet, base):
     assert_equal(merged(base, *got), fused(theirs), base)
 
 
-@pytest.mark.parametrize("kind", ("beside peft's names", "kohya"))
+@pytest.mark.parametrize("kind", ("peft", "kohya"))
 def test_alphas_in_tensors(kind, theirs, unet, base):
     """Each layer has its own alpha. diffusers reads peft's names with the same alphas."""
     state = formats.to_peft({n: pair(base[f"{n}.weight"], 4, i) for i, n in enumerate(ALL)})
@@ -196,7 +196,7 @@ def kohya(layer, **parts):
 @pytest.mark.parametrize("names", ("hub's", "web UI's"))
 def test_stable_lora(names, unet, base):
     """Its own formula, with r = 2. A bias in the file replaces the layer's."""
-    state, want = {f"{OUT}.bias": noise(32)}, base | {f"{OUT}.bias": noise(32)}
+    state, expected = {f"{OUT}.bias": noise(32)}, base | {f"{OUT}.bias": noise(32)}
     for name in (f"{layer}.weight" for layer in ALL):
         wide, narrow, *kernel = base[name].shape
         k = kernel[0] if kernel else 1
@@ -204,12 +204,12 @@ def test_stable_lora(names, unet, base):
         change = B @ A
         if len(kernel) == 3:
             change = change.view(wide, narrow, k, k, 1).mean(dim=-2, keepdim=True)
-        want[name] = base[name] + change.view(base[name].shape)
+        expected[name] = base[name] + change.view(base[name].shape)
         if names == "web UI's":
             A, B = (t.unsqueeze(-1) if "proj_in" in name else t for t in (A, B))
             name = hub.pth_name(name)
         state |= {name.replace("weight", "lora_A"): A, name.replace("weight", "lora_B"): B}
-    assert_equal(merged(base, *formats.read_foreign(state, {}, unet, "x")), want, base)
+    assert_equal(merged(base, *formats.read_foreign(state, {}, unet, "x")), expected, base)
 
 
 @pytest.mark.parametrize("kind,clips", [("temporal", 1), ("spatial", 1), ("spatial", 3)])
@@ -238,7 +238,7 @@ A, B = noise(2, 32), noise(32, 2)
 DOWN, UP = {f"{Q}.lora_A.weight": A}, {f"{Q}.lora_B.weight": B}
 
 
-def beside(role, tensor):
+def with_part(role, tensor):
     return DOWN | UP | {f"{Q}.{role}": tensor}
 
 
@@ -253,15 +253,15 @@ def with_kohya(**parts):
 @pytest.mark.parametrize("message,state,meta", [
     ("half of a pair", DOWN, {}), ("half of a pair", UP, {}),
     ("half of a pair: .* A, alpha alone", kohya(Q, **{"lora_down.weight": A, "alpha": A}), {}),
-    ("1 of its 3 tensors have no place .* first .*lora_C", beside("lora_C.weight", A), {}),
+    ("1 of its 3 tensors have no place .* first .*lora_C", with_part("lora_C.weight", A), {}),
     ("two tensors for one place", DOWN | UP | kohya(Q, **{"lora_down.weight": A}), {}),
     ("no place", kohya("input_blocks.1", **{"lora_down.weight": A}), {}),
-    ("two tensors for one place", beside("lora_A.two.weight", A), {}),
-    ("both the whole of", beside("weight", noise(32, 32)), {}),
-    (r"alpha is \(2,\)", beside("alpha", torch.ones(2)), {}),
-    ("scale of .* is", beside("alpha", torch.tensor(0)), {}),
-    (r"scale of .* is \[4.5, 1", beside("alpha", torch.tensor(9)), settings()),
-    ("no place", beside("lora_B.bias", noise(32)), {}),
+    ("two tensors for one place", with_part("lora_A.two.weight", A), {}),
+    ("both the whole of", with_part("weight", noise(32, 32)), {}),
+    (r"alpha is \(2,\)", with_part("alpha", torch.ones(2)), {}),
+    ("scale of .* is", with_part("alpha", torch.tensor(0)), {}),
+    (r"scale of .* is \[4.5, 1", with_part("alpha", torch.tensor(9)), settings()),
+    ("no place", with_part("lora_B.bias", noise(32)), {}),
     (r"is \(32, 3\)", DOWN | {f"{Q}.lora_B.weight": noise(32, 3)}, {}),
     (r"is \(2, 31\)", UP | {f"{Q}.lora_A.weight": noise(2, 31)}, {}),
     ("rank 0", UP | {f"{Q}.lora_A.weight": A[:0]}, {}),
@@ -270,7 +270,7 @@ def with_kohya(**parts):
     ("cannot be used", DOWN | UP, settings(rank_pattern={"(": 2})),
     ("cannot be used", DOWN | UP, settings(use_rslora="no")),
     ("use_dora", DOWN | UP, settings(use_dora=True)),
-    ("no place", beside("lora_magnitude_vector", noise(32)), settings()),
+    ("no place", with_part("lora_magnitude_vector", noise(32)), settings()),
     ("another start or kind", DOWN | UP, settings(init_lora_weights="pissa")),
     ("use_qalora", DOWN | UP, settings(peft_type="LOHA", use_qalora=True)),
     ("JSONDecodeError", DOWN | UP, {"lora_adapter_metadata": "{"}),
@@ -324,8 +324,8 @@ def test_a_saved_folder_loads_as_the_same_model(tmp_path):
     again = model.load(new)
     for part in ("vae", "text_encoder", "unet"):
         for name, tensor in getattr(again, part).state_dict().items():
-            want = getattr(tiny, part).state_dict()[name]
-            assert torch.equal(tensor, want.half().float() if part == "unet" else want)
+            expected = getattr(tiny, part).state_dict()[name]
+            assert torch.equal(tensor, expected.half().float() if part == "unet" else expected)
     with pytest.raises(BadInput, match="exists; give --save"):
         export.save_hub(tiny, new, model.TINY)
     assert [p.name for p in tmp_path.iterdir()] == ["new"]

@@ -115,8 +115,8 @@ def test_other_starts_and_samplers_give_other_videos(adapter, tmp_path):
         made |= set(videos_of(tmp_path / str(i)).values())
         assert len(made) == i + 1, more
     name, = videos_of(tmp_path / "5")
-    _, pictures = zip(*media.decode(tmp_path / "5" / name))
-    assert len(pictures) == 5 and pictures[0]().shape == (240, 144, 3)
+    _, frames = zip(*media.decode(tmp_path / "5" / name))
+    assert len(frames) == 5 and frames[0]().shape == (240, 144, 3)
 
 
 @pytest.mark.parametrize("more,prior", [((), 1), (("--noise-prior", "0.5"), 0.5),
@@ -237,10 +237,10 @@ def test_flags_override_the_adapter_which_overrides_the_defaults(tiny, adapter, 
                      "--noise-prior", 0.25, "--sampler", "ddpm")
     assert (given.sampling_steps, given.guidance, given.fps, given.inversion_steps) == (5, 0, 12, 0)
     assert (given.noise_prior, given.sampler) == (0.25, "ddpm")
-    look = write_adapter(tmp_path / "look.safetensors", None, noise_prior=0)  # first, without clip
-    both = resolved(tiny, "--adapter", look, adapter, "--scale", 0.5)
+    absorber = write_adapter(tmp_path / "a.safetensors", None, noise_prior=0)  # first, without clip
+    both = resolved(tiny, "--adapter", absorber, adapter, "--scale", 0.5)
     assert both.source.path == adapter and both.scale == [0.5, 0.5] and both.noise_prior == 1
-    assert resolved(tiny, "--adapter", look).noise_prior == 0
+    assert resolved(tiny, "--adapter", absorber).noise_prior == 0
     assert resolved(tiny, "--init-video", clip).noise_prior == 1
     wide, trained = tmp_path / "wide.safetensors", lora.FullFinetune(
         tiny.unet, "temporal-attention")
