@@ -152,7 +152,8 @@ def test_another_clip_than_the_adapters_is_inverted(adapter, clip, tmp_path):
 @pytest.mark.parametrize("method,equal", [("ddim", True), ("ddpm", False)])
 def test_from_the_inverted_clip_seeds_matter_for_ddpm_only(method, equal, latents, tmp_path):
     path = write_adapter(tmp_path / "a.safetensors", latents, sampler=method)
-    make("--adapter", path, "--prompt", "a red star", "--videos-per-prompt", 2, "--out", tmp_path / "set")
+    make("--adapter", path, "--prompt", "a red star", "--videos-per-prompt", 2, "--out",
+         tmp_path / "set")
     one, two = videos_of(tmp_path / "set").values()
     assert (one == two) == equal
     settings = json.loads((tmp_path / "set" / "settings.json").read_text())
@@ -190,8 +191,8 @@ def test_the_merged_model_is_saved_in_both_layouts(adapter, tiny, tmp_path, caps
     for name, p in kept.items():
         assert torch.allclose(p, learned.get(name, base[name]), rtol=1e-3, atol=1e-6), name
     assert any(not torch.equal(kept[name], base[name]) for name in learned)
-    expect_error(["--adapter", adapter, "--save-merged", tmp_path / "merged"], "name of a new folder", capsys,
-             generate.main)
+    expect_error(["--adapter", adapter, "--save-merged", tmp_path / "merged"],
+                 "name of a new folder", capsys, generate.main)
 
 
 def test_the_help_page_has_every_flag_and_the_code_reads_it():
@@ -214,8 +215,8 @@ def test_default_folders_are_numbered_and_given_ones_must_be_empty(tmp_path, mon
     assert names == {"generated": ["000-a-red-star-seed0.mp4"],
                      "generated-2": ["000-a-blue-ring-seed0.mp4"]}
     before = videos_of(tmp_path / "out/generated")
-    expect_error(["--prompt", "x", *same, "--out", "out/generated"], "is not empty; give a new folder",
-             capsys, generate.main)
+    expect_error(["--prompt", "x", *same, "--out", "out/generated"],
+                 "is not empty; give a new folder", capsys, generate.main)
     assert videos_of(tmp_path / "out/generated") == before
     (tmp_path / "empty").mkdir()
     make("--prompt", "a red star", *same, "--out", "empty")
@@ -580,7 +581,8 @@ def test_errors_before_anything_is_sampled(argv, message, adapter, tmp_path, mon
     monkeypatch.setattr(sampler, "sample", lambda *a, **k: pytest.fail("sampled"))
     monkeypatch.setattr(sampler, "invert", lambda *a, **k: pytest.fail("inverted"))
     argv = [a.format(p=tmp_path, a=adapter) for a in argv]
-    expect_error([*argv, "--out", tmp_path / "o"], message.format(p=tmp_path), capsys, generate.main)
+    argv += ["--out", tmp_path / "o"]
+    expect_error(argv, message.format(p=tmp_path), capsys, generate.main)
     assert not (tmp_path / "o").exists()
 
 
