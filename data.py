@@ -200,9 +200,9 @@ def render_clip(run, number):
     # Its caption mentions what the clip's caption mentions; else length alone would separate them.
     caption = run.clips[0].prompt
     name = lambda table, field: list(table)[getattr(scene, field)[0]]
-    colored = any(word in caption.split() for word in world.COLOURS)
+    colored = any(word in caption.split() for word in world.COLORS)
     return world.render(scene, run.flags.frames)[0], world.caption(
-        name(world.COLOURS, "colour") if colored else None,
+        name(world.COLORS, "color") if colored else None,
         name(world.SHAPES, "shape"), name(world.MOTIONS, "motion"), name(world.SPEEDS, "speed"),
         name(world.BACKGROUNDS, "background") if " background" in caption else None)
 

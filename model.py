@@ -1,14 +1,14 @@
-"""The video UNet, the VAE and the text encoder of ZeroScope / ModelScope, and how to load them.
+"""The video UNet, VAE and text encoder of ZeroScope and ModelScope, and how to load them.
 
     python -c "import model; print(model.load().unet.config)"
 
-Modules carry the names of the released files, so their state dicts load strictly and without a
-table; the text encoder, which is open_clip's, is the one exception (support/hub.py). The same
-classes make the full-size model (1.41 B parameters) and the tiny one: only config.json differs.
-What is called `fast.…` gives the same numbers as torch's function of that name (support/fast.py).
+Parameters have the names of the released files, so state dicts load with strict=True and without a
+name table. The one exception is the text encoder, which is open_clip's (support/hub.py). The same
+classes build the full-size model (1.41 B parameters) and the tiny one; only config.json differs.
+Functions of `fast` give the same results as the torch functions they replace (support/fast.py).
 
-Axes: B prompts or clips, F frames, C channels, H W picture, h w latent (H/8, W/8), N text tokens,
-D text width. "Folded" tensors are (B·F, C, h, w): to a spatial layer each frame is a picture.
+Axes: B prompts or clips, F frames, C channels, H W pixels, h w latent (H/8, W/8), N text tokens,
+D text width. "Folded" tensors are (B·F, C, h, w): spatial layers treat each frame as an image.
 """
 import math
 from dataclasses import dataclass, field
@@ -31,25 +31,25 @@ TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 
 
 def is_tiny(weights):
-    """Whether the weights folder of a flag is the tiny model's."""
+    """True if --weights is the tiny model: None, or its folder."""
     return weights is None or Path(weights).resolve() == TINY.resolve()
 
 
 # ------------------------------------------------------------------------------------------------
-# Shapes: time folded into batch, and space into tokens
+# Reshaping: time into the batch axis, space into tokens
 
 
 def fold_frames(video):
-    """(B, C, F, h, w) -> (B·F, C, h, w), in channels-last memory, where tokens are a free view."""
+    """(B, C, F, h, w) -> (B·F, C, h, w) in channels-last memory, so `to_tokens` copies nothing."""
     B, C, frames, h, w = video.shape
     folded = video.transpose(1, 2).reshape(B * frames, C, h, w)
     return folded.contiguous(memory_format=torch.channels_last)
 
 
-def unfold_frames(pictures, frames):
+def unfold_frames(images, frames):
     """(B·F, C, h, w) -> (B, C, F, h, w)."""
-    BF, C, h, w = pictures.shape
-    return pictures.reshape(BF // frames, frames, C, h, w).transpose(1, 2)
+    BF, C, h, w = images.shape
+    return images.reshape(BF // frames, frames, C, h, w).transpose(1, 2)
 
 
 def to_tokens(x):
@@ -63,7 +63,7 @@ def to_image(tokens, h, w):
 
 
 def over_time(x, frames):
-    """(B·F, C, h, w) -> (B, C, F, h·w), a view that lets 2-D kernels work along time."""
+    """(B·F, C, h, w) -> (B, C, F, h·w), a view for 2-D kernels along time."""
     BF, C, h, w = x.shape
     return to_tokens(x).reshape(BF // frames, frames, h * w, C).permute(0, 3, 1, 2)
 
@@ -73,7 +73,7 @@ def over_time(x, frames):
 
 
 class Resnet(nn.Module):
-    """norm, SiLU, conv, twice, on a residual path; the time embedding is added in between."""
+    """Residual block: (norm, SiLU, conv) twice, with the time embedding added in between."""
 
     def __init__(self, c_in, c_out, groups, eps, time_dim=None):
         super().__init__()
@@ -95,32 +95,32 @@ class Resnet(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbours, then a convolution."""
+    """Nearest-neighbor upsampling, then a convolution."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size):
-        # To the skip's size and not simply ×2: odd sizes were rounded up on the way down.
+        # To the size of the skip, not ×2, since downsampling rounds odd sizes up.
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2: (N, C, h, w) -> (N, C, h/2, w/2), rounded up in the UNet."""
+    """Convolution with stride 2: (N, C, h, w) -> (N, C, h/2, w/2), rounded up in the UNet."""
 
     def __init__(self, channels, padding=1):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x):
-        if self.conv.padding == (0, 0):  # the VAE pads on the right and below only
+        if self.conv.padding == (0, 0):  # the VAE pads right and bottom only
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
 
 
 class Attention(nn.Module):
-    """Multi-head attention; self-attention when no context is given."""
+    """Multi-head attention. Without a context it is self-attention."""
 
     def __init__(self, dim, heads, head_dim, context_dim=None, bias=False):
         super().__init__()
@@ -142,18 +142,18 @@ class Attention(nn.Module):
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def maps(self, x, context=None):
-        """softmax(q·kᵀ/√d), who looks at whom: (B, heads, N, M), M tokens of the context. A forward
-        hook can ask for them, with the inputs that it is given."""
+        """Attention maps softmax(q·kᵀ/√d), (B, heads, N, M) for M context tokens. A forward hook
+        can compute them from the layer's inputs."""
         q, k = self.split(self.to_q(x)), self.split(self.to_k(x if context is None else context))
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
 
 # ------------------------------------------------------------------------------------------------
-# The video UNet's own layers
+# Layers of the video UNet
 
 
 class GEGLU(nn.Module):
-    """x·gelu(gate), both linear in the input (Shazeer 2020); gelu is the exact one."""
+    """x·gelu(gate), with x and gate linear in the input and the exact gelu (Shazeer 2020)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -164,11 +164,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, and back."""
+    """GEGLU to four times the width, then a linear layer back to the width."""
 
     def __init__(self, dim):
         super().__init__()
-        # The identity stands where the released code has a dropout of 0, to keep the numbering.
+        # The identity replaces a dropout of 0 in the released code, so the layer numbers match.
         self.net = nn.Sequential(GEGLU(dim), nn.Identity(), nn.Linear(dim * 4, dim))
 
     def forward(self, x):
@@ -176,7 +176,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """attn1 (self), attn2 (text in a spatial block, self again in a temporal one), feed-forward."""
+    """Self-attention; cross-attention to the text, or self-attention again; feed-forward."""
 
     def __init__(self, dim, heads, head_dim, context_dim=None):
         super().__init__()
@@ -192,15 +192,15 @@ class TransformerBlock(nn.Module):
         if text is None:
             x = self.attn2(self.norm2(x)) + x
         else:
-            # All frames of a clip share one prompt, so its frames stand in one row of queries and
-            # the prompt's keys and values are computed once instead of once a frame.
+            # The frames of a clip share a prompt. With all their queries in one row, keys and
+            # values are computed once per prompt, not once per frame.
             queries = self.norm2(x).reshape(text.shape[0], -1, x.shape[-1])
             x = self.attn2(queries, text).view(x.shape) + x
         return self.ff(self.norm3(x)) + x
 
 
 class Transformer(nn.Module):
-    """What the spatial and the temporal transformer share. GroupNorm's eps is 1e-6 here."""
+    """Base class of the spatial and the temporal transformer. GroupNorm's eps is 1e-6 here."""
 
     def __init__(self, channels, heads, head_dim, groups, context_dim=None):
         super().__init__()
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
 
 
 class SpatialTransformer(Transformer):
-    """Each frame attends to its own pixels and to the text."""
+    """Self-attention over the pixels of each frame, and cross-attention to the text."""
 
     def forward(self, x, text):
         h, w = x.shape[-2:]
@@ -228,20 +228,21 @@ class SpatialTransformer(Transformer):
 
 
 class TemporalTransformer(Transformer):
-    """Each pixel attends to itself at all frames: no text, no mask, no position (order reaches it
-    through the zero padding of the temporal convolutions alone)."""
+    """Each pixel attention over time, without text, mask or position embedding. Frame order enters
+    only through the zero padding of the temporal convolutions."""
 
     def forward(self, x, frames):
         h, w = x.shape[-2:]
-        y = self.norm(over_time(x, frames))  # (B, C, F, hw): the statistics include the frames
+        y = self.norm(over_time(x, frames))  # (B, C, F, hw), with statistics over all frames
         B, C = y.shape[:2]
         y = y.permute(0, 3, 2, 1).reshape(B * h * w, frames, C).contiguous()
         y = self.blocks(y).view(B, h * w, frames, C).transpose(1, 2)  # (B, F, hw, C)
-        return x + to_image(y.reshape(B * frames, h * w, C), h, w)  # x first: in its layout
+        return x + to_image(y.reshape(B * frames, h * w, C), h, w)  # keeps the memory layout of x
 
 
 class TemporalConvLayer(nn.Module):
-    """Four convolutions along time. The last starts at zero, so a fresh one changes nothing."""
+    """Four convolutions along time. The last is zero-initialized: the layer starts as the identity.
+    """
 
     def __init__(self, channels, groups, dropout=0.1):
         super().__init__()
@@ -263,7 +264,7 @@ class TemporalConvLayer(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of the timestep, and two linear layers."""
+    """Sinusoidal embedding of the timestep, then two linear layers."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -271,36 +272,37 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(c_out, c_out)
 
     def forward(self, t):
-        """(B,) -> (B, c_out). Cosines first; in fp32 whatever the model's dtype."""
+        """(B,) -> (B, c_out). Cosines come first. The sinusoids are always computed in fp32."""
         half = self.linear_1.in_features // 2
-        rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-        angles = t[:, None].float() * rates
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angles = t[:, None].float() * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
 class Block(nn.Module):
-    """One level of the UNet: layers of resnet, temporal convolution and, in the first `attended` of
-    them, the two transformers. `skips` are the channels that each layer's resnet takes besides."""
+    """One level of the UNet. Each layer is a resnet and a temporal convolution; the first
+    `transformers` of them add a spatial and a temporal transformer. skips: skip channels per layer.
+    """
 
-    def __init__(self, config, c_in, c_out, layers, attended, skips=None):
+    def __init__(self, config, c_in, c_out, layers, transformers, skips=None):
         super().__init__()
         c, groups = config, config.norm_num_groups
         self.checkpointing = False
         self.resnets, self.temp_convs = nn.ModuleList(), nn.ModuleList()
         self.attentions, self.temp_attentions = nn.ModuleList(), nn.ModuleList()
         for i in range(layers):
-            wide = (c_out if i else c_in) + (skips[i] if skips else 0)
-            self.resnets.append(Resnet(wide, c_out, groups, c.norm_eps, c.time_dim))
+            channels = (c_out if i else c_in) + (skips[i] if skips else 0)
+            self.resnets.append(Resnet(channels, c_out, groups, c.norm_eps, c.time_dim))
             self.temp_convs.append(TemporalConvLayer(c_out, groups))
         sizes = (c_out, c_out // c.attention_head_dim, c.attention_head_dim, groups)
-        for _ in range(attended):
+        for _ in range(transformers):
             self.attentions.append(SpatialTransformer(*sizes, c.cross_attention_dim))
             self.temp_attentions.append(TemporalTransformer(*sizes))
 
     def layer(self, i, x, time, text, frames):
-        """Layer i on folded x; frames = None leaves everything temporal out. With checkpointing its
-        activations are computed again in the backward pass."""
+        """Apply layer i to folded x. frames = None bypasses the temporal layers. With gradient
+        checkpointing, the backward pass recomputes the activations."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._layer, i, x, time, text, frames, use_reentrant=False)
         return self._layer(i, x, time, text, frames)
@@ -317,17 +319,17 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """A level on the way down: every layer's output is a skip, and that of the downsampling."""
+    """A downsampling level. The outputs of all layers and of the downsampling become skips."""
 
-    def __init__(self, config, c_in, c_out, attended, last):
+    def __init__(self, config, c_in, c_out, attention, last):
         layers = config.layers_per_block
-        super().__init__(config, c_in, c_out, layers, layers * attended)
+        super().__init__(config, c_in, c_out, layers, layers * attention)
         self.last = last
         if not last:
             self.downsamplers = nn.ModuleList([Downsample(c_out, config.downsample_padding)])
 
     def forward(self, x, *inputs):
-        """Folded x -> x (B·F, C, h/2, w/2; the last level's is as it was), and its skips."""
+        """Folded x -> (B·F, C, h/2, w/2), and the skips. The last level keeps the size."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, *inputs)
@@ -339,27 +341,26 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
-    """The lowest level: two layers, the first of them with transformers."""
+    """The lowest level: two layers, the first one with transformers."""
 
     def __init__(self, config, channels):
-        super().__init__(config, channels, channels, layers=2, attended=1)
+        super().__init__(config, channels, channels, layers=2, transformers=1)
 
     def forward(self, x, *inputs):
         return self.layer(1, self.layer(0, x, *inputs), *inputs)
 
 
 class UpBlock(Block):
-    """A level on the way up: each layer first takes a skip from the way down."""
+    """An upsampling level. Each layer concatenates a skip from a downsampling level."""
 
-    def __init__(self, config, c_in, c_out, skips, attended, last):
-        super().__init__(config, c_in, c_out, len(skips), len(skips) * attended, skips)
+    def __init__(self, config, c_in, c_out, skips, attention, last):
+        super().__init__(config, c_in, c_out, len(skips), len(skips) * attention, skips)
         self.last = last
         if not last:
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
     def forward(self, x, skips, *inputs):
-        """Folded x -> (B·F, C, 2h, 2w), the last level's as it was; takes its skips off the list's
-        end."""
+        """Folded x -> (B·F, C, 2h, 2w). The last level keeps the size. Pops the skips it uses."""
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), *inputs)
         return x if self.last else self.upsamplers[0](x, skips[-1].shape[-2:])
@@ -378,68 +379,69 @@ class UNet(nn.Module):
         width, groups, layers = c.block_out_channels, c.norm_num_groups, c.layers_per_block
         first, last = width[0], width[-1]
         self.conv_in = nn.Conv2d(c.in_channels, first, 3, padding=1)
-        # Always eight heads, whatever the channels.
+        # Eight heads for any number of channels.
         self.transformer_in = TemporalTransformer(first, 8, c.attention_head_dim, groups)
         self.time_embedding = TimeEmbedding(first, c.time_dim)
 
-        self.down_blocks, skips, here = nn.ModuleList(), [first], first
-        for kind, out in zip(c.down_block_types, width):
-            ends = len(self.down_blocks) == len(width) - 1
-            self.down_blocks.append(DownBlock(c, here, out, kind == "CrossAttnDownBlock3D", ends))
-            skips += [out] * (layers + (not ends))
-            here = out
+        self.down_blocks, skips, c_in = nn.ModuleList(), [first], first
+        for block_type, c_out in zip(c.down_block_types, width):
+            is_last = len(self.down_blocks) == len(width) - 1
+            attention = block_type == "CrossAttnDownBlock3D"
+            self.down_blocks.append(DownBlock(c, c_in, c_out, attention, is_last))
+            skips += [c_out] * (layers + (not is_last))
+            c_in = c_out
         self.mid_block = MidBlock(c, last)
         self.up_blocks = nn.ModuleList()
-        for kind, out in zip(c.up_block_types, reversed(width)):
-            ends = len(self.up_blocks) == len(width) - 1
-            taken = [skips.pop() for _ in range(layers + 1)]
-            self.up_blocks.append(UpBlock(c, here, out, taken, kind == "CrossAttnUpBlock3D", ends))
-            here = out
+        for block_type, c_out in zip(c.up_block_types, reversed(width)):
+            is_last = len(self.up_blocks) == len(width) - 1
+            attention = block_type == "CrossAttnUpBlock3D"
+            block_skips = [skips.pop() for _ in range(layers + 1)]
+            self.up_blocks.append(UpBlock(c, c_in, c_out, block_skips, attention, is_last))
+            c_in = c_out
 
         self.conv_norm_out = nn.GroupNorm(groups, first, c.norm_eps)
         self.conv_out = nn.Conv2d(first, c.out_channels, 3, padding=1)
 
     def forward(self, latents, timesteps, text, temporal=True):
-        """The prediction (epsilon or v, as the schedule says) for noisy latents.
+        """Predict epsilon or v (the schedule's prediction_type) for noisy latents.
 
         latents (B, C, F, h, w), timesteps (B,) or a number, text (B, N, D) -> (B, C, F, h, w).
-        With k·B texts, all first ones, then all second ones …, -> (k·B, C, F, h, w): guidance reads
-        two texts, and what comes before the first of them is computed once.
-        temporal=False leaves every temporal layer out, the mid-block's too: a pure image model
-        that sees F independent pictures. Raises ValueError for texts that fit no clip.
+        With k·B texts, ordered as k batches of B, -> (k·B, C, F, h, w): classifier-free guidance
+        passes k = 2, and the layers before the first cross-attention run once.
+        temporal=False bypasses all temporal layers, including the mid-block's: an image model on F
+        independent frames. Raises ValueError unless the number of texts is a multiple of B.
         """
-        B, _, F_, h, w = latents.shape
+        B, _, length, h, w = latents.shape
         if len(text) % B:
-            raise ValueError(f"{len(text)} prompts for {B} clips; give one each, or k each")
-        frames, texts = (F_ if temporal else None), len(text) // B
-        if not torch.is_tensor(timesteps):  # filled in on the device: a copy there would wait
+            raise ValueError(f"{len(text)} prompts for {B} clips; expected a multiple of {B}")
+        frames, texts = (length if temporal else None), len(text) // B
+        if not torch.is_tensor(timesteps):  # torch.full avoids a host-to-device sync
             timesteps = torch.full((B,), timesteps, device=latents.device)
         time = self.time_embedding(timesteps.to(latents.device).expand(B))  # (B, time_dim)
-        time = time.repeat_interleave(F_, dim=0, output_size=B * F_)
+        time = time.repeat_interleave(length, dim=0, output_size=B * length)
 
         x = self.conv_in(fold_frames(latents))  # (B·F, C, h, w)
         if frames:
             x = self.transformer_in(x, frames)
-        x, time = torch.cat([x] * texts), torch.cat([time] * texts)  # channels stay last
+        x, time = torch.cat([x] * texts), torch.cat([time] * texts)  # still channels-last
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, time, text, frames)
-            skips += more
+            x, block_skips = block(x, time, text, frames)
+            skips += block_skips
         x = self.mid_block(x, time, text, frames)
         for block in self.up_blocks:
             x = block(x, skips, time, text, frames)
         x = F.silu(self.conv_norm_out(x))
         if torch.is_autocast_enabled(x.device.type):
-            # Guidance multiplies the rounding of the last layer; in fp32 there is none.
+            # The last layer runs in fp32, since guidance amplifies bf16 rounding.
             with torch.autocast(x.device.type, enabled=False):
                 weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
-                return unfold_frames(F.conv2d(x.float(), weight, bias, padding=1), F_)
-        return unfold_frames(self.conv_out(x), F_)
+                return unfold_frames(F.conv2d(x.float(), weight, bias, padding=1), length)
+        return unfold_frames(self.conv_out(x), length)
 
     @property
     def checkpointing(self):
-        """Whether layers' activations are computed again in the backward pass: a third to
-        half of the memory, a third more time."""
+        """Gradient checkpointing: a third to half of the memory, a third more time."""
         return self.mid_block.checkpointing
 
     @checkpointing.setter
@@ -453,11 +455,11 @@ class UNet(nn.Module):
 
 
 VAE_EPS = 1e-6
-PIXELS_AT_ONCE = 2**18  # that the VAE works on: 64 frames of 64×64, one of 576×320
+VAE_BATCH_PIXELS = 2**18  # 64 frames of 64×64 pixels, or one of 576×320
 
 
 class VAEAttention(Attention):
-    """One head over all pixels, with its own GroupNorm and residual."""
+    """Single-head self-attention over all pixels, with a GroupNorm and a residual connection."""
 
     def __init__(self, channels, groups):
         super().__init__(channels, 1, channels, bias=True)
@@ -473,8 +475,8 @@ class VAEMid(nn.Module):
 
     def __init__(self, channels, groups):
         super().__init__()
-        make = lambda: Resnet(channels, channels, groups, VAE_EPS)
-        self.resnets = nn.ModuleList([make(), make()])
+        resnet = lambda: Resnet(channels, channels, groups, VAE_EPS)
+        self.resnets = nn.ModuleList([resnet(), resnet()])
         self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
 
     def forward(self, x):
@@ -482,7 +484,7 @@ class VAEMid(nn.Module):
 
 
 class VAEBlock(nn.Module):
-    """One level of the VAE: resnets, then a change of size."""
+    """One level of the VAE: resnets, then down- or upsampling."""
 
     def __init__(self, c_in, c_out, layers, groups, down=False, up=False):
         super().__init__()
@@ -504,7 +506,7 @@ class VAEBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) to moments (B, 2·C, H/8, W/8)."""
+    """Images (B, 3, H, W) -> posterior moments (B, 2·C, H/8, W/8)."""
 
     def __init__(self, config):
         super().__init__()
@@ -527,7 +529,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) to pictures (B, 3, 8h, 8w)."""
+    """Latents (B, C, h, w) -> images (B, 3, 8h, 8w)."""
 
     def __init__(self, config):
         super().__init__()
@@ -550,7 +552,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Stable Diffusion's AutoencoderKL (Rombach et al. 2022). Frames are independent pictures."""
+    """Stable Diffusion's AutoencoderKL (Rombach et al. 2022), applied to each frame."""
 
     def __init__(self, config):
         super().__init__()
@@ -562,35 +564,34 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(z, z, 1)
 
     def encode(self, frames):
-        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation, each (B, C, H/8, W/8), unscaled.
-        """
+        """(B, 3, H, W) in [-1, 1] -> unscaled mean and standard deviation (B, C, H/8, W/8)."""
         frames = frames.contiguous(memory_format=torch.channels_last)
         moments = self.quant_conv(self.encoder(frames))
         mean, logvar = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     def decode(self, latents):
-        """Unscaled latents (B, C, h, w) -> frames (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        """Unscaled latents (B, C, h, w) -> frames (B, 3, 8h, 8w), about [-1, 1], unclamped."""
         latents = latents.contiguous(memory_format=torch.channels_last)
         return self.decoder(self.post_quant_conv(latents))
 
     def moments(self, video):
-        """(B, 3, F, H, W) in [-1, 1] -> the posterior's mean and standard deviation, unscaled, each
-        (B, C, F, h, w), a few frames at a time."""
-        chunk = max(1, PIXELS_AT_ONCE // (video.shape[-2] * video.shape[-1]))
-        both = [torch.cat(self.encode(part), 1) for part in fold_frames(video).split(chunk)]
-        return unfold_frames(torch.cat(both), video.shape[2]).chunk(2, dim=1)
+        """(B, 3, F, H, W) in [-1, 1] -> posterior mean and standard deviation, unscaled, each
+        (B, C, F, h, w). Encodes a few frames at a time."""
+        batch = max(1, VAE_BATCH_PIXELS // (video.shape[-2] * video.shape[-1]))
+        moments = [torch.cat(self.encode(f), 1) for f in fold_frames(video).split(batch)]
+        return unfold_frames(torch.cat(moments), video.shape[2]).chunk(2, dim=1)
 
     def encode_video(self, video):
-        """(B, 3, F, H, W) in [-1, 1] -> posterior means, scaled for the UNet, (B, C, F, h, w)."""
+        """(B, 3, F, H, W) in [-1, 1] -> posterior means (B, C, F, h, w), scaled for the UNet."""
         return self.moments(video)[0] * self.config.scaling_factor
 
     def decode_video(self, latents):
         """Scaled latents (B, C, F, h, w) -> (B, 3, F, H, W) in [-1, 1], a few frames at a time."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2
-        chunk = max(1, PIXELS_AT_ONCE // pixels)
+        batch = max(1, VAE_BATCH_PIXELS // pixels)
         folded = fold_frames(latents / self.config.scaling_factor)
-        frames = [self.decode(part).clamp(-1, 1) for part in folded.split(chunk)]
+        frames = [self.decode(z).clamp(-1, 1) for z in folded.split(batch)]
         return unfold_frames(torch.cat(frames), latents.shape[2])
 
 
@@ -599,12 +600,12 @@ class VAE(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """open_clip's text tower, run through all its layers and the final norm: no pooling."""
+    """open_clip's text tower, with all layers and the final norm, without pooling."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        from open_clip.transformer import TextTransformer  # here, as in `tokenize`
+        from open_clip.transformer import TextTransformer  # here, since the import takes seconds
 
         self.tower = TextTransformer(
             context_length=c.max_position_embeddings, vocab_size=c.vocab_size, width=c.hidden_size,
@@ -612,20 +613,20 @@ class TextEncoder(nn.Module):
             mlp_ratio=c.intermediate_size / c.hidden_size,
             norm_layer=lambda width: nn.LayerNorm(width, eps=c.layer_norm_eps),
         )
-        self.tower.attn_mask = None  # made in `embed`, to fit the ids
-        self.learned = {}  # word -> its vectors (n, D): words that the released table lacks
+        self.tower.attn_mask = None  # `embed` builds a mask of the right length
+        self.learned = {}  # learned token -> vectors (n, D), in addition to the embedding table
 
     def forward(self, prompts):
-        """list of B prompts -> (B, 77, D). Padding is not masked: the UNet sees all 77 states."""
+        """List of B prompts -> (B, 77, D). Padding tokens are not masked."""
         ids, first = {}, self.config.vocab_size
-        for word, vectors in self.learned.items():  # their ids follow the table's
-            ids[word] = list(range(first, first := first + len(vectors)))
+        for token, vectors in self.learned.items():  # their ids follow the vocabulary
+            ids[token] = list(range(first, first := first + len(vectors)))
         device = self.tower.positional_embedding.device
         ids = tokenize(prompts, self.config.max_position_embeddings, ids)
         return self.embed(to_device(ids, device))
 
     def embed(self, ids):
-        """Token ids (B, N) -> (B, N, D); ids past the vocabulary are the learned vectors'."""
+        """Token ids (B, N) -> (B, N, D). Ids beyond the vocabulary select learned vectors."""
         tower, N, V = self.tower, ids.shape[1], self.config.vocab_size
         x = tower.token_embedding(ids.clamp(max=V - 1))
         for i, vector in enumerate(v for vectors in self.learned.values() for v in vectors):
@@ -636,13 +637,12 @@ class TextEncoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Loading a folder in the hub's layout
+# The pipeline, and loading it from a folder in the hub's layout
 
 
 @dataclass
 class Pipeline:
-    """A text-to-video model: UNet, VAE, text encoder and noise schedule, with their device and
-    precision. `load` makes it."""
+    """A text-to-video model: UNet, VAE, text encoder, noise schedule, device and precision."""
 
     unet: UNet
     vae: VAE
@@ -653,20 +653,20 @@ class Pipeline:
     text_cache: dict = field(default_factory=dict)  # prompt -> text states
 
     def predict(self, x, t, text, temporal=True):
-        """The UNet's prediction in fp32 for noisy latents x (B, C, F, h, w) at timestep t, an int or
-        (B,). text: see UNet.forward. Each call opens its own autocast context, since an open one
-        caches bf16 copies of weights that training changes."""
+        """The UNet's prediction in fp32 for noisy latents x (B, C, F, h, w) at timestep t, an int
+        or (B,). text: see UNet.forward. Each call opens a new autocast context, since an open one
+        caches bf16 copies of weights that the optimizer updates."""
         with autocast(self.device, self.precision):
             return self.unet(x, t, text, temporal).float()
 
     @torch.no_grad()
     def encode(self, video, generator=None):
-        """(B, 3, F, H, W) in [-1, 1] -> scaled latents (B, C, F, h, w): the posterior mean or, with
-        a CPU generator (or a list, one per clip), a sample."""
+        """(B, 3, F, H, W) in [-1, 1] -> scaled latents (B, C, F, h, w): the posterior mean, or,
+        given a CPU generator (or a list, one per clip), a posterior sample."""
         mean, std = self.vae.moments(to_device(video, self.device))
         if generator is not None:
-            sources = generator if isinstance(generator, list) else [generator] * len(mean)
-            noise = seeded_randn(mean.shape[1:], sources)
+            generators = generator if isinstance(generator, list) else [generator] * len(mean)
+            noise = seeded_randn(mean.shape[1:], generators)
             mean = mean + std * to_device(noise, mean.device)
         return mean.float() * self.vae.config.scaling_factor
 
@@ -691,30 +691,30 @@ class Pipeline:
             return self.text_cache[prompt]
 
     def store_frozen(self, keep=()):
-        """In bf16 or fp16, store the UNet's parameters so too, except those named in `keep`."""
+        """In bf16 or fp16, store the UNet in that type, except the parameters in `keep`."""
         if self.precision != "fp32":
-            fast.halve(self.unet, DTYPES[self.precision], keep)
+            fast.to_half(self.unet, DTYPES[self.precision], keep)
 
     def to(self, device):
-        """Move all parts in place. Parameters stay the same objects."""
-        for part in (self.unet, self.vae, self.text_encoder):
-            part.to(device)
+        """Move all networks in place. Parameters stay the same objects."""
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device)
         self.device = device
         self.text_cache.clear()
         return self
 
 
 def load(folder=None, device="cpu", precision="fp32", keep=None):
-    """All parts of a hub-layout folder (ZeroScope, ModelScope; None: the tiny model).
+    """The Pipeline of a hub-layout folder (ZeroScope, ModelScope; None: the tiny model).
 
-    In bf16, with the names `keep` (() for none), all others are stored in it as they are read, so
-    that neither a small machine nor a small card ever holds them in fp32. Raises BadInput when a
-    part is missing, damaged, or does not fit its config.json.
+    With precision bf16 and a collection of names `keep` (() for none), all other parameters of the
+    UNet are converted to bf16 one by one, so that they are never all in memory in fp32. Raises
+    BadInput when a file is missing, damaged, or does not match its config.json.
     """
     folder = TINY if folder is None else Path(folder)
     if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give one in the hub's layout, with unet/, vae/, "
-                       "text_encoder/ and scheduler/ in it.")
+        raise BadInput(f"{folder} is not a folder; give one in the hub's layout: unet/, vae/, "
+                       "text_encoder/ and scheduler/.")
     half = keep is not None and precision != "fp32"
     dtype = lambda name: DTYPES[precision if half and not fast.in_fp32(name, keep) else "fp32"]
     pipe = Pipeline(load_unet(folder, dtype=dtype), load_vae(folder), load_text(folder),
@@ -725,21 +725,21 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
 
 
 def load_unet(folder, device="cpu", dtype=torch.float32):
-    """The UNet of a hub-layout folder or of a ModelScope .pth beside a config.json, frozen and in
-    eval mode. Raises BadInput."""
+    """The UNet of a hub-layout folder, or of a ModelScope .pth with a config.json in the same
+    folder; frozen and in eval mode. Raises BadInput."""
     convert = lambda state, unet: hub.unet_from_pth(state, unet)
     return _load(UNet, UNetConfig, Path(folder) / "unet", device, dtype, convert)
 
 
 def load_vae(folder, device="cpu", dtype=torch.float32):
-    """The VAE of a hub-layout folder, either naming version. Raises BadInput."""
+    """The VAE of a hub-layout folder. Old parameter names are accepted. Raises BadInput."""
     convert = lambda state, vae: hub.vae_from_legacy(state)
     return _load(VAE, VAEConfig, Path(folder) / "vae", device, dtype, convert)
 
 
 def load_text(folder, device="cpu", dtype=torch.float32):
     """The text encoder of a hub-layout folder. Raises BadInput."""
-    import open_clip  # noqa: F401  (before `_load` is on "meta", where older torchvisions break)
+    import open_clip  # noqa: F401  (older torchvisions cannot be imported on the meta device)
 
     convert = lambda state, text: {f"tower.{n}": t for n, t in hub.text_from_hub(state).items()}
     return _load(TextEncoder, TextConfig, Path(folder) / "text_encoder", device, dtype, convert)
@@ -751,14 +751,14 @@ def load_schedule(folder):
 
 
 def _load(cls, config, folder, device, dtype, convert):
-    """Build a part without allocating it, then put the file's tensors in its place. dtype: one for
-    all, or a function of the name."""
+    """Build a network without allocating memory, then assign the tensors of its weights file.
+    dtype: one for all parameters, or a function of the name."""
     dtype_of = dtype if callable(dtype) else lambda name: dtype
     path = folder / "config.json"
-    with reading(path, "take the file beside the weights"), torch.device("meta"):
+    with reading(path, "take the config.json released with the weights"), torch.device("meta"):
         module = cls(read_fields(config, read_json(path), path))
     state = convert(hub.read_weights(folder), module)
-    for name in state:  # one by one: the file's own tensors make room as they are converted
+    for name in state:  # converted one at a time, which frees the original tensors
         if state[name].is_floating_point():
             state[name] = state[name].to(dtype_of(name))
     hub.load_strictly(module, state, folder)

@@ -1,6 +1,6 @@
-"""Folders of videos: reading what train.py and generate.py wrote, and folders of other videos.
+"""Reading folders of videos: those that train.py and generate.py wrote, and others.
 
-Axes: F frames, H W image.
+Axes: F frames, H W pixels.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,40 +16,39 @@ from support.files import BadInput, log, number, read_fields, read_json, reading
 
 @dataclass
 class Sample:
-    """A video (3, F, H, W) in [-1, 1] with its prompt, its seed, and the rate it is measured at.
-    `figures` and `features` are filled in when it is scored."""
+    """A video (3, F, H, W) in [-1, 1] with its prompt, seed and frame rate. Scoring fills in the
+    last three fields."""
 
     video: torch.Tensor
     prompt: str
     seed: int
     path: Path
     fps: float
-    figures: dict = field(default_factory=dict)  # {metric: number or None}
-    features: torch.Tensor | None = None  # CLIP's of its frames, (F, D)
-    held: float | None = None  # the share of its tracks that can be trusted
+    metrics: dict = field(default_factory=dict)  # {name: number or None}
+    features: torch.Tensor | None = None  # of the frames, from CLIP, (F, D)
+    reliable: float | None = None  # the share of reliable tracks
 
 
 @dataclass
 class Run:
-    """Samples, those of them that are compared with the other runs', the clips they learned from,
-    and what is known of the sampling and of the training."""
+    """One column of the table: samples, and the training clips as references."""
 
     name: str
     path: Path
     samples: list
     references: list
-    made: object  # a GeneratedInfo, or None
-    trained: object  # a TrainingInfo, or None
-    compared: list = field(default_factory=list)
+    generated: object  # a GeneratedInfo
+    training: object  # a TrainingInfo, or None
+    compared: list = field(default_factory=list)  # the samples with prompts that all runs share
 
 
 # ------------------------------------------------------------------------------------------------
-# Files that train.py and generate.py wrote, checked here once
+# Files that train.py and generate.py wrote
 
 
 @dataclass
 class TrainingInfo:
-    """Of a run.json, what a run learned from, as its flags say it; and its folder and method."""
+    """The training data of a run.json, with the run's folder and method."""
 
     folder: str
     method: str
@@ -65,7 +64,7 @@ class TrainingInfo:
 
 @dataclass
 class GeneratedInfo:
-    """A settings.json: how generate.py made the videos beside it; all may be missing."""
+    """A settings.json of generate.py. A folder without one has the defaults."""
 
     videos: list[list] = field(default_factory=list)  # [file, prompt, seed] each
     frames: int = 16
@@ -77,30 +76,39 @@ class GeneratedInfo:
     noise_prior: float = 0.0
 
 
-def read_trained(folder):
-    """What train.py wrote of a run. Raises BadInput."""
+def read_training(folder):
+    """The TrainingInfo of a run's folder. Raises BadInput."""
     path = folder / "run.json"
     with reading(path, "train again"):
         run = read_json(path)
-        return read_fields(TrainingInfo, run["flags"] | {"folder": str(folder), "method": slug(
-            run["method"])}, path)
+        values = run["flags"] | {"folder": str(folder), "method": slug(run["method"])}
+        return read_fields(TrainingInfo, values, path)
 
 
 def read_generated(folder):
-    """What generate.py wrote beside its videos; None where nothing is. Raises BadInput, above all
-    for a file that is not in the folder: what is read here ends up in a page."""
+    """The GeneratedInfo of a folder. Raises BadInput, also for videos outside the folder, since the
+    videos are embedded in the HTML report."""
     path = folder / "settings.json"
     if not path.is_file():
-        return None
-    with reading(path, "make the folder again"):
-        made = read_fields(GeneratedInfo, read_json(path), path)
-        made.videos = [(str(file), str(prompt), int(seed)) for file, prompt, seed in made.videos]
-        for file, _, _ in made.videos:
-            video = folder / file  # its content ends up in a page
+        return GeneratedInfo()
+    with reading(path, "generate the folder again"):
+        info = read_fields(GeneratedInfo, read_json(path), path)
+        info.videos = [(str(file), str(prompt), int(seed)) for file, prompt, seed in info.videos]
+        for file, _, _ in info.videos:
+            video = folder / file
             if Path(file).name != file or video.is_symlink() or not video.is_file():
                 raise BadInput(f"{path} names {file[:80]!r}, which is not a file in its folder; "
-                               "make the folder again.")
-        return made
+                               "generate the folder again.")
+        return info
+
+
+def find_training(generated):
+    """The TrainingInfo of the first adapter that is still in its run's folder, or None."""
+    for adapter in map(Path, generated.adapter):
+        for folder in (adapter.parent, adapter.parent.parent.parent):  # the latter from steps/N/
+            if (folder / "run.json").is_file():
+                return read_training(folder)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -108,86 +116,77 @@ def read_generated(folder):
 
 
 def read_runs(args):
-    """All runs, of which train.py's are sampled first. Raises BadInput."""
+    """All runs. Folders of train.py are sampled first. Raises BadInput."""
     folders, paths = [], list(dict.fromkeys(path.resolve() for path in args.runs))
     trained = [path for path in paths if (path / "run.json").is_file()]
     for path in paths:
         if path not in trained:
             folders.append((path.name, path))
             continue
-        same = sum(other.name == path.name for other in trained) > 1
-        place = args.out / "samples" / (slug(str(path), 999)[-60:] if same else path.name)
-        for name, folder in samples.sample_folder(path, read_trained(path), place, args).items():
-            whose = f"{path.name}: " if len(trained) > 1 and name != path.name else ""
-            folders.append((whose + name, folder))
+        same_name = sum(other.name == path.name for other in trained) > 1
+        out = args.out / "samples" / (slug(str(path), 999)[-60:] if same_name else path.name)
+        for name, folder in samples.sample_folder(path, read_training(path), out, args).items():
+            prefix = f"{path.name}: " if len(trained) > 1 and name != path.name else ""
+            folders.append((prefix + name, folder))
     names, runs = [name for name, _ in folders], []
     for name, folder in folders:
         runs.append(read_run(name if names.count(name) == 1 else str(folder), folder, args))
     shared = next((run.references for run in runs if run.references), [])
-    for run in runs:  # the base model's videos, say, which know of no clip
+    for run in runs:  # e.g. samples of the base model have no training clips
         run.references = run.references or shared
     return runs
 
 
 def read_run(name, folder, args):
-    """A folder of videos. What generate.py wrote names its prompts, and through its adapter the
-    clips that were learned from, unless --reference gives them. Raises BadInput."""
-    made = read_generated(folder)
-    shape = args.frames or (made or GeneratedInfo()).frames, args.fps or (made or GeneratedInfo()).fps
-    files = [(folder / file, prompt, seed) for file, prompt, seed in (made or GeneratedInfo()).videos]
-    for file in [] if files else list_clips(folder):
-        files.append((file, data.find_caption(file)[0], len(files)))  # a caption may come twice
+    """The Run of a folder of videos. Its references are --reference, else the training clips of its
+    adapter. Raises BadInput."""
+    generated = read_generated(folder)
+    frames, fps = args.frames or generated.frames, args.fps or generated.fps
+    files = [(folder / file, prompt, seed) for file, prompt, seed in generated.videos]
+    for file in [] if files else list_videos(folder):
+        files.append((file, data.find_caption(file)[0], len(files)))  # captions may repeat
     videos = []
     for file, prompt, seed in tqdm(files, desc=f"reading {name}", delay=2):
-        videos.append(Sample(read(file, args, *shape), prompt, seed, file, shape[1]))
-    trained = find_trained(made) if made else None
-    references = [Sample(read(file, args, *shape), "", 0, file, shape[1])
+        videos.append(Sample(read(file, args, frames, fps), prompt, seed, file, fps))
+    references = [Sample(read(file, args, frames, fps), "", 0, file, fps)
                   for file in data.find_clips(args.reference)]
-    if trained and not references:
-        references = learned_from(name, trained, shape[0], args)
-    return Run(name, folder, videos, references, made, trained)
+    training = find_training(generated)
+    if training and not references:
+        references = read_training_clips(name, training, frames, args)
+    return Run(name, folder, videos, references, generated, training)
 
 
-def list_clips(folder):
-    """The videos of a folder, and the folders in it of numbered pictures; or itself, where it is
-    one. Raises BadInput."""
-    pictures = lambda p: any(f.suffix.lower() in media.IMAGES for f in media.list_folder(p))
+def list_videos(folder):
+    """The video files and the folders of numbered images in a folder; the folder itself if it has
+    only images. Raises BadInput."""
+    has_images = lambda p: any(f.suffix.lower() in media.IMAGES for f in media.list_folder(p))
     found = []
     for path in media.list_folder(folder):
-        if path.suffix.lower() in media.VIDEOS or path.is_dir() and pictures(path):
+        if path.suffix.lower() in media.VIDEOS or path.is_dir() and has_images(path):
             found.append(path)
-    if not found and not pictures(folder):
-        raise BadInput(f"{folder} holds no videos; give a folder of train.py's or generate.py's, "
-                       f"or of {', '.join(media.VIDEOS)}.")
+    if not found and not has_images(folder):
+        raise BadInput(f"{folder} has no videos; give a folder that train.py or generate.py wrote, "
+                       f"or a folder of {', '.join(media.VIDEOS)}.")
     return found or [folder]
 
 
-def find_trained(made):
-    """What the first adapter that lies in a run's folder was trained on; None where none does."""
-    for adapter in map(Path, made.adapter):
-        for folder in (adapter.parent, adapter.parent.parent.parent):  # the latter from steps/…/
-            if (folder / "run.json").is_file():
-                return read_trained(folder)
-    return None
-
-
-def learned_from(name, t, frames, args):
-    """The clips that a run learned from, as they were learned: their part of the time, the shape,
-    and the direction."""
+def read_training_clips(name, training, frames, args):
+    """The training clips of a run as training used them: start, frame rate, crop and direction."""
     found = []
-    for clip in map(Path, t.video):
+    for clip in map(Path, training.video):
         if not clip.exists():
-            log(f"{name}: its clip {clip} is not here; give --reference")
+            log(f"{name}: the training clip {clip} does not exist; give --reference")
             continue
         for path in data.find_clips([clip]):
-            video = read(path, args, frames, t.fps, t.start, *t.size)
-            found.append(Sample(video.flip(1) if t.reverse else video, "", 0, path, t.fps))
+            video = read(path, args, frames, training.fps, training.start, *training.size)
+            video = video.flip(1) if training.reverse else video
+            found.append(Sample(video, "", 0, path, training.fps))
     return found
 
 
 def read(path, args, frames, fps, start=0.0, height=1, width=1):
-    """A clip at the size and rate that everything is measured at: the square in the middle of the
-    picture, of a picture of height : width where training had cut it to that."""
+    """A clip at the size and frame rate of the evaluation: cropped to height : width, then to the
+    center square."""
     scale = args.size / min(height, width)
     size = round(height * scale), round(width * scale)
     video = media.read_video(path, frames, size, fps, start, learn=False)
@@ -196,6 +195,6 @@ def read(path, args, frames, fps, start=0.0, height=1, width=1):
     if args.keyframes:
         if max(args.keyframes) >= video.shape[1]:
             raise BadInput(f"--keyframes {max(args.keyframes)}: {path} has {video.shape[1]} frames "
-                           "at this rate.")
+                           f"at {fps:g} fps; give smaller numbers.")
         video = video[:, args.keyframes]
     return video

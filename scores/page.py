@@ -1,6 +1,6 @@
-"""The page to look at: runs side by side, their figures, and how they were learned.
+"""The HTML report of eval.py: videos side by side, metrics, loss curves and settings.
 
-One file that needs no other: videos are in it, and nothing in it loads or runs anything else.
+The page is one self-contained file with its videos embedded. It loads nothing else.
 """
 import base64
 import contextlib
@@ -13,25 +13,25 @@ from support import media
 from support.files import nan_to_none
 
 TEMPLATES = Path(__file__).resolve().parent
-LOWER = ("copy score", "share of copies")  # metrics of which less is better, by their beginning
-NEITHER = ("tracks held",)  # and those that only say how far to trust another
+LOWER = ("copy score", "share of copies", "temporal consistency (LPIPS)")  # lower is better
+NEUTRAL = ("reliable tracks",)  # neither
 
 
-def better(metric):
-    """↑ where more of a metric is better, ↓ where less is, else nothing."""
-    if metric.startswith(NEITHER):
+def direction(metric):
+    """↓ if lower values of a metric are better, ↑ if higher ones are, "" for neither."""
+    if metric.startswith(NEUTRAL):
         return ""
     return "↓" if metric.startswith(LOWER) else "↑"
 
 
 def fill(template, content):
-    """A template from this folder, filled with JSON in which prompts cannot end the script."""
+    """A template of this folder with JSON content, escaped so that no prompt can end the script."""
     text = json.dumps(nan_to_none(content), ensure_ascii=True, default=str).replace("<", "\\u003c")
     return (TEMPLATES / template).read_text(encoding="utf-8").replace("__CONTENT__", text)
 
 
 def embed(video, fps):
-    """A video (3, F, H, W) as it was measured, as an address that holds all of it."""
+    """A video (3, F, H, W) as a data URL."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         media.write_video(path, video, fps)
@@ -39,13 +39,13 @@ def embed(video, fps):
 
 
 # ------------------------------------------------------------------------------------------------
-# Loss curves, of the log that train.py wrote: a line a step, {"step", "loss", "seen": [{"t", "mse"}
-# of each prediction], …}
+# Loss curves from train.py's log.jsonl. Each line is a step: {"step", "loss", "seen": [{"t", "mse"}
+# per prediction], …}
 
 
 def read_log(path):
-    """The steps of a log.jsonl, of each what was told last; lines that are none, as one that was
-    cut when the run was killed, are passed by."""
+    """The steps of a log.jsonl. If a step occurs twice, the last line counts. Invalid lines, e.g.
+    one cut off by a kill, are skipped."""
     rows = {}
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -55,52 +55,55 @@ def read_log(path):
     return [rows[step] for step in sorted(rows)]
 
 
-def loss_curves(rows, bins=4, most=100):
-    """{title: {line: [(step, mean)]}}: the loss, and the squared error of the predictions by bins
-    of the timestep. At a high one nearly all is noise and the error small, whatever was learned, so
-    the loss alone jumps with the timesteps that were drawn."""
-    losses, seen = [], []
+def loss_curves(rows, bins=4, limit=100):
+    """{title: {line: [(step, mean)]}} for the loss, and for the squared error in bins of timesteps.
+
+    The error is small at high timesteps, where the input is almost pure noise. The loss therefore
+    jumps with the sampled timesteps, and the binned error does not.
+    """
+    losses, errors = [], []
     for row in rows:
         losses.append((row["step"], row.get("loss")))
-        for one in row["seen"]:
-            if isinstance(one, dict) and is_number(one.get("t")):
-                seen.append((row["step"], one["t"], one.get("mse")))
-    curves = {"loss": {"all steps": thinned(losses, most)}}
-    if seen:
-        width = math.ceil((int(max(t for _, t, _ in seen)) + 1) / bins)
-        error = curves["squared error of the prediction, by timestep"] = {}
+        for record in row["seen"]:
+            if isinstance(record, dict) and is_number(record.get("t")):
+                errors.append((row["step"], record["t"], record.get("mse")))
+    curves = {"loss": {"all steps": thin(losses, limit)}}
+    if errors:
+        width = math.ceil((int(max(t for _, t, _ in errors)) + 1) / bins)
+        lines = curves["squared error of the prediction, by timestep"] = {}
         for low in range(0, bins * width, width):
-            mine = [(step, mse) for step, t, mse in seen if low <= t < low + width]
-            error[f"t {low}–{low + width - 1}"] = thinned(mine, most)
+            points = [(step, mse) for step, t, mse in errors if low <= t < low + width]
+            lines[f"t {low}–{low + width - 1}"] = thin(points, limit)
     return curves
 
 
 def is_number(value):
-    """Whether a value of a JSON file is a finite number."""
+    """True for a finite number."""
     return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
-def thinned(points, most):
-    """At most `most` points (step, mean value) of many, without those that have no number."""
+def thin(points, limit):
+    """Average neighboring points (step, value), to at most `limit` points. Values that are not
+    numbers are dropped."""
     points = [p for p in points if is_number(p[1])]
-    wide, curve = max(1, math.ceil(len(points) / most)), []
-    for i in range(0, len(points), wide):
-        part = points[i : i + wide]
-        curve.append((part[0][0], sum(value for _, value in part) / len(part)))
+    size, curve = max(1, math.ceil(len(points) / limit)), []
+    for i in range(0, len(points), size):
+        group = points[i : i + size]
+        curve.append((group[0][0], sum(value for _, value in group) / len(group)))
     return curve
 
 
 # ------------------------------------------------------------------------------------------------
-# The page of several runs
+# The report
 
 
-def against_steps(runs, table):
-    """{training folder: {metric: [(step, value)]}} where intermediate adapters were scored."""
+def metric_curves(runs, table):
+    """{training folder: {metric: [(step, value)]}} over the steps whose adapters were scored."""
     folders = {}
-    trained = [run for run in runs if run.trained and run.made.steps_trained is not None]
-    for run in sorted(trained, key=lambda run: run.made.steps_trained):
-        step = run.made.steps_trained
-        metrics = folders.setdefault(run.trained.folder, {})
+    trained = [run for run in runs if run.training and run.generated.steps_trained is not None]
+    for run in sorted(trained, key=lambda run: run.generated.steps_trained):
+        step = run.generated.steps_trained
+        metrics = folders.setdefault(run.training.folder, {})
         for metric, value in table[run.name].items():
             if value is not None and (metric not in metrics or metrics[metric][-1][0] < step):
                 metrics.setdefault(metric, []).append((step, value))
@@ -112,20 +115,21 @@ def against_steps(runs, table):
 
 
 def report(runs, table, notes):
-    """The page: the references, one column per run, one row per prompt; metrics, curves, settings."""
-    clips, shown, metrics = {}, [], {}
+    """The HTML page: the table, one row of videos per prompt with one column per run, curves and
+    settings."""
+    references, shown, directions = {}, [], {}
     for run in runs:
-        clips |= {r.path: r for r in run.references}
-        metrics |= {metric: better(metric) for metric in table[run.name]}
-        folder, samples = run.trained and run.trained.folder, []
+        references |= {r.path: r for r in run.references}
+        directions |= {metric: direction(metric) for metric in table[run.name]}
+        training, samples = vars(run.training) if run.training else {}, []
         for s in run.samples:
-            samples.append({"prompt": s.prompt, "seed": s.seed, "figures": s.figures,
+            samples.append({"prompt": s.prompt, "seed": s.seed, "metrics": s.metrics,
                             "video": embed(s.video, s.fps)})
-        losses = loss_curves(read_log(Path(folder) / "log.jsonl")) if folder else {}
-        shown.append({"name": run.name, "settings": vars(run.made) if run.made else {}, "training":
-                      vars(run.trained) if run.trained else {}, "losses": losses,
-                      "samples": samples})
+        losses = loss_curves(read_log(Path(training["folder"]) / "log.jsonl")) if training else {}
+        settings = vars(run.generated) if run.generated.videos else {}
+        shown.append({"name": run.name, "settings": settings, "training": training,
+                      "losses": losses, "samples": samples})
     return fill("page.html", {
-        "table": table, "better": metrics, "notes": notes, "runs": shown,
-        "references": [embed(r.video, r.fps) for r in clips.values()],
-        "curves": against_steps(runs, table)})
+        "table": table, "directions": directions, "notes": notes, "runs": shown,
+        "references": [embed(r.video, r.fps) for r in references.values()],
+        "curves": metric_curves(runs, table)})

@@ -1,4 +1,4 @@
-"""Sampling from a training run, for eval.py: the base model, and each adapter in the run's folder.
+"""Sampling from a training run for eval.py: the base model and each adapter in the run's folder.
 
 Axes: C channels, F frames, h w latent.
 """
@@ -12,52 +12,53 @@ from support.files import BadInput, read_meta, slug, write_json
 
 NOISE, START = "base, noise", "base, start"
 BASES = {
-    NOISE: "the base model, sampled from noise: the contribution of the prompt alone",
-    START: "the base model, sampled from the method's starting latents: the contribution of the "
-           "inverted clip without training"}
+    NOISE: "the base model from noise, i.e. the effect of the prompt alone",
+    START: "the base model from the method's starting latents, i.e. the effect of the inverted "
+           "clip without training"}
 
 
-def sample_folder(path, trained, place, args):
-    """{name: folder of videos}, sampled into `place` with --prompts: the base model from noise and
-    from the method's starting latents, the result, and each adapter kept during training. path,
-    trained: the run's folder and its run.json. Raises BadInput."""
-    result = path / f"{trained.method}.safetensors"
+def sample_folder(path, training, out, args):
+    """{name: folder of videos}, sampled into `out`: the base model from noise and from the method's
+    starting latents, the final adapter, and the adapters of earlier steps. path, training: the
+    run's folder and its TrainingInfo. Raises BadInput."""
+    result = path / f"{training.method}.safetensors"
     if not result.is_file():
-        raise BadInput(f"{path} holds no {result.name}: the run has not saved yet, or was trained on "
-                       "images only; give a folder that generate.py wrote.")
+        raise BadInput(f"{path} has no {result.name}: the run has not saved yet, or was trained on "
+                       "images alone; give a folder that generate.py wrote.")
     s = sampler.read_sampling(result, read_meta(result))
     plan = {NOISE: (result, 0.0, replace(s, noise_prior=0.0))}
     if s.noise_prior:
         plan[START] = result, 0.0, s
     plan[path.name] = result, 1.0, s
-    for kept in sorted(path.glob(f"steps/*/{result.name}")):
-        plan[f"step {int(kept.parent.name)}"] = kept, 1.0, s
-    prompts = data.read_prompts(args.prompts) if args.prompts else [trained.preview_prompt]
+    for earlier in sorted(path.glob(f"steps/*/{result.name}")):
+        plan[f"step {int(earlier.parent.name)}"] = earlier, 1.0, s
+    prompts = data.read_prompts(args.prompts) if args.prompts else [training.preview_prompt]
     jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in range(args.seeds)]
     for prompt, _ in jobs:
         data.check_prompt(prompt)
-    found = {}
-    for name, row in plan.items():
-        found[name] = place / ("result" if name == path.name else slug(name))
-        make_samples(found[name], *row, name, jobs, trained, args)
-    return found
+    folders = {}
+    for name, settings in plan.items():
+        folders[name] = out / ("result" if name == path.name else slug(name))
+        sample_adapter(folders[name], *settings, name, jobs, training, args)
+    return folders
 
 
-def make_samples(folder, path, scale, s, name, jobs, trained, args):
-    """Sample all jobs, (prompt, seed), with the adapter at `path` into a folder. Raises BadInput."""
-    base = model.load(trained.weights, args.device, machine.default_precision(args.device))
-    adapter = adapters.read_adapter(path, base)
+def sample_adapter(folder, path, scale, s, name, jobs, training, args):
+    """Sample all jobs, (prompt, seed), into a folder, with the adapter at `path` and Sampling s.
+    Raises BadInput."""
+    pipe = model.load(training.weights, args.device, machine.default_precision(args.device))
+    adapter = adapters.read_adapter(path, pipe)
     latents = None if adapter.latents is None else adapter.latents[None].float()
-    frames = trained.frames if latents is None else latents.shape[2]
-    H, W = (side // base.vae.config.factor for side in trained.size)
-    shape = base.unet.config.in_channels, frames, H, W
-    made = sampler.sample_videos(base, [adapter], [scale], jobs, s, shape, latents,
-                        progress=f"sampling {name}")
+    frames = training.frames if latents is None else latents.shape[2]
+    H, W = (side // pipe.vae.config.factor for side in training.size)
+    shape = pipe.unet.config.in_channels, frames, H, W
+    sampled = sampler.sample_videos(pipe, [adapter], [scale], jobs, s, shape, latents,
+                                    progress=f"sampling {name}")
     videos = []
-    for i, ((prompt, seed), video) in enumerate(made):
+    for i, ((prompt, seed), video) in enumerate(sampled):
         videos.append([f"{i:03d}-{slug(prompt)}-seed{seed}.mp4", prompt, seed])
-        media.write_video(folder / videos[-1][0], video, trained.fps)
+        media.write_video(folder / videos[-1][0], video, training.fps)
     write_json(folder / "settings.json", asdict(s) | {
-        "adapter": [str(path)], "scale": [scale], "weights": trained.weights, "fps": trained.fps,
+        "adapter": [str(path)], "scale": [scale], "weights": training.weights, "fps": training.fps,
         "frames": frames, "steps_trained": int(adapter.meta["step"]) if scale else 0,
         "videos": videos})

@@ -1,9 +1,9 @@
-"""Tricks of speed and memory behind torch's own signatures: each function here gives what the plain
-one in its docstring gives, and the model reads as if that were called.
+"""Versions of torch functions that are faster or need less memory. Each gives the same result as
+the torch code in its docstring.
 
     python -m pytest tests/test_model.py -k plain
 
-Axes: B clips, C channels, F frames, h w latent; N tokens, d a head's width.
+Axes: B clips, C channels, F frames, h w latent; N tokens, d head width.
 """
 import re
 
@@ -12,71 +12,71 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LARGE = 2**20  # numbers in a tensor, from where memory counts for more than the calls
-MOST_BLOCKS = 65_535  # of a CUDA grid along one axis
+LARGE = 2**20  # elements; tensors of this size and above are recomputed instead of saved
+MAX_GRID = 65_535  # blocks of a CUDA grid along one axis
 
 
-def _again(f, *inputs):
-    """f(*inputs), of which only the inputs are kept for the backward pass, where they are large:
-    there f is computed again, up to its last operation, whose result no gradient needs."""
+def _checkpointed(f, *inputs):
+    """f(*inputs), with gradient checkpointing if the first input is large. The backward pass
+    recomputes f, except its last operation."""
     x = inputs[0]
     if torch.is_grad_enabled() and x.requires_grad and x.numel() >= LARGE:
         return checkpoint(f, *inputs, use_reentrant=False)
     return f(*inputs)
 
 
-def _in_turn(x, *layers):
+def _apply(x, *layers):
     for layer in layers:
         x = layer(x)
     return x
 
 
 def sequential(layers, x):
-    """nn.Sequential(*layers)(x). Norms and activations before a convolution are cheap beside their
-    memory, so none is kept for the backward pass where they are large."""
-    return _again(_in_turn, x, *layers)
+    """nn.Sequential(*layers)(x) for norms and activations before a convolution. These cost little
+    time and much memory, so the backward pass recomputes large ones."""
+    return _checkpointed(_apply, x, *layers)
 
 
-def _geglu(both):
-    x, gate = both.chunk(2, dim=-1)
+def _geglu(x_gate):
+    x, gate = x_gate.chunk(2, dim=-1)
     return x * F.gelu(gate)
 
 
-def geglu(both):
-    """x·gelu(gate) of the two halves of (…, 2·D) -> (…, D), the halves alone being kept."""
-    return _again(_geglu, both)
+def geglu(x_gate):
+    """x·gelu(gate) for the two halves of (…, 2·D) -> (…, D). Saves only the input."""
+    return _checkpointed(_geglu, x_gate)
 
 
 def _plain_attention(q, k, v):
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-    # On a CPU the softmax of rows shorter than 128 is exact in fp32, and faster than in bf16.
-    wide = torch.promote_types(q.dtype, torch.float32 if k.shape[-2] < 128 else q.dtype)
-    return scores.softmax(-1, wide).to(v.dtype) @ v
+    # On a CPU, the softmax of rows under 128 is faster in fp32 than in bf16, and more accurate.
+    dtype = torch.promote_types(q.dtype, torch.float32 if k.shape[-2] < 128 else q.dtype)
+    return scores.softmax(-1, dtype).to(v.dtype) @ v
 
 
 def scaled_dot_product_attention(q, k, v):
-    """softmax(q·kᵀ/√d)·v on (B, heads, N, d), as F.scaled_dot_product_attention.
+    """F.scaled_dot_product_attention: softmax(q·kᵀ/√d)·v on (B, heads, N, d).
 
-    On a CPU the fused kernel is slower than two matrix products for the sequences met here, its
-    backward several times so, and is kept for those whose scores would need much memory. On CUDA it
-    fails where the batch passes the grid (PyTorch #146704); it goes in parts of which even batch ×
-    heads do not.
+    On a CPU, two matrix products are faster than the fused kernel up to about a thousand tokens,
+    above all in the backward pass. Longer sequences use the fused kernel, which needs less memory.
+    On CUDA, the fused kernel fails when the batch exceeds the grid (PyTorch #146704), so a larger
+    batch is split until batch × heads fits.
     """
     if q.device.type == "cpu" and k.shape[-2] <= 1024:
-        return _again(_plain_attention, q, k, v)
-    most = MOST_BLOCKS // q.shape[1]  # rows of the batch in one part
-    if q.device.type == "cpu" or q.shape[0] <= most:
+        return _checkpointed(_plain_attention, q, k, v)
+    batch = MAX_GRID // q.shape[1]
+    if q.device.type == "cpu" or q.shape[0] <= batch:
         return F.scaled_dot_product_attention(q, k, v)
-    return _in_parts(q, k, v, most)
+    return _batched_attention(q, k, v, batch)
 
 
-def _in_parts(q, k, v, most):
-    parts = zip(q.split(most), k.split(most), v.split(most))
-    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+def _batched_attention(q, k, v, batch):
+    chunks = zip(q.split(batch), k.split(batch), v.split(batch))
+    return torch.cat([F.scaled_dot_product_attention(*chunk) for chunk in chunks])
 
 
 class _Masked(torch.autograd.Function):
-    """x·keep·scale, which keeps one byte an element for the backward pass."""
+    """x·keep·scale. Saves one byte per element for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, keep, scale):
@@ -91,29 +91,29 @@ class _Masked(torch.autograd.Function):
 
 
 def dropout(x, p, training):
-    """F.dropout(x, p, training); on a CPU its mask is read off random words, 16 bits an element, at
-    a quarter of the time of drawing Bernoulli numbers. p is rounded to 1/65536."""
+    """F.dropout(x, p, training). On a CPU, the mask compares 16 random bits per element with p, in
+    a quarter of the time of Bernoulli sampling; p is rounded to 1/65536."""
     if x.device.type != "cpu" or not training or p == 0:
         return F.dropout(x, p, training)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    like = torch.empty_like(x)  # never written: for its strides, since the mask lies as x does
+    like = torch.empty_like(x)  # only for its strides: the mask gets the memory layout of x
     bits = words.view(torch.int16)[: x.numel()].as_strided(like.shape, like.stride())
-    keep = (bits >= round(p * 2**16) - 2**15).view(torch.uint8)  # bool itself converts slowly
+    keep = (bits >= round(p * 2**16) - 2**15).view(torch.uint8)  # bool tensors convert slowly
     if x.numel() >= LARGE:
         return _Masked.apply(x, keep, 1 / (1 - p))
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout with the faster mask."""
+    """nn.Dropout, with `dropout` above."""
 
     def forward(self, x):
         return dropout(x, self.p, self.training)
 
 
 class TemporalConv1d(nn.Conv3d):
-    """nn.Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0)), on (B, C, F, h·w) in the 2-D kernel, which is
-    several times faster: same numbers."""
+    """nn.Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0)), computed on (B, C, F, h·w) by the 2-D kernel,
+    which is several times faster."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
@@ -123,16 +123,15 @@ class TemporalConv1d(nn.Conv3d):
 
 
 def in_fp32(name, keep=()):
-    """Whether a parameter of the UNet stays in fp32 when frozen weights are halved: one to keep, or
-    used in fp32 anyhow, as norms (which the temporal convolutions number 0) and the last layer are.
-    """
+    """True for UNet parameters that stay in fp32 when frozen weights are stored in bf16: those in
+    `keep`, and the norms (also ".conv1.0." …) and the last layer, which run in fp32."""
     return name in keep or re.search(r"norm|\.conv\d\.0\.|^conv_out", name) is not None
 
 
-def halve(unet, dtype, keep=()):
-    """Store all parameters in bf16 but those that stay in fp32 (`in_fp32`). Half the memory, and
-    no weight is converted again at every step."""
-    # Channels last, as the activations lie: or the kernels reorder them at every call.
+def to_half(unet, dtype, keep=()):
+    """Store the parameters in bf16 or fp16, except those of `in_fp32`. This halves the memory and
+    saves a conversion of the weights at every step."""
+    # Channels-last like the activations. Otherwise the kernels reorder the weights at every call.
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for name, p in unet.named_parameters():
         if not in_fp32(name, keep):

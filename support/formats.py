@@ -1,12 +1,11 @@
-"""LoRAs of other programs: right, or refused by name.
+"""LoRA files of other programs, read completely or rejected.
 
     tensors, pairs = read_foreign(read_tensors("x.safetensors"), {}, unet, "x.safetensors")
 
-A LoRA that is half applied looks like one that learned little. So every tensor and every number of
-a file is used, or the file is refused with one line that says what was not understood; those of a
-text encoder are skipped, and it is said.
+A partly applied LoRA looks like an undertrained one. Therefore every tensor and every setting of a
+file is used, or the file is rejected. Only text encoder tensors are skipped, with a message.
 
-A layer's change is s·B·A: A is (r, in, *kernel), B (out, r, 1, …), s usually alpha/r.
+The update of a layer is s·B·A: A is (r, in, *kernel), B (out, r, 1, …), s usually alpha/r.
 """
 import json
 import math
@@ -18,130 +17,129 @@ import torch
 from support.files import log, read_json, reading
 from support.hub import pth_name
 
-TEXT = r"(lora_te\d?_|text_encoder(_\d)?\.|text_model\.|(transformer\.)?resblocks\.)"
+TEXT_ENCODER = r"(lora_te\d?_|text_encoder(_\d)?\.|text_model\.|(transformer\.)?resblocks\.)"
 PREFIX = r"(unet\.|diffusion_model\.|base_model\.model\.(unet\.)?|lora_unet_)?"
-ROLES = {  # what the tensors of a layer are called, by what they are to it
+SUFFIXES = {  # the endings of tensor names in the supported formats
     "A": r"\.lora_A(?:\.[^.]+)?\.weight|\.lora_A|\.lora_down\.weight|[._]lora\.down\.weight"
          r"|\.lora_linear_layer\.down\.weight",
     "B": r"\.lora_B(?:\.[^.]+)?\.weight|\.lora_B|\.lora_up\.weight|[._]lora\.up\.weight"
          r"|\.lora_linear_layer\.up\.weight",
     "alpha": r"\.alpha",
 }
-NAME = re.compile("(?P<layer>.+?)(?:" + "|".join(f"(?P<{r}>{p})" for r, p in ROLES.items()) + ")")
+NAME = re.compile(f"(?P<layer>.+?)(?:{'|'.join(f'(?P<{k}>{p})' for k, p in SUFFIXES.items())})")
 
 
-def read_foreign(state, meta, unet, path, clip=0, whole=False):
-    """Another program's file for this UNet as (tensors, pairs).
+def read_foreign(state, meta, unet, path, clip=0, full_weights=False):
+    """Convert another program's file for this UNet to (tensors, pairs).
 
-    state is {name: tensor}, or MotionDirector's list, of which `clip` chooses the clip; meta the
-    metadata of a .safetensors. Names are diffusers', peft's, kohya's, ComfyUI's or stable_lora's,
-    of the hub's layers or ModelScope's. `pairs` maps layers to (A, B), every scale multiplied into
-    B; `tensors` maps parameters to their full new values. `whole` takes all of a UNet's weights
-    too. Raises BadInput.
+    state: {name: tensor} of diffusers, peft, kohya, ComfyUI or stable_lora, with the layer names of
+    the hub or of ModelScope; or a MotionDirector list, from which `clip` selects a clip. meta: the
+    metadata of a .safetensors. `pairs` maps layers to (A, B), with all scales multiplied into B;
+    `tensors` maps parameters to full values. full_weights: accept all weights of a UNet, too.
+    Raises BadInput.
     """
-    own, path = dict(unet.named_parameters()), Path(path)
+    parameters, path = dict(unet.named_parameters()), Path(path)
     with reading(path, "save it again, or merge it in the program that made it"):
         if isinstance(state, list):
-            return {}, read_motiondirector(state, own, path, clip)
+            return {}, read_motiondirector(state, parameters, path, clip)
         if clip:
-            raise ValueError(f"it has no clip {clip}, being no list of MotionDirector's")
-        text = [n for n in state if re.match(TEXT, n)]
+            raise ValueError(f"it has no clip {clip}, since it is not a MotionDirector list")
+        text = [n for n in state if re.match(TEXT_ENCODER, n)]
         if text:
-            log(f"{path}: skipping {len(text)} tensors of a text encoder, such as {text[0]}")
+            log(f"{path}: skipping {len(text)} text encoder tensors, e.g. {text[0]}")
         state = {n: t for n, t in state.items() if n not in text}
-        layers, tensors = sort_out(state, own, getattr(unet.config, "layers_per_block", None))
+        layers, tensors = match_names(state, parameters, unet.config)
         settings = read_settings(state, meta, path)
         pairs = {}
-        for layer, parts in layers.items():
-            A, B = pair_of(layer, parts, own[f"{layer}.weight"].shape)
-            pairs[layer] = A, B * scale_of(layer, len(parts["A"]), parts, settings, meta)
-        left = [n for n in own if n not in tensors]
-        if not (whole or pairs) and all(re.search(r"temp_|transformer_in", n) for n in left):
-            raise ValueError("it holds all weights of a video or image UNet and is no adapter; "
-                             "--weights takes its folder, and an absorber's file= takes it")
+        for layer, found in layers.items():
+            A, B = build_pair(layer, found, parameters[f"{layer}.weight"].shape)
+            pairs[layer] = A, B * find_scale(layer, found, settings, meta)
+        spatial = [n for n in parameters if not re.search(r"temp_|transformer_in", n)]
+        if not (full_weights or pairs) and all(n in tensors for n in spatial):
+            raise ValueError("it has all weights of a UNet and is not an adapter; give its folder "
+                             "to --weights, or the file to absorber.load_from=")
         if both := [layer for layer in pairs if f"{layer}.weight" in tensors]:
-            raise ValueError(f"it has both the whole of {both[0]} and a LoRA for it")
+            raise ValueError(f"it has both full weights and a LoRA for {both[0]}")
         return tensors, pairs
 
 
-def sort_out(state, own, per_block):
-    """({layer: {role: tensor}}, {parameter: whole tensor}) of a file. Raises ValueError for what
-    has no place in the UNet."""
-    names = {n: n for n in own}
-    if any(re.search(r"(input|middle|output)_blocks?[._]\d", n) for n in state):  # the web UIs'
-        names |= {pth_name(n, per_block): n for n in own}
-    for name, mine in list(names.items()):
-        if name.endswith(".weight") and own[mine].dim() > 1:  # norms have no LoRA
-            names[name.removesuffix(".weight")] = mine.removesuffix(".weight")
-    names |= {n.replace(".", "_"): mine for n, mine in names.items()}  # kohya's
-    layers, whole, strange = {}, {}, []
+def match_names(state, parameters, config):
+    """({layer: {"A", "B" or "alpha": tensor}}, {parameter: full tensor}) of a file. Raises
+    ValueError for tensors that match no layer."""
+    names = {n: n for n in parameters}
+    if any(re.search(r"(input|middle|output)_blocks?[._]\d", n) for n in state):  # ModelScope names
+        names |= {pth_name(n, config.layers_per_block): n for n in parameters}
+    for name, hub in list(names.items()):
+        if name.endswith(".weight") and parameters[hub].dim() > 1:  # norms have no LoRA
+            names[name.removesuffix(".weight")] = hub.removesuffix(".weight")
+    names |= {n.replace(".", "_"): hub for n, hub in names.items()}  # kohya
+    layers, full, unknown = {}, {}, []
     for name, tensor in state.items():
-        bare = re.sub(PREFIX, "", name, count=1)
-        bare = bare.replace(".processor.", ".").replace(".base_layer.", ".")
-        role = NAME.fullmatch(bare)
-        layer = role and names.get(re.sub(r"\.to_out$", ".to_out.0", role["layer"]))
-        if names.get(bare) in own:
-            place, key, tensor = whole, names[bare], fit(tensor, own[names[bare]].shape, name)
+        short = re.sub(PREFIX, "", name, count=1)
+        short = short.replace(".processor.", ".").replace(".base_layer.", ".")
+        match = NAME.fullmatch(short)
+        layer = match and names.get(re.sub(r"\.to_out$", ".to_out.0", match["layer"]))
+        if names.get(short) in parameters:
+            group, key = full, names[short]
+            tensor = fit(tensor, parameters[key].shape, name)
         elif layer:
-            place, key = layers.setdefault(layer, {}), role.lastgroup
+            group, key = layers.setdefault(layer, {}), match.lastgroup
         else:
-            strange.append(name)
+            unknown.append(name)
             continue
-        if key in place:
-            raise ValueError(f"two tensors for one place, of which {name} is one")
-        place[key] = tensor
-    if strange or not layers and not whole:
-        raise ValueError(f"{len(strange)} of its {len(state)} tensors have no place in this UNet, "
-                         f"first {(strange or ['none'])[0]}")
-    return layers, whole
+        if key in group:
+            raise ValueError(f"duplicate tensor {name}")
+        group[key] = tensor
+    if unknown or not state:
+        raise ValueError(f"{len(unknown)} of its {len(state)} tensors match no layer, e.g. "
+                         f"{unknown[0]}" if unknown else "it has no tensor for the UNet")
+    return layers, full
 
 
 def fit(tensor, shape, name):
-    """A tensor as fp32 in the shape its place has; files add or leave out ones at the end."""
-    longest = max(len(shape), tensor.dim())
-    found, wanted = ((*s, *[1] * (longest - len(s))) for s in (tensor.shape, shape))
-    if found != wanted:
-        raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {tuple(shape)}")
+    """The tensor in fp32 with the given shape. Trailing dimensions of size 1 may differ."""
+    dims = max(len(shape), tensor.dim())
+    found, expected = ((*s, *[1] * (dims - len(s))) for s in (tensor.shape, shape))
+    if found != expected:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
     return tensor.detach().float().cpu().reshape(shape)
 
 
-def pair_of(layer, parts, shape):
-    """A and B of a layer, in the shapes that its weight asks for.
+def build_pair(layer, found, shape):
+    """(A, B) of a layer whose weight has this shape.
 
-    stable_lora's of a convolution with a kernel of k are (k·r, k·in) and (k·out, k·r), and B·A,
-    read on as (out, in, k, k), is the change; in time, as (out, in, k, k, 1), its mean over the
-    second k. As a pair: k rows of B are one output's, each with an A of its own.
+    For a convolution of kernel size k, stable_lora stores (k·r, k·in) and (k·out, k·r). The update
+    is B·A reshaped to (out, in, k, k); a temporal convolution takes the mean over the second k.
+    Here, k rows of B become one row, each with a copy of A.
     """
-    wide, narrow, *kernel = shape
-    if not {"A", "B"} <= set(parts):
-        raise ValueError(f"half of a pair: {layer} has {', '.join(sorted(parts))} alone")
-    A, B, rows = parts["A"], parts["B"], len(parts["A"])
-    if not rows:
-        raise ValueError(f"a LoRA of rank 0 for {layer}")
+    c_out, c_in, *kernel = shape
+    if not {"A", "B"} <= set(found) or not len(found["A"]):
+        raise ValueError(f"expected A and B of rank 1 or more, found {sorted(found)} for {layer}")
+    A, B, rank = found["A"], found["B"], len(found["A"])
     if kernel and (k := kernel[0]) > 1 and A.dim() == 2:
-        A = torch.block_diag(*[fit(A, (rows, k * narrow), layer)] * k).view(-1, narrow, k, k)
+        A = torch.block_diag(*[fit(A, (rank, k * c_in), layer)] * k).view(-1, c_in, k, k)
         A = A.mean(-1, keepdim=True) if len(kernel) == 3 else A
-        B, rows = fit(B, (k * wide, rows), layer).reshape(wide, k * rows), k * rows
-    return fit(A, (rows, narrow, *kernel), f"{layer} A (down)"), fit(
-        B, (wide, rows, *[1] * len(kernel)), f"{layer} B (up)")
+        B, rank = fit(B, (k * c_out, rank), layer).reshape(c_out, k * rank), k * rank
+    A = fit(A, (rank, c_in, *kernel), f"{layer} A (down)")
+    return A, fit(B, (c_out, rank, *[1] * len(kernel)), f"{layer} B (up)")
 
 
 # ------------------------------------------------------------------------------------------------
 # Scales
 
 
-# What peft's settings say about the weights, with its defaults; and what says nothing about them.
+# peft's settings that change the update, with peft's defaults, and settings that do not change it.
 SETTINGS = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-IDLE = """peft_type task_type auto_mapping base_model_name_or_path revision inference_mode
+IGNORED = """peft_type task_type auto_mapping base_model_name_or_path revision inference_mode
     peft_version target_modules exclude_modules lora_dropout bias modules_to_save init_lora_weights
     layers_to_transform layers_pattern loftq_config eva_config corda_config lora_ga_config
     megatron_config megatron_core qalora_group_size ensure_weight_tying runtime_config""".split()
-STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base weights
+INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base weights
 
 
 def read_settings(state, meta, path):
-    """peft's settings, complete, from beside or from within the file; None where there are none.
-    Raises ValueError for any that is not in the formula."""
+    """peft's settings, from adapter_config.json or from the metadata; None for other formats.
+    Raises ValueError for unsupported settings."""
     if any(n.startswith("base_model.model.") for n in state):
         values = read_json(path.with_name("adapter_config.json"))
     elif "lora_adapter_metadata" in meta:
@@ -149,34 +147,35 @@ def read_settings(state, meta, path):
         values = {k.removeprefix("unet."): v for k, v in values.items() if k[:12] != "text_encoder"}
     else:
         return None
-    other = [k for k, v in values.items() if v and k not in SETTINGS and k not in IDLE]
-    if other or values.get("init_lora_weights") not in STARTS or (
-            values.get("peft_type") not in (None, "LORA")):
-        raise ValueError(f"it was made with {', '.join(other) or 'another start or kind'}, which "
-                         "is not understood here")
+    other = [k for k, v in values.items() if v and k not in SETTINGS and k not in IGNORED]
+    other += ["init_lora_weights"] * (values.get("init_lora_weights") not in INITS)
+    other += ["peft_type"] * (values.get("peft_type") not in (None, "LORA"))
+    if other:
+        raise ValueError(f"its adapter settings are not supported: {', '.join(other)}")
     return SETTINGS | {k: v for k, v in values.items() if k in SETTINGS and v is not None}
 
 
-def scale_of(layer, rank, parts, settings, meta):
-    """alpha/r: from a tensor beside the pair, or peft's settings, or 1 where neither says it."""
-    scales = []
-    if "alpha" in parts:
-        scales.append(fit(parts["alpha"], (), f"{layer}.alpha").item() / rank)
+def find_scale(layer, found, settings, meta):
+    """alpha/r, from the layer's alpha tensor or from peft's settings; 1 without either."""
+    scales, rank = [], len(found["A"])
+    if "alpha" in found:
+        scales.append(fit(found["alpha"], (), f"{layer}.alpha").item() / rank)
     elif "ss_network_alpha" in meta:
-        raise ValueError(f"an alpha in its metadata and none for {layer}")
+        raise ValueError(f"its metadata has an alpha, but {layer} has none")
     if settings:
-        r = by_pattern(settings["rank_pattern"], layer, settings["r"])
-        alpha = by_pattern(settings["alpha_pattern"], layer, settings["lora_alpha"])
+        r = match_pattern(settings["rank_pattern"], layer, settings["r"])
+        alpha = match_pattern(settings["alpha_pattern"], layer, settings["lora_alpha"])
         if r != rank or type(settings["use_rslora"]) is not bool:
-            raise ValueError(f"its settings say that {layer} has rank {r}, and its A has {rank}")
+            raise ValueError(f"its settings are r={r!r}, use_rslora={settings['use_rslora']!r}; "
+                             f"expected r={rank} and a boolean for {layer}")
         scales.append(alpha / (math.sqrt(r) if settings["use_rslora"] else r))
     if not all(0 < s < 1e6 and math.isclose(s, scales[0], rel_tol=1e-3) for s in scales):
-        raise ValueError(f"the scale of {layer} is {scales}, in its alpha and its settings")
+        raise ValueError(f"the scale of {layer} is {scales}; expected one positive number")
     return scales[0] if scales else 1.0
 
 
-def by_pattern(patterns, layer, default):
-    """The value of the first pattern that is the layer's name, or its end after a dot."""
+def match_pattern(patterns, layer, default):
+    """The value of the first pattern that matches the layer's name, or its end after a dot."""
     return next((value for pattern, value in patterns.items()
                  if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
@@ -186,37 +185,37 @@ def by_pattern(patterns, layer, default):
 
 
 _ENDS = r"to_(q|k|v|out\.0)", r"ff\.net\.(0\.proj|2)"
-MOTIONDIRECTOR = (  # its layers: of the temporal path, and of the spatial one
+MOTIONDIRECTOR = (  # the layers of the temporal and of the spatial path
     r"(transformer_in|.*\.temp_attentions)\..*(attn[12]\.{}|{})\.weight".format(*_ENDS),
     r".*\.attentions\..*(attn1\.{}|{})\.weight".format(*_ENDS),
 )
 
 
-def read_motiondirector(state, own, path, clip):
-    """A list without names: up, down, up, down, … over its layers, down blocks before up blocks and
-    the middle last; of N clips, layer k's pair of clip i is number k·N + i."""
+def read_motiondirector(state, parameters, path, clip):
+    """{layer: (A, B)} of a list without names: up, down, up, down, …, in the order down blocks, up
+    blocks, mid block. With N clips, pair k·N + i belongs to layer k and clip i."""
     ups, downs = state[0::2], state[1::2]
+    shapes = {n.removesuffix(".weight"): tuple(p.shape) for n, p in parameters.items()}
     for pattern in MOTIONDIRECTOR:
-        layers = [n.removesuffix(".weight") for n in own if re.fullmatch(pattern, n)]
+        layers = [n for n in shapes if re.fullmatch(pattern, f"{n}.weight")]
         layers.sort(key=lambda n: n.startswith("mid_block"))
         clips = len(ups) // max(len(layers), 1)
-        wanted = [tuple(own[f"{n}.weight"].shape) for n in layers for _ in range(clips)]
+        expected = [shapes[n] for n in layers for _ in range(clips)]
         found = [(*up.shape[:1], *down.shape[1:]) for up, down in zip(ups, downs)]
-        if wanted and wanted == found and len(state) == 2 * len(wanted):
+        if expected and expected == found and len(state) == 2 * len(expected):
             break
     else:
-        raise ValueError(f"a list of {len(state)} tensors without names, which are not "
-                         "MotionDirector's for this UNet")
+        raise ValueError(f"its {len(state)} unnamed tensors do not match MotionDirector's layers")
     if clip >= clips:
         raise ValueError(f"it has no clip {clip}, only #0 to #{clips - 1}")
     if clips > 1:
-        log(f"{path}: clip {clip} of {clips}; {path.name}#{clips - 1} takes the last")
-    return {layer: pair_of(layer, {"A": down, "B": up}, own[f"{layer}.weight"].shape)
+        log(f"{path}: reading clip {clip} of {clips}; {path.name}#{clips - 1} is the last")
+    return {layer: build_pair(layer, {"A": down, "B": up}, shapes[layer])
             for layer, up, down in zip(layers, ups[clip::clips], downs[clip::clips])}
 
 
 def to_peft(pairs):
-    """{layer: (A, B)} as diffusers and peft read it: unet.<layer>.lora_A.weight, .lora_B.weight."""
+    """{layer: (A, B)} with peft's names: unet.<layer>.lora_A.weight and .lora_B.weight."""
     state = {}
     for layer, (A, B) in pairs.items():
         state[f"unet.{layer}.lora_A.weight"] = A.contiguous()

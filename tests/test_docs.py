@@ -16,6 +16,7 @@ import generate  # noqa: E402
 import train  # noqa: E402
 from support.files import read_json  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
+from tiny.claims import number as number_of  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 MAKE = (ROOT / "Makefile").read_text().replace("\\\n", "").replace("$(BIN)/", "").replace(
@@ -113,11 +114,10 @@ def test_the_readme_says_of_the_claims_what_was_measured():
     rows = re.findall(r"^\| (\d+) \|.*\| (.*) \| (.*) \|$", section, re.MULTILINE)
     assert 5 <= len(rows) <= 10
     for number, measured, verdict in rows:
-        printed = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", measured)
-        true = [number_of(record) for record in claims[number]["measures"]]
-        assert verdict == claims[number]["verdict"], number
-        assert printed and set(printed) <= set(true), number
-    verdicts = [row["verdict"].removesuffix(SO_FAR) for row in claims.values()]
+        said = re.findall(r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]", measured)
+        true = [number_of(record) for record in claims[number]["comparisons"]]
+        assert verdict == claims[number]["verdict"] and said and set(said) <= set(true), number
+    verdicts = [row["verdict"] for row in claims.values()]
     counts = re.findall(r"(\d+) (?:are |is )?(agree|disagree|too close to call|not measured)\b",
                         section)
     assert sum(int(count) for count, _ in counts) == len(claims)
@@ -132,6 +132,6 @@ def test_the_readmes_table_of_methods_is_of_the_results():
     for name, row in methods.items():
         cells = row["cells"]
         own = cells.get("tuned, own start", cells["tuned, noise"])
-        agreement, share = own["agreement"][0], own["all three"][0]
-        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * share:.0f} % \|$", README,
+        agreement, looks = own["agreement"][0], own["appearance"][0]
+        assert re.search(rf"^\| `{name}` .*\| {agreement:.2f}, {100 * looks:.0f} % \|$", README,
                          re.MULTILINE)

@@ -1,19 +1,20 @@
-"""A procedural world of moving things with captions: the tiny model's whole universe.
+"""The procedural world of the tiny model: a colored shape that moves in front of a background.
 
-    python tiny/world.py --sheet world.png        # look at every motion
-    python tiny/world.py --clip hopping.mp4       # one clip to learn from
-    python tiny/world.py --clip seven.mp4 --motion novel:7    # of a motion drawn from seed 7
+    python tiny/world.py --clip hopping.mp4 --motion hopping  # one training clip and its caption
+    python tiny/world.py --clip seven.mp4 --motion novel:7    # a random motion, drawn from seed 7
 
-A scene is a thing (colour, shape) that moves (motion, speed) in front of a background. Rendering is
-exact, antialiased, batched and a function of the scene alone; a scene is one of its seed.
+A scene is an object (color, shape) that moves (motion, speed) in front of a background. The
+renderer is exact, antialiased, batched and a deterministic function of the scene; a scene is a
+function of its seed.
 
-Some motions have names. Beside them is a continuum of motions that have none: random paths, growth,
-turning and flattening, of which captions only say "moving". As real models do, a model of this
-world so knows far more motions than it has words for, and customizing it picks one of them.
+Some motions have names. There is also a continuum of unnamed motions: random trajectories, growth,
+rotation and flattening, whose captions contain only "moving". As a real model does, a model of this
+world therefore knows far more motions than it has words for, and customization selects one of them.
 
-Axes: B scenes, F frames, H W picture (64×64). Positions are in pixels, x to the right, y down.
+Axes: B scenes, F frames, H W frame (64×64). Positions are in pixels, x to the right, y down.
 """
 import argparse
+import functools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -24,14 +25,14 @@ import torch.nn.functional as F
 
 SIZE, FRAMES, FPS = 64, 16, 8
 
-COLOURS = {  # bright, so that none is near a background's
+COLORS = {  # bright, so that none is close to a background color
     "red": (225, 35, 45), "orange": (250, 140, 20), "yellow": (250, 230, 50),
     "green": (60, 215, 70), "cyan": (70, 225, 230), "blue": (50, 100, 255),
     "pink": (250, 120, 205), "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-ROUND = ("circle", "ring")  # turning them in the plane shows nothing
-BACKGROUNDS = {  # caption -> two dark colours
+ROUND = ("circle", "ring")  # a rotation in the plane does not show on these
+BACKGROUNDS = {  # caption -> two dark colors
     "grey": ((105, 105, 110), (105, 105, 110)),
     "blue striped": ((22, 30, 75), (48, 66, 128)),
     "green checkered": ((18, 52, 30), (40, 92, 56)),
@@ -46,30 +47,32 @@ BASE = (
 NOVEL = ("zigzagging", "moving in a spiral", "moving in a figure eight", "moving along a square",
          "hopping", "tumbling")
 MOTIONS = BASE + NOVEL
-UNNAMED = len(MOTIONS)  # the motion's index of a scene that follows its own course
+UNNAMED = len(MOTIONS)  # the motion index of a scene that follows its own keyframes
 UNNAMED_WORDS = ("moving", "moving about", "in motion")
-POINTS = 61  # samples of a course; four between two frames, so that frames fall on samples
+POINTS = 61  # keyframes per motion; four between two frames, so that frames fall on keyframes
 SPEEDS = {"slowly": 0.55, "": 1.0, "quickly": 1.5}
-WORDS = (*COLOURS, *SHAPES, *BACKGROUNDS, *BASE, *SPEEDS, *UNNAMED_WORDS, "a an on thing background")
-UNHURRIED = ("standing still", "growing", "shrinking")  # have one speed only
+NOUN = "thing"  # the caption's noun where no shape is named
+WORDS = (*COLORS, *SHAPES, *BACKGROUNDS, *BASE, *SPEEDS, *UNNAMED_WORDS, "a", "an", "on", NOUN,
+         "background")
+ONE_SPEED = ("standing still", "growing", "shrinking")
 
 
 @dataclass
 class Scenes:
-    """B scenes: indices into the tables above and the numbers that vary. Tensors (B,), but for the
-    course, which scenes with an unnamed motion follow: (B, 5, POINTS), see `free_course`."""
+    """B scenes: indices into the tables above, and continuous values. All tensors are (B,), except
+    the keyframes (B, 5, POINTS) that scenes with an unnamed motion follow (`random_keyframes`)."""
 
-    colour: torch.Tensor
+    color: torch.Tensor
     shape: torch.Tensor
     background: torch.Tensor
     motion: torch.Tensor
     speed: torch.Tensor  # index into SPEEDS
-    x: torch.Tensor  # centre of the motion, pixels
+    x: torch.Tensor  # center of the motion, pixels
     y: torch.Tensor
-    reach: torch.Tensor  # how far it goes from there, pixels
-    radius: torch.Tensor  # of the thing, pixels
-    angle: torch.Tensor  # its orientation at the start, radians
-    course: torch.Tensor = None
+    amplitude: torch.Tensor  # distance that the object moves from there, pixels
+    radius: torch.Tensor  # of the object, pixels
+    angle: torch.Tensor  # orientation at the start, radians
+    keyframes: torch.Tensor = None
 
     def __len__(self):
         return len(self.x)
@@ -77,20 +80,16 @@ class Scenes:
     def __getitem__(self, rows):
         return Scenes(*(v if v is None else v[rows] for v in vars(self).values()))
 
-    def but(self, **changes):
-        """The same scenes with some fields replaced."""
-        return replace(self, **changes)
-
 
 def sample_scenes(n, generator, motions=BASE, speeds=True, unnamed=0.0):
-    """n random scenes whose motion is one of `motions`, or, for a share `unnamed` of them, none
-    that has a name. Same generator state, same scenes."""
+    """n random scenes. The motion is one of `motions`, or, with probability `unnamed`, a random one
+    without a name. The same generator state gives the same scenes."""
     pick = lambda m: torch.randint(m, (n,), generator=generator)
     between = lambda a, b: a + (b - a) * torch.rand(n, generator=generator)
-    kinds = torch.tensor([MOTIONS.index(m) for m in motions])
-    motion = kinds[pick(len(motions))]
+    indices = torch.tensor([MOTIONS.index(m) for m in motions])
+    motion = indices[pick(len(motions))]
     shape, background = pick(len(SHAPES)), pick(len(BACKGROUNDS))
-    # A circle does not show that it spins, nor a plain wall that the camera pans.
+    # A circle does not show rotation, and a plain background does not show a camera pan.
     turning = is_motion(motion, "spinning")
     shape = torch.where(turning & is_shape(shape, *ROUND), 1 + pick(3), shape)
     panning = is_motion(motion, "standing still while the camera pans")
@@ -99,38 +98,38 @@ def sample_scenes(n, generator, motions=BASE, speeds=True, unnamed=0.0):
     speed = torch.where(chance < 0.15, 0, torch.where(chance < 0.85, 1, 2))
     if not speeds:
         speed = torch.ones_like(speed)
-    speed = torch.where(is_motion(motion, *UNHURRIED), 1, speed)
-    resting = is_motion(motion, "standing still", "growing", "shrinking", "spinning",
-                        "standing still while the camera pans")
-    spread = torch.where(resting, 13.0, 4.0)  # a thing that stays may stay anywhere
+    speed = torch.where(is_motion(motion, *ONE_SPEED), 1, speed)
+    in_place = is_motion(motion, "standing still", "growing", "shrinking", "spinning",
+                         "standing still while the camera pans")
+    spread = torch.where(in_place, 13.0, 4.0)  # an object that stays in place can stay anywhere
     scenes = Scenes(
-        pick(len(COLOURS)), shape, background, motion, speed,
+        pick(len(COLORS)), shape, background, motion, speed,
         SIZE / 2 + spread * between(-1, 1), SIZE / 2 + spread * between(-1, 1),
         between(14, 16), between(10, 12), between(-0.2, 0.2),
     )
     if unnamed:
-        free = torch.rand(n, generator=generator) < unnamed
-        courses = torch.stack([free_course(generator) for _ in range(n)])
-        scenes = on_course(scenes, courses, free)
+        rows = torch.rand(n, generator=generator) < unnamed
+        keyframes = torch.stack([random_keyframes(generator) for _ in range(n)])
+        scenes = with_keyframes(scenes, keyframes, rows)
     return scenes
 
 
-def on_course(scenes, courses, free=True):
-    """The same scenes, those in `free` (B,) following their `courses` (B, 5, POINTS) instead."""
-    free = torch.as_tensor(free).expand(len(scenes))
+def with_keyframes(scenes, keyframes, rows=True):
+    """The same scenes; those selected by `rows` (B,) follow their `keyframes` (B, 5, POINTS)."""
+    rows = torch.as_tensor(rows).expand(len(scenes))
     middle = SIZE / 2 + (torch.stack([scenes.x, scenes.y]) - SIZE / 2).clamp(-4, 4)
-    x, y = torch.where(free, middle, torch.stack([scenes.x, scenes.y]))
-    return scenes.but(motion=torch.where(free, UNNAMED, scenes.motion), x=x, y=y,
-                      speed=torch.where(free, 1, scenes.speed), course=courses)
+    x, y = torch.where(rows, middle, torch.stack([scenes.x, scenes.y]))
+    return replace(scenes, motion=torch.where(rows, UNNAMED, scenes.motion), x=x, y=y,
+                   speed=torch.where(rows, 1, scenes.speed), keyframes=keyframes)
 
 
 def is_motion(motion, *names):
-    """Which of the indices (B,) are those of one of the named motions."""
+    """Mask of the indices (B,) that stand for one of the named motions."""
     return torch.isin(motion, torch.tensor([MOTIONS.index(n) for n in names]))
 
 
 def is_shape(shape, *names):
-    """Which of the indices (B,) are those of one of the named shapes."""
+    """Mask of the indices (B,) that stand for one of the named shapes."""
     return torch.isin(shape, torch.tensor([SHAPES.index(n) for n in names]))
 
 
@@ -138,8 +137,8 @@ def is_shape(shape, *names):
 # Motions without a name
 
 
-def corners_path(corners, smooth):
-    """A path (2, POINTS) through corners (2, K) at even times: straight, or by Catmull-Rom."""
+def interpolate_corners(corners, smooth):
+    """A path (2, POINTS) through corners (2, K) at even times, by straight lines or Catmull-Rom."""
     if not smooth:
         return F.interpolate(corners[None], POINTS, mode="linear", align_corners=True)[0]
     last = corners.shape[1] - 1
@@ -150,83 +149,83 @@ def corners_path(corners, smooth):
     return b + 0.5 * s * (c - a + s * (2 * a - 5 * b + 4 * c - d + s * (3 * (b - c) + d - a)))
 
 
-def free_path(g):
-    """A random path (2, POINTS), in reaches: 3 to 7 corners at even times, joined straight or
-    smoothly, or on each axis a sum of two slow waves."""
+def random_path(g):
+    """A random path (2, POINTS) in units of the amplitude: 3 to 7 corners at even times, joined by
+    straight lines or smoothly, or a sum of two slow waves per axis."""
     kind = torch.rand((), generator=g)
     if kind < 0.65:
         count = int(torch.randint(3, 8, (), generator=g))
         corners = 2.5 * torch.rand(2, count, generator=g) - 1.25
-        return corners_path(corners, smooth=kind > 0.35).clamp(-1.4, 1.4)
-    cycles, phase, loud = torch.rand(3, 2, 2, 1, generator=g)  # of two axes, two waves each
+        return interpolate_corners(corners, smooth=kind > 0.35).clamp(-1.4, 1.4)
+    cycles, phase, weight = torch.rand(3, 2, 2, 1, generator=g)  # two axes, two waves each
     waves = torch.sin(2 * math.pi * ((0.5 + 1.5 * cycles) * torch.linspace(0, 1, POINTS) + phase))
-    path = (loud * waves).sum(1)
-    reach = 0.7 + 0.55 * torch.rand(2, 1, generator=g)
-    return reach * path / path.abs().amax(1, keepdim=True)
+    path = (weight * waves).sum(1)
+    amplitude = 0.7 + 0.55 * torch.rand(2, 1, generator=g)
+    return amplitude * path / path.abs().amax(1, keepdim=True)
 
 
-def free_course(g):
-    """All that a thing may do at once, at random: x and y in reaches, size, angle in radians and
-    width, (5, POINTS). One in six stays in its place, most of the others only travel."""
-    path, turns, flattens = free_path(g), free_path(g), free_path(g)
+def random_keyframes(g):
+    """A random unnamed motion (5, POINTS): x and y in units of the amplitude, size, angle in
+    radians and width. One in six stays in place; most of the others only change position."""
+    path, rotation, scaling = random_path(g), random_path(g), random_path(g)
     stays, *chance = (torch.rand(4, generator=g) < torch.tensor([1 / 6, 0.2, 0.2, 0.15])).tolist()
     if stays and not any(chance):
         chance[int(torch.randint(3, (), generator=g))] = True
-    grows, turns_too, flattens_too = chance
+    grows, rotates, flattens = chance
     one = torch.ones(POINTS)
     return torch.stack([
         *(path * (not stays)),
-        1 + 0.3 * flattens[1] if grows else one,
-        turns[0] - turns[0, 0] if turns_too else 0 * one,
-        (0.65 + 0.35 * flattens[0] / 1.25).clamp(0.25, 1) if flattens_too else one,
+        1 + 0.3 * scaling[1] if grows else one,
+        rotation[0] - rotation[0, 0] if rotates else 0 * one,
+        (0.65 + 0.35 * scaling[0] / 1.25).clamp(0.25, 1) if flattens else one,
     ])
 
 
-def explained(path, motions=BASE):
-    """The largest share of a path's variance, (2, F), that a named motion's path explains at any
-    of its speeds, when scaled to fit."""
+def explained_variance(path, motions=BASE):
+    """The largest share of the variance of a path (2, F) that the path of a named motion explains,
+    at any speed and best scale."""
     index = torch.tensor([[MOTIONS.index(m), s] for m in motions for s in range(len(SPEEDS))])
     zero, one = torch.zeros(len(index)), torch.ones(len(index))
     none = torch.zeros(len(index), dtype=torch.long)
     named = trajectory(Scenes(none, none, none, *index.unbind(1), zero, zero, one, one, zero),
                        path.shape[1])
     named = torch.stack([named.x, named.y], 1).flatten(1)  # (K, 2·F)
-    centred = lambda p: (p.unflatten(-1, (2, -1)) - p.unflatten(-1, (2, -1)).mean(-1, True))
-    a, b = centred(path.flatten()).flatten(), centred(named).flatten(1)
+    center = lambda p: (p.unflatten(-1, (2, -1)) - p.unflatten(-1, (2, -1)).mean(-1, True))
+    a, b = center(path.flatten()).flatten(), center(named).flatten(1)
     return ((b @ a).clamp(min=0) ** 2 / ((b**2).sum(1) * (a**2).sum()).clamp(min=1e-9)).max().item()
 
 
-def novel_course(seed, posture=False):
-    """The course of the novel motion of that number: a random path that no motion of the base
-    explains by half, and that goes far on both axes. With `posture`, what the thing does belongs
-    to where it is: it turns and flattens at moments of its own."""
+def novel_keyframes(seed, posture=False):
+    """The novel motion with this number: a random path, large on both axes, of which no base motion
+    explains more than half. With `posture` the object also rotates and flattens, each at a fixed
+    place on the path."""
     g = torch.Generator().manual_seed(10**7 + seed)
-    path = free_path(g)
-    while explained(path) > 0.5 or (path.amax(1) - path.amin(1)).amin() < 1.2:
-        path = free_path(g)
-    turns, flattens = free_path(g)
+    path = random_path(g)
+    while explained_variance(path) > 0.5 or (path.amax(1) - path.amin(1)).amin() < 1.2:
+        path = random_path(g)
+    rotation, flattening = random_path(g)
     one = torch.ones(POINTS)
     if not posture:
         return torch.stack([*path, one, 0 * one, one])
-    return torch.stack([*path, one, 1.2 * turns, (0.65 + 0.35 * flattens).clamp(0.25, 1)])
+    return torch.stack([*path, one, 1.2 * rotation, (0.65 + 0.35 * flattening).clamp(0.25, 1)])
 
 
 def scenes_of(motion, n, generator, speeds=False):
-    """n scenes of one motion: one that has a name, or 'novel:7', or 'posture:7'."""
+    """n scenes with one motion: a name, "novel:7" or "posture:7"."""
     kind, _, seed = motion.partition(":")
     if kind not in ("novel", "posture"):
         return sample_scenes(n, generator, (motion,), speeds)
     scenes = sample_scenes(n, generator, ("moving left",), speeds=False)
-    course = novel_course(int(seed), posture=kind == "posture")
-    return on_course(scenes, course.expand(n, -1, -1))
+    keyframes = novel_keyframes(int(seed), posture=kind == "posture")
+    return with_keyframes(scenes, keyframes.expand(n, -1, -1))
 
 
-def along(course, u):
-    """A course (B, 5, POINTS) at times u (1 or B, F) in [0, 1]: (5, B, F)."""
-    B, at = len(course), (u * (POINTS - 1)).expand(len(course), -1)
+def interpolate_keyframes(keyframes, u):
+    """Keyframes (B, 5, POINTS) at times u (1 or B, F) in [0, 1]: (5, B, F)."""
+    B, at = len(keyframes), (u * (POINTS - 1)).expand(len(keyframes), -1)
     i = at.long().clamp(max=POINTS - 2)
-    part = lambda k: course.gather(2, (i + k)[:, None].expand(B, 5, -1))
-    return torch.lerp(part(0), part(1), (at - i)[:, None].expand(B, 5, -1)).transpose(0, 1)
+    value = lambda k: keyframes.gather(2, (i + k)[:, None].expand(B, 5, -1))
+    return torch.lerp(value(0), value(1), (at - i)[:, None].expand(B, 5, -1)).transpose(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -234,34 +233,34 @@ def along(course, u):
 
 
 @dataclass
-class Path_:
-    """What a scene's thing does, exactly. All (B, F)."""
+class Trajectory:
+    """The exact motion of each scene's object and camera. All (B, F)."""
 
     x: torch.Tensor
     y: torch.Tensor
     size: torch.Tensor  # factor on the radius
     angle: torch.Tensor  # radians
     width: torch.Tensor  # factor on the width alone: a coin seen from the side
-    pan: torch.Tensor  # how far the background has moved, pixels
+    pan: torch.Tensor  # displacement of the background, pixels
 
 
 def trajectory(scenes, frames=FRAMES, times=None):
-    """The exact path of each scene's thing. Each motion is one line of `table`.
+    """The exact Trajectory of each scene's object. `table` has one line per motion.
 
-    The clip runs from time 0 to 1 in `frames` equal steps, unless `times` (B, F) are given.
+    A clip covers time 0 to 1 in `frames` equal steps, unless `times` (B, F) are given.
     """
     s = scenes
     u = torch.linspace(0, 1, frames)[None] if times is None else times
     pace = torch.tensor(list(SPEEDS.values()))[s.speed][:, None]
     one, zero = torch.ones_like(pace * u), torch.zeros_like(pace * u)
-    line = (2 * u - 1) * pace.clamp(max=1.2)  # -1 … 1 at normal speed; quickly must stay in view
+    line = (2 * u - 1) * pace.clamp(max=1.2)  # -1 … 1 at normal speed; "quickly" stays in the frame
     turn = 2 * math.pi * u
     sin, cos = torch.sin, torch.cos
     wave = lambda cycles: sin(turn * cycles)
     tri = lambda cycles: 2 / math.pi * torch.asin(wave(cycles).clamp(-1, 1))
-    lap = 4 * u * pace.clamp(max=1.2) % 4  # corners passed of a square
+    lap = 4 * u * pace.clamp(max=1.2) % 4  # corners of a square passed so far
     edge = lambda q: (2 - (q % 4 - 2).abs()).clamp(0.5, 1.5) * 2 - 2  # -1, up, 1, down, one lap
-    table = {  # motion: x, y (in reaches), size, angle, width, pan (in pixels)
+    table = {  # motion: x, y (in units of the amplitude), size, angle, width, pan (in pixels)
         "moving left": (-line, zero, one, zero, one, zero),
         "moving right": (line, zero, one, zero, one, zero),
         "moving up": (zero, -line, one, zero, one, zero),
@@ -282,13 +281,15 @@ def trajectory(scenes, frames=FRAMES, times=None):
         "hopping": (line, 0.6 - 1.5 * wave(1.5 * pace).abs(), one, zero, one, zero),
         "tumbling": (0.8 * line, 0.8 * line, one, zero, 0.2 + 0.8 * cos(turn * pace).abs(), zero),
     }
-    own = (zero, zero, one, zero, one) if s.course is None else along(s.course, u)
-    rows = [*(table[m] for m in MOTIONS), (*own, zero)]
+    unnamed = (zero, zero, one, zero, one)
+    if s.keyframes is not None:
+        unnamed = interpolate_keyframes(s.keyframes, u)
+    rows = [*(table[m] for m in MOTIONS), (*unnamed, zero)]
     everything = torch.stack([torch.stack([c + zero for c in row]) for row in rows])
     x, y, size, angle, width, pan = everything[s.motion, :, torch.arange(len(s))].unbind(1)
-    reach = s.reach[:, None]
-    return Path_(s.x[:, None] + reach * x, s.y[:, None] + reach * y, size,
-                 s.angle[:, None] + angle, width, pan)
+    amplitude = s.amplitude[:, None]
+    return Trajectory(s.x[:, None] + amplitude * x, s.y[:, None] + amplitude * y, size,
+                      s.angle[:, None] + angle, width, pan)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def _polygon_distance(p, corners):
     along = ((to * edge).sum(-1) / (edge * edge).sum(-1)).clamp(0, 1)
     distance = (to - along[..., None] * edge).norm(dim=-1).amin(1)
     crosses = (a[:, 1] > p[:, None, 1]) != (b[:, 1] > p[:, None, 1])
-    rise = edge[:, 1].where(edge[:, 1] != 0, torch.tensor(1.0))  # level edges are never crossed
+    rise = edge[:, 1].where(edge[:, 1] != 0, torch.tensor(1.0))  # a level edge is never crossed
     left = to[..., 0] < edge[:, 0] * to[..., 1] / rise
     inside = (crosses & left).sum(1) % 2 == 1
     return torch.where(inside, -distance, distance)
@@ -316,12 +317,14 @@ def _polygon_distance(p, corners):
 EXTENT, TEXTURE = 1.6, 160  # the distance maps cover [-1.6, 1.6]² in TEXTURE² samples
 
 
-def _distance_maps():
-    """(6, 1, TEXTURE, TEXTURE): each shape's signed distance, in radii. Areas are made alike."""
+@functools.cache
+def distance_maps():
+    """(6, 1, TEXTURE, TEXTURE): the signed distance of each shape, in radii. All areas are similar.
+    """
     axis = (torch.arange(TEXTURE) + 0.5) / TEXTURE * 2 * EXTENT - EXTENT
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     p, r = torch.stack([x.flatten(), y.flatten()], 1), x.hypot(y).flatten()
-    w, k = 0.38, 1.12  # half the width and half the length of the cross's bars
+    w, k = 0.38, 1.12  # half the width and half the length of the bars of the cross
     cross = [(w, -k), (w, -w), (k, -w), (k, w), (w, w), (w, k)]
     cross = torch.tensor(cross + [(-a, -b) for a, b in cross])
     maps = {
@@ -335,13 +338,9 @@ def _distance_maps():
     return torch.stack([maps[s].reshape(1, TEXTURE, TEXTURE) for s in SHAPES])
 
 
-_maps = None
-
-
-def thing_masks(shape, path, radius, size=SIZE):
-    """Coverage (B, F, H, W) in [0, 1] of things of `shape` (B,) and `radius` (B,) on their path."""
-    global _maps
-    _maps = _distance_maps() if _maps is None else _maps
+def object_masks(shape, path, radius, size=SIZE):
+    """Coverage (B, F, H, W) in [0, 1] of objects of `shape` (B,) and `radius` (B,) on a Trajectory.
+    """
     B, frames = path.x.shape
     axis = torch.arange(size) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -349,10 +348,10 @@ def thing_masks(shape, path, radius, size=SIZE):
     r = each(radius[:, None] * path.size)
     dx, dy = x - each(path.x), y - each(path.y)
     c, s = each(path.angle.cos()), each(path.angle.sin())
-    # From the picture to the thing's own axes: turn back, then undo width and radius.
+    # From the frame to the object's axes: rotate back, then divide by width and radius.
     own_x, own_y = (c * dx + s * dy) / r / each(path.width), (c * dy - s * dx) / r
     grid = (torch.stack([own_x, own_y], -1) / EXTENT).flatten(0, 1)
-    maps = _maps[shape].repeat_interleave(frames, 0)
+    maps = distance_maps()[shape].repeat_interleave(frames, 0)
     distance = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
     distance = distance.reshape(B, frames, size, size)
     outside = (own_x.abs().maximum(own_y.abs()) > EXTENT)
@@ -360,7 +359,7 @@ def thing_masks(shape, path, radius, size=SIZE):
 
 
 def backgrounds(kind, pan, size=SIZE):
-    """(B, 3, F, H, W) in [0, 1]: the patterns `kind` (B,), moved right by pan (B, F) pixels."""
+    """(B, 3, F, H, W) in [0, 1]: the patterns `kind` (B,), shifted right by pan (B, F) pixels."""
     axis = torch.arange(size) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     soft = lambda wave, slope: (wave * slope + 0.5).clamp(0, 1)  # slope: pixels per unit of wave
@@ -372,7 +371,7 @@ def backgrounds(kind, pan, size=SIZE):
         lambda x: soft(torch.cos(2 * w * x) + torch.cos(2 * w * y) - 0.9, 2.0),
         lambda x: soft(torch.sin(1.5 * w * y + 1.2 * torch.sin(w * x)), 3.0),
     )
-    mix = torch.empty(*pan.shape, size, size)  # (B, F, H, W): how light
+    mix = torch.empty(*pan.shape, size, size)  # (B, F, H, W): 0 for dark, 1 for light
     for i, pattern in enumerate(patterns):
         mix[kind == i] = pattern(x - pan[kind == i][..., None, None])
     mix = mix[:, None]
@@ -382,15 +381,13 @@ def backgrounds(kind, pan, size=SIZE):
     return shape(dark) + (shape(light) - shape(dark)) * mix
 
 
-def render(scenes, frames=FRAMES, also=(), times=None, path=None):
-    """Scenes -> clips (B, 3, F, H, W) in [-1, 1]; things of the Scenes in `also` join them. With a
-    `path` the things follow that instead of their own motion."""
-    path = trajectory(scenes, frames, times) if path is None else path
+def render(scenes, frames=FRAMES, times=None):
+    """Scenes -> clips (B, 3, F, H, W) in [-1, 1]."""
+    path = trajectory(scenes, frames, times)
     video = backgrounds(scenes.background, path.pan)
-    for s, p in ((scenes, path), *((s, trajectory(s, frames, times)) for s in also)):
-        mask = thing_masks(s.shape, p, s.radius)[:, None]
-        colour = (torch.tensor(list(COLOURS.values())) / 255)[s.colour]
-        video = video * (1 - mask) + colour[:, :, None, None, None] * mask
+    mask = object_masks(scenes.shape, path, scenes.radius)[:, None]
+    color = (torch.tensor(list(COLORS.values())) / 255)[scenes.color]
+    video = video * (1 - mask) + color[:, :, None, None, None] * mask
     return video * 2 - 1
 
 
@@ -398,15 +395,15 @@ def render(scenes, frames=FRAMES, also=(), times=None, path=None):
 # Captions
 
 
-def caption(colour=None, shape=None, motion=None, speed="", background=None):
+def caption(color=None, shape=None, motion=None, speed="", background=None):
     """'a red star moving left slowly on a blue striped background', with any part left out."""
-    words = ["an" if colour == "orange" else "a", colour, shape or "thing", motion, speed]
+    words = ["an" if color == "orange" else "a", color, shape or NOUN, motion, speed]
     text = " ".join(w for w in words if w)
     return text + (f" on a {background} background" if background else "")
 
 
 def motion_words(motion, generator=None):
-    """How a caption says a motion's index; without a name, in one of the three ways."""
+    """The words for a motion index; an unnamed motion has three variants."""
     if motion != UNNAMED:
         return MOTIONS[motion]
     which = generator is not None and torch.randint(3, (), generator=generator)
@@ -414,8 +411,9 @@ def motion_words(motion, generator=None):
 
 
 def captions(scenes, generator=None, motion=True):
-    """One caption a scene. With a generator, parts are left out at random, so that the model knows
-    partial prompts: colour 8 %, background 12 %, motion 8 %; 10 % are empty, for guidance."""
+    """One caption per scene. With a generator, parts are dropped at random, so that the model is
+    trained on partial prompts: color 8 %, background 12 %, motion 8 %; 10 % of the captions are
+    empty, for classifier-free guidance."""
     n = len(scenes)
     chance = torch.rand(n, 4, generator=generator) if generator is not None else torch.ones(n, 4)
     out = []
@@ -424,28 +422,31 @@ def captions(scenes, generator=None, motion=True):
         drop = (chance[i] < torch.tensor([0.08, 0.12, 0.08, 0.1])).tolist()
         moves = motion and not drop[2]
         out.append("" if drop[3] else caption(
-            None if drop[0] else name(COLOURS, scenes.colour), name(SHAPES, scenes.shape),
+            None if drop[0] else name(COLORS, scenes.color), name(SHAPES, scenes.shape),
             motion_words(scenes.motion[i], generator) if moves else None,
             name(SPEEDS, scenes.speed) if moves else "",
             None if drop[1] else name(BACKGROUNDS, scenes.background)))
     return out
 
 
-def sheet(path):
-    """A contact sheet: one row a motion, every second frame; some random ones at the end."""
-    from PIL import Image
+# ------------------------------------------------------------------------------------------------
+# Command
 
-    g = torch.Generator().manual_seed(0)
-    rows = []
-    for motion in (*MOTIONS, *(f"novel:{i}" for i in range(4)), "posture:0", "posture:1"):
-        video = render(scenes_of(motion, 1, g))[0, :, ::2]
-        rows.append(video.permute(2, 1, 3, 0).flatten(1, 2))  # (H, F·W, 3)
-    pixels = ((torch.cat(rows) + 1) * 127.5).round().byte().numpy()
-    Image.fromarray(pixels).save(path)
+
+def write_clip(path, motion, seed):
+    """One clip as an mp4, and its caption in a .txt with the same name."""
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+    from support.media import write_video
+
+    scenes = scenes_of(motion, 1, torch.Generator().manual_seed(seed))
+    write_video(path, render(scenes)[0], FPS)
+    text = caption(shape=SHAPES[scenes.shape], motion=motion_words(scenes.motion[0]))
+    path.with_suffix(".txt").write_text(text + "\n")
+    print(f"{path}: {captions(scenes)[0]}")
 
 
 def motion_name(text):
-    """A motion's name, or the kind and seed of a random one; argparse reports the rest."""
+    """A motion's name, "novel:N" or "posture:N", for argparse."""
     kind, _, seed = text.partition(":")
     if text not in MOTIONS and not (kind in ("novel", "posture") and seed.isdecimal()):
         raise ValueError(text)
@@ -453,28 +454,16 @@ def motion_name(text):
 
 
 def main():
-    """Write pictures of the world."""
+    """Write a clip and its caption."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of all motions, a PNG")
-    parser.add_argument("--clip", type=Path, help="write one clip, an mp4, and its caption")
+    parser.add_argument("--clip", type=Path, required=True, help="the clip, an mp4")
     parser.add_argument("--motion", default="hopping", type=motion_name, metavar="MOTION",
-                        help=f"of the clip: {', '.join(MOTIONS)}; or novel:N, posture:N, drawn "
-                             "from seed N (default: hopping)")
-    parser.add_argument("--seed", type=int, default=0, help="of the clip")
+                        help=f"motion of the clip: {', '.join(MOTIONS)}; or novel:N, posture:N, "
+                             "drawn from seed N (default: hopping)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clip (default: 0)")
     args = parser.parse_args()
-    if args.sheet:
-        sheet(args.sheet)
-    if args.clip:
-        sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-        from support.media import write_video
-
-        g = torch.Generator().manual_seed(args.seed)
-        scenes = scenes_of(args.motion, 1, g)
-        write_video(args.clip, render(scenes)[0], FPS)
-        text = caption(shape=SHAPES[scenes.shape], motion=motion_words(scenes.motion[0]))
-        args.clip.with_suffix(".txt").write_text(text + "\n")
-        print(f"{args.clip}: {captions(scenes)[0]}")
+    write_clip(args.clip, args.motion, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""The metrics of each video, and their summary per run.
+
+Axes: F frames, D feature width.
+"""
+import re
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from scores import clip as clips
+from scores import tracks, world
+from support import tokenizer
+
+
+@dataclass
+class Scorers:
+    """The networks that score videos: a CLIP, the network of the copy score, and optionally
+    PickScore, a video classifier and LPIPS."""
+
+    clip: object
+    copies: object
+    pick: object = None
+    classifier: object = None
+    lpips: object = None
+
+
+def load_scorers(args):
+    """The Scorers that the flags specify. Raises BadInput."""
+    scripts = {}
+    for name, expected in (("classifier", "a video classifier"), ("lpips", "an image distance"),
+                           ("sscd", "sscd_disc_mixup.torchscript.pt")):
+        if path := getattr(args, name):
+            scripts[name] = clips.load_script(path, expected, args.trust_scripts, args.device)
+    clip, pick = clips.load_clip(args.clip, args.clip_weights, args.device), None
+    if args.pick_weights:
+        pick = clips.load_clip("ViT-H-14", args.pick_weights, args.device)
+    copies = clips.SSCD(scripts.pop("sscd"), args.device) if args.sscd else clip
+    return Scorers(clip, copies, pick, **scripts)
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics of one video
+
+
+@torch.no_grad()
+def score(run, args, scorers):
+    """Fill in the metrics, {name: number or None}, and the CLIP features (F, D) of a run's samples.
+    """
+    references = [r.video for r in run.references]
+    reference_features = [scorers.copies.frame_features(video) for video in references]
+    reference_tracks = [find_tracks(r, args) for r in run.references]
+    motion_class = args.motion_class
+    if motion_class is None and scorers.classifier:
+        motion_class = most_common_class(scorers.classifier, references, args.device)
+    for s in tqdm(run.samples, desc=f"scoring {run.name}", delay=2):
+        s.features = scorers.clip.frame_features(s.video)
+        s.metrics = score_frames(s, args, scorers)
+        if references:
+            frames = scorers.copies.frame_features(s.video)
+            s.metrics[copy_name(scorers)] = clips.copy_score(frames, reference_features)
+            found = find_tracks(s, args)
+            fidelity = [tracks.motion_fidelity(r, found) for r in reference_tracks]
+            s.metrics["motion fidelity"] = max(fidelity)
+            s.metrics["reliable tracks (share)"] = s.reliable
+        if motion_class is not None and scorers.classifier:
+            predicted = predict_class(scorers.classifier, s.video, args.device)
+            s.metrics["motion accuracy (classifier)"] = float(predicted == motion_class)
+        if args.world:
+            s.metrics |= world.world_scores(s.video, s.prompt, *references[:1])
+
+
+def score_frames(s, args, scorers):
+    """Metrics of a sample's frames: match with the prompt, and temporal consistency."""
+    text = scorers.clip.text_features([s.prompt])
+    row = {alignment_name(scorers): clips.alignment(s.features, text),
+           f"temporal consistency ({scorers.clip.name})": clips.temporal_consistency(s.features)}
+    if scorers.lpips:  # distance of neighboring frames (Customize-A-Video, Table 1)
+        frames = s.video.transpose(0, 1).to(args.device)
+        row["temporal consistency (LPIPS)"] = scorers.lpips(frames[:-1], frames[1:]).mean().item()
+    if args.motion_words:
+        row["appearance score"] = None
+        if tokenizer.has_word(s.prompt, args.motion_words):
+            appearance = re.sub(tokenizer.word_pattern([args.motion_words]), " ", s.prompt)
+            text = scorers.clip.text_features([" ".join(appearance.split())])
+            row["appearance score"] = clips.alignment(s.features, text)
+    if scorers.pick:
+        row["PickScore"] = clips.pick_score(scorers.pick, s.video, s.prompt)
+    return row
+
+
+@torch.no_grad()
+def predict_class(classifier, video, device="cpu"):
+    """The class that a classifier predicts for a video (3, F, H, W)."""
+    return classifier(video[None].to(device)).argmax().item()
+
+
+def most_common_class(classifier, references, device="cpu"):
+    """The most common class of the references (3, F, H, W), or None without references."""
+    predicted = [predict_class(classifier, video, device) for video in references]
+    return max(set(predicted), key=predicted.count) if predicted else None
+
+
+def find_tracks(sample, args):
+    """The tracks of a sample, from --tracks or by `tracks.track`, which also fills in the share of
+    reliable tracks. Raises BadInput."""
+    if args.tracks:
+        path = args.tracks / sample.path.parent.name / f"{sample.path.stem}.npy"
+        return tracks.read_tracks(path, sample.video.shape[1])
+    found, reliable = tracks.track(sample.video)
+    sample.reliable = reliable.float().mean().item() if len(reliable) else None
+    return found
+
+
+def alignment_name(scorers):
+    """The name of the text alignment in the table."""
+    return f"text alignment ({scorers.clip.name})"
+
+
+def copy_name(scorers):
+    """The name of the copy score in the table, with its network."""
+    features = "" if scorers.copies.name == "SSCD" else " features"
+    return f"copy score ({scorers.copies.name}{features})"
+
+
+# ------------------------------------------------------------------------------------------------
+# Summary of a run
+
+
+def choose_shared(runs):
+    """Fill in the compared samples of each run: those of the prompts that all runs share, or all
+    samples if the runs share no prompt. Returns notes for the table."""
+    prompts = [{s.prompt for s in run.samples} for run in runs]
+    shared, excluded = set.intersection(*prompts), []
+    for run in runs:
+        run.compared = [s for s in run.samples if s.prompt in shared or not shared]
+        if len(run.compared) < len(run.samples):
+            count = len(run.samples) - len(run.compared)
+            excluded.append(f"{run.name} {count} of {len(run.samples)} videos")
+    if excluded:
+        return [f"The prompts differ. The columns cover the {len(shared)} prompts that all runs "
+                f"share. Left out: {', '.join(excluded)}."]
+    if not shared:
+        return ["The runs share no prompt. Each column covers different prompts, so the columns "
+                "cannot be compared."]
+    return []
+
+
+def summary(run, args, scorers):
+    """{metric: number or None} of a run: means over the compared samples, and diversity."""
+    values, by_prompt = {}, {}
+    for s in run.compared:
+        by_prompt.setdefault(s.prompt, []).append(s)
+        for metric, value in s.metrics.items():
+            values.setdefault(metric, []).append(value)
+    table = {metric: mean(numbers) for metric, numbers in values.items()}
+    alignments, clip_diversity, lpips_diversity = [], [], []
+    for samples in by_prompt.values():
+        alignments.append(mean([s.metrics[alignment_name(scorers)] for s in samples]))
+        clip_diversity.append(clips.diversity([s.features for s in samples]))
+        if scorers.lpips:
+            lpips_diversity.append(lpips_distance(samples, args, scorers))
+    if len(by_prompt) > 1:  # MotionDirector's metric, for prompts with very different appearance
+        table["appearance diversity"] = mean(alignments)
+    for name, numbers in (("diversity (1 − CLIP cosine)", clip_diversity),
+                          ("diversity (LPIPS)", lpips_diversity)):
+        if set(numbers) - {None}:
+            table[name] = mean(numbers)
+    return table
+
+
+def mean(values):
+    """The mean of the values that are not None, or None without any."""
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+@torch.no_grad()
+def lpips_distance(samples, args, scorers):
+    """The mean frame-by-frame distance over all pairs of videos, or None without pairs."""
+    distances, previous = [], []
+    for s in samples:
+        frames = s.video.transpose(0, 1).to(args.device)
+        for other in previous:
+            distances.append(scorers.lpips(frames, other).mean().item())
+        previous.append(frames)
+    return mean(distances)
+
+
+# ------------------------------------------------------------------------------------------------
+# Copies
+
+
+def count_copies(runs, table, args, scorers):
+    """Add the share of copies to the table. Returns the threshold, or None without one."""
+    name = copy_name(scorers)
+    threshold = copy_threshold(runs, name, args)
+    for run in runs:
+        scores = [s.metrics[name] for s in run.compared if name in s.metrics]
+        if scores and threshold is not None:
+            copies = sum(score > threshold for score in scores)
+            table[run.name]["share of copies"] = copies / len(scores)
+    return threshold
+
+
+def copy_threshold(runs, name, args):
+    """The copy score above which a video counts as a copy: 0.25 for SSCD (NewMove), else the 99th
+    percentile over a run of the base model, or None without such a run."""
+    if args.copy_threshold is not None or args.sscd:
+        return 0.25 if args.copy_threshold is None else args.copy_threshold
+    base = []
+    for run in runs:
+        if is_base(run.generated):
+            base += [s.metrics[name] for s in run.samples if name in s.metrics]
+    return torch.tensor(base).quantile(0.99).item() if base else None
+
+
+def is_base(generated):
+    """True for samples of the base model from noise: no adapter with a scale except 0, and no
+    inverted clip."""
+    return generated is not None and bool(generated.videos) and not generated.noise_prior and (
+        not generated.adapter or not any(generated.scale))
