@@ -16,10 +16,10 @@ from torch.nn import functional as F
 import eval
 import model
 import sampler
-from scores import figures, folders, page, samples, study
+from scores import folders, metrics, page, samples, study
 from scores.clip import (
+    CLIP,
     SSCD,
-    Clip,
     copy_score,
     diversity,
     load_clip,
@@ -67,7 +67,7 @@ def test_text_alignment_falls_with_the_wrong_words(clip):
 
 def test_consistency_falls_when_frames_are_mixed(clip):
     _, videos = clips(6)
-    features = [clip.images(v) for v in videos]
+    features = [clip.frame_features(v) for v in videos]
     steady = sum(map(temporal_consistency, features)) / 6
     mixed = temporal_consistency(torch.stack([f[0] for f in features]))
     assert steady > mixed + 0.05
@@ -91,14 +91,14 @@ def test_clip_and_pick_score_equal_transformers():
         {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2,
          "mlp_ratio": 2.0})
     load_strictly(net, clip_from_hub(theirs.state_dict()), "random")
-    ours = Clip(net, tokenizer.tokenize, 32)
+    ours = CLIP(net, tokenizer.tokenize, 32)
     video = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         pictures = theirs.get_image_features(video.transpose(0, 1))
         words = theirs.get_text_features(tokenizer.tokenize(["a red star", "two"]))
     pictures, words = (getattr(x, "pooler_output", x) for x in (pictures, words))
-    assert torch.allclose(ours.images(video), F.normalize(pictures, dim=-1), atol=1e-5)
-    assert torch.allclose(ours.texts(["a red star", "two"]), F.normalize(words, dim=-1), atol=1e-5)
+    assert torch.allclose(ours.frame_features(video), F.normalize(pictures, dim=-1), atol=1e-5)
+    assert torch.allclose(ours.text_features(["a red star", "two"]), F.normalize(words, dim=-1), atol=1e-5)
     expected = theirs.logit_scale.exp() * F.cosine_similarity(pictures, words[:1]).mean()
     assert pick_score(ours, video, "a red star") == pytest.approx(expected.item(), abs=1e-4)
 
@@ -109,7 +109,7 @@ def test_clip_and_pick_score_equal_transformers():
 
 def test_copies_are_found_and_others_are_not(clip):
     _, videos = clips(4)
-    features = [clip.images(v) for v in videos]
+    features = [clip.frame_features(v) for v in videos]
     assert copy_score(features[0], features[:1]) == pytest.approx(1, abs=1e-5)
     assert copy_score(features[0], features[1:]) < 1 - 1e-3
 
@@ -252,10 +252,10 @@ def test_a_run_against_itself_and_against_another(tmp_path, capsys):
 def test_metrics_of_the_tiny_world_fall_for_reversed_videos_and_other_prompts(tmp_path):
     """The words of a background or a motion ("in a circle", "blue striped") name no object."""
     scenes, videos = clips(40, ("moving in a circle", "moving left"), seed=5)
-    one = next(i for i, (c, b, s) in enumerate(zip(scenes.colour, scenes.background, scenes.shape))
+    one = next(i for i, (c, b, s) in enumerate(zip(scenes.color, scenes.background, scenes.shape))
                if b == 1 and c not in (5,) and s not in (0,) and scenes.motion[i] == 7)
     left = (scenes.motion == 0).nonzero()[0, 0]
-    circle, blue = (scenes.shape == 0).nonzero()[0, 0], (scenes.colour == 5).nonzero()[0, 0]
+    circle, blue = (scenes.shape == 0).nonzero()[0, 0], (scenes.color == 5).nonzero()[0, 0]
     for name, video, prompt in (
             ("right", videos[one], world.captions(scenes)[one]),
             ("wrong", videos[one], "a blue circle moving in a circle on a grey background"),
@@ -267,10 +267,10 @@ def test_metrics_of_the_tiny_world_fall_for_reversed_videos_and_other_prompts(tm
     table = score(*(tmp_path / n for n in ("right", "wrong", "left", "back", "circle", "blue")),
                   "--world",
                   "--reference", tmp_path / "clip" / "0.mp4")
-    assert [table["right"][k] for k in ("colour", "shape", "background")] == [1, 1, 1]
-    assert [table["wrong"][k] for k in ("colour", "shape", "background")] == [0, 0, 0]
-    assert table["circle"]["shape"] == table["blue"]["colour"] == 0
-    assert table["left"]["colour"] is None and table["left"]["trajectory correlation"] > 0.99
+    assert [table["right"][k] for k in ("color", "shape", "background")] == [1, 1, 1]
+    assert [table["wrong"][k] for k in ("color", "shape", "background")] == [0, 0, 0]
+    assert table["circle"]["shape"] == table["blue"]["color"] == 0
+    assert table["left"]["color"] is None and table["left"]["trajectory correlation"] > 0.99
     assert table["back"]["trajectory correlation"] < -0.99
     assert table["back"]["motion fidelity"] < table["left"]["motion fidelity"] - 0.5
     assert table["left"]["same kind of motion"] == 1 and table["back"]["same kind of motion"] == 0
@@ -307,7 +307,7 @@ def test_any_model_of_open_clip_with_local_weights(hub, tmp_path):
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN,
                                                               open_clip.OPENAI_DATASET_STD))
         expected = F.normalize(net.encode_image((frames - mean) / std), dim=-1)
-    assert torch.allclose(clip.images(videos[0]), expected, atol=1e-5)
+    assert torch.allclose(clip.frame_features(videos[0]), expected, atol=1e-5)
 
 
 def test_metrics_that_are_nan_are_left_empty(tmp_path):
@@ -329,7 +329,7 @@ def test_sscd_gets_the_input_that_its_authors_specify():
             return torch.cat([x.flatten(1)[:, :1] + 1.0, torch.full((len(x), 1), float(x.shape[-1]),
                                                                     dtype=x.dtype)], 1)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1).expand(3, 2, 64, 64) * 2 - 1
-    got = SSCD(torch.jit.script(See())).images(mean)
+    got = SSCD(torch.jit.script(See())).frame_features(mean)
     assert torch.allclose(got, F.normalize(torch.tensor([[1.0, 288.0]] * 2), dim=1), atol=1e-6)
 
 
@@ -418,7 +418,7 @@ def test_the_page_plays_videos_and_runs_no_foreign_script(tmp_path):
     dom = browse(page, "setTimeout(() => document.body.dataset.loaded = [...document."
                  "querySelectorAll('video')].filter(v => v.readyState > 1).length, 3000)")
     assert dom.count("<video") == 6 and 'data-loaded="6"' in dom
-    assert "<title>Videos and figures</title>" in dom and "<img src=" not in dom
+    assert "<title>Video evaluation</title>" in dom and "<img src=" not in dom
     assert "&lt;script&gt;document.title" in dom and "motion fidelity" in dom
 
 
@@ -500,7 +500,7 @@ def test_training_clips_are_measured_as_training_read_them(tmp_path):
         folder="", method="vmc", video=[str(tmp_path / "clip.mp4")], size=[16, 32], frames=8,
         fps=8.0, start=0.5, weights=None, preview_prompt="", reverse=True)
     args = SimpleNamespace(size=64, keyframes=None)
-    sample, = folders.learned_from("a", trained, 8, args)
+    sample, = folders.read_training_clips("a", trained, 8, args)
     expected = video[4:12, 8:40, 16:48].flip(0)
     expected = F.interpolate(expected[:, None], (64, 64), mode="bilinear")[:, 0]
     assert sample.video.shape == (3, 8, 64, 64)
@@ -518,10 +518,10 @@ def test_samples_have_the_settings_of_the_adapter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file,message", [
     (b"", "JSONDecodeError"), (b'{"a": "\\ud800"}', "surrogates"), ({}, "votes"),
-    ({"votes": []}, "no votes in"), ({"votes": [3]}, "TypeError"),
+    ({"votes": []}, "no votes found"), ({"votes": [3]}, "TypeError"),
     ({"votes": [VOTE, VOTE | {"other": "?"}]}, r"'\?'"),
-    ({"votes": [VOTE | {"other": "1"}]}, "both sides are one's"),
-    ({"votes": [VOTE | {"other": "3"}]}, "both sides are one's"),
+    ({"votes": [VOTE | {"other": "1"}]}, "belong to one"),
+    ({"votes": [VOTE | {"other": "3"}]}, "belong to one"),
     ({"votes": [VOTE | {"ratings": {"1": {"motion": 99}}}]}, "99"),
     ({"votes": [VOTE | {"ratings": {"1": {"motion": float("nan")}}}]}, "nan"),
     ({"votes": [VOTE | {"ratings": {"9": {"motion": 1}}}]}, "'9'")])
@@ -605,7 +605,7 @@ def test_the_method_names_the_model_that_inverts(inversion, prior, same, tmp_pat
     monkeypatch.setattr(sampler, "invert", lambda *a, **k: (
         found.append(invert(*a, **k)), found[-1])[1])
     args = SimpleNamespace(prompts=None, seeds=1, device="cpu")
-    trained = folders.read_trained(tmp_path)
+    trained = folders.read_training(tmp_path)
     made = samples.sample_folder(tmp_path, trained, tmp_path / "to", args)
     names = ["base, noise", *["base, start"] * bool(prior), tmp_path.name, "step 2"]
     assert list(made) == names and len(found) == (3 if prior else 0)
@@ -680,9 +680,9 @@ def test_a_run_without_its_clip_or_its_adapter_is_refused(tmp_path):
 
 @pytest.mark.parametrize("argv,message", [
     (("nowhere",), "is not a folder"), ((".", "--clip", "ViT-H-14"), "requires --clip-weights"),
-    ((".",), "holds no videos"), ((".", "--classifier", "none.pt"), "none.pt does not exist"),
+    ((".",), "has no videos"), ((".", "--classifier", "none.pt"), "none.pt does not exist"),
     ((".", "--out", "file/x"), "file"), ((".", "--clip-weights", "x"), "requires --clip"),
-    ((), "give folders to score"), (("--votes", "none.json"), "none.json|study-key.json"),
+    ((), "expected folders to score"), (("--votes", "none.json"), "none.json|study-key.json"),
     (("--votes", "."), "study-key.json"), ((".", "--keyframes", "3"), "two or more"),
     ((".", "--prompts", "none.txt"), "--prompts and --seeds apply to"),
     ((".", "--motion-class", "1"), "requires --classifier"), ((".", "--out", "."), "is not empty")])
@@ -693,17 +693,17 @@ def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("made,base", [
+@pytest.mark.parametrize("generated,base", [
     ({"adapter": []}, True), ({"adapter": ["a"], "scale": [0.0]}, True),
     ({"adapter": ["a"]}, False), ({"adapter": [], "noise_prior": 0.5}, False), (None, False)])
-def test_the_threshold_of_copies_is_the_base_models_own_score(made, base):
+def test_the_threshold_of_copies_is_the_base_models_own_score(generated, base):
     """The base model: samples from noise without an adapter, or at scale 0."""
     args = SimpleNamespace(copy_threshold=None, sscd=None)
-    made = made and folders.GeneratedInfo(videos=[["a.mp4", "a", 0]], **made)
-    scored = [SimpleNamespace(figures={"copies": i / 200}) for i in range(101)]
-    run = SimpleNamespace(made=made, samples=scored)
-    found = figures.copy_threshold([run], "copies", args)
+    generated = generated and folders.GeneratedInfo(videos=[["a.mp4", "a", 0]], **generated)
+    scored = [SimpleNamespace(metrics={"copies": i / 200}) for i in range(101)]
+    run = SimpleNamespace(generated=generated, samples=scored)
+    found = metrics.copy_threshold([run], "copies", args)
     assert found == pytest.approx(99 / 200) if base else found is None
     for given, sscd, threshold in ((None, "x", 0.25), (0.4, None, 0.4), (0.4, "x", 0.4)):
         args = SimpleNamespace(copy_threshold=given, sscd=sscd)
-        assert figures.copy_threshold([run], "copies", args) == threshold
+        assert metrics.copy_threshold([run], "copies", args) == threshold

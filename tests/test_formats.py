@@ -226,7 +226,7 @@ def test_lists_of_motiondirector_without_names(kind, clips, full, capsys):
             assert (pairs[name][1] @ pairs[name][0])[0, 0] == k * clips + clip
     assert ("clip 2 of 3" in capsys.readouterr().err) == (clips == 3)
     for wrong, clip in ((tensors, clips), (tensors[:-2], 0), (tensors[::-1], 0), ([], 0)):
-        with pytest.raises(BadInput, match="no clip|not MotionDirector's"):
+        with pytest.raises(BadInput, match="no clip|do not match MotionDirector"):
             formats.read_foreign(wrong, {}, full, "9_unet.pt", clip)
 
 
@@ -251,35 +251,35 @@ def with_kohya(**parts):
 
 
 @pytest.mark.parametrize("message,state,meta", [
-    ("half of a pair", DOWN, {}), ("half of a pair", UP, {}),
-    ("half of a pair: .* A, alpha alone", kohya(Q, **{"lora_down.weight": A, "alpha": A}), {}),
-    ("1 of its 3 tensors have no place .* first .*lora_C", with_part("lora_C.weight", A), {}),
-    ("two tensors for one place", DOWN | UP | kohya(Q, **{"lora_down.weight": A}), {}),
-    ("no place", kohya("input_blocks.1", **{"lora_down.weight": A}), {}),
-    ("two tensors for one place", with_part("lora_A.two.weight", A), {}),
-    ("both the whole of", with_part("weight", noise(32, 32)), {}),
+    ("expected A and B", DOWN, {}), ("expected A and B", UP, {}),
+    (r"found \['A', 'alpha'\]", kohya(Q, **{"lora_down.weight": A, "alpha": A}), {}),
+    ("1 of its 3 tensors match no layer, e.g. .*lora_C", with_part("lora_C.weight", A), {}),
+    ("duplicate tensor", DOWN | UP | kohya(Q, **{"lora_down.weight": A}), {}),
+    ("match no layer", kohya("input_blocks.1", **{"lora_down.weight": A}), {}),
+    ("duplicate tensor", with_part("lora_A.two.weight", A), {}),
+    ("both full weights and a LoRA for", with_part("weight", noise(32, 32)), {}),
     (r"alpha is \(2,\)", with_part("alpha", torch.ones(2)), {}),
     ("scale of .* is", with_part("alpha", torch.tensor(0)), {}),
     (r"scale of .* is \[4.5, 1", with_part("alpha", torch.tensor(9)), settings()),
-    ("no place", with_part("lora_B.bias", noise(32)), {}),
+    ("match no layer", with_part("lora_B.bias", noise(32)), {}),
     (r"is \(32, 3\)", DOWN | {f"{Q}.lora_B.weight": noise(32, 3)}, {}),
     (r"is \(2, 31\)", UP | {f"{Q}.lora_A.weight": noise(2, 31)}, {}),
-    ("rank 0", UP | {f"{Q}.lora_A.weight": A[:0]}, {}),
-    ("rank 3, and its A has 2", DOWN | UP, settings(r=3)),
-    ("rank 2, and its A", DOWN | UP, settings(r="2")),
+    ("rank 1 or more", UP | {f"{Q}.lora_A.weight": A[:0]}, {}),
+    ("settings are r=3.*expected r=2", DOWN | UP, settings(r=3)),
+    ("settings are r='2'", DOWN | UP, settings(r="2")),
     ("cannot be used", DOWN | UP, settings(rank_pattern={"(": 2})),
     ("cannot be used", DOWN | UP, settings(use_rslora="no")),
     ("use_dora", DOWN | UP, settings(use_dora=True)),
-    ("no place", with_part("lora_magnitude_vector", noise(32)), settings()),
-    ("another start or kind", DOWN | UP, settings(init_lora_weights="pissa")),
+    ("match no layer", with_part("lora_magnitude_vector", noise(32)), settings()),
+    ("not supported: init_lora_weights", DOWN | UP, settings(init_lora_weights="pissa")),
     ("use_qalora", DOWN | UP, settings(peft_type="LOHA", use_qalora=True)),
     ("JSONDecodeError", DOWN | UP, {"lora_adapter_metadata": "{"}),
-    ("no place", with_kohya(**{"lora_mid.weight": A}), {}),
-    ("no place", with_kohya(dora_scale=A), {}), ("no place", kohya(Q, hada_w1_a=A), {}),
-    ("no place", kohya(Q, lokr_w1=A), {}), ("no place", kohya(Q, diff=A), {}),
-    ("metadata and none for", with_kohya(), {"ss_network_alpha": "1"}),
+    ("match no layer", with_kohya(**{"lora_mid.weight": A}), {}),
+    ("match no layer", with_kohya(dora_scale=A), {}), ("match no layer", kohya(Q, hada_w1_a=A), {}),
+    ("match no layer", kohya(Q, lokr_w1=A), {}), ("match no layer", kohya(Q, diff=A), {}),
+    ("metadata has an alpha, but", with_kohya(), {"ss_network_alpha": "1"}),
     (r"conv_in.bias is \(3,\)", {"conv_in.bias": noise(3)}, {}),
-    ("no place", {"lora_te_x.lora_down.weight": A}, {}),
+    ("no tensor for the UNet", {"lora_te_x.lora_down.weight": A}, {}),
 ])
 def test_unknown_tensors_and_settings_are_refused_in_one_line(message, state, meta, unet):
     with pytest.raises(BadInput, match=message) as error:
@@ -291,14 +291,14 @@ def test_unknown_tensors_and_settings_are_refused_in_one_line(message, state, me
 def test_whole_unets_are_adapters_only_on_request(kept, unet, base, capsys):
     """All weights of a video or image UNet are refused; a part of them is an adapter."""
     state = {f"unet.{n}": t for n, t in base.items() if re.fullmatch(kept, n)}
-    with pytest.raises(BadInput, match="is no adapter"):
+    with pytest.raises(BadInput, match="is not an adapter"):
         formats.read_foreign(state, {}, unet, "x")
-    tensors, pairs = formats.read_foreign(state, {}, unet, "x", whole=True)
+    tensors, pairs = formats.read_foreign(state, {}, unet, "x", full_weights=True)
     assert {f"unet.{n}" for n in tensors} == set(state) and not pairs
     state.pop("unet.conv_in.weight")
     some = state | {"text_encoder.x.lora_A.weight": A}
     assert len(formats.read_foreign(some, {}, unet, "x")[0]) == len(state)
-    assert "skipping 1 tensors of a text encoder" in capsys.readouterr().err
+    assert "skipping 1 text encoder tensors" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------

@@ -565,7 +565,7 @@ def test_errors_before_anything_is_loaded(argv, message, tmp_path, adapter, monk
     ([*X, "--adapter", "{p}/broken.safetensors"], "cannot be used"),
     ([*X, "--adapter", "{p}/changed.safetensors"], "checksum is wrong"),
     ([*X, "--adapter", "{p}/other.safetensors"], "was trained on"),
-    ([*X, "--adapter", str(VAE_FILE)], "no place in this UNet"),
+    ([*X, "--adapter", str(VAE_FILE)], "match no layer"),
     ([*X, "--adapter", "{a}", "--size", "128x64"], "drop --frames and --size"),
     ([*X, "--adapter", "{a}", "--frames", "9"], "drop --frames and --size"),
     ([*X, "--noise-prior", "0.5"], "--noise-prior: sampling starts from a clip"),
