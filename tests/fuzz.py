@@ -141,7 +141,8 @@ def generated_otherwise(case):
     if "--prompt" in flags:
         prompts = [flags["--prompt"]]
     else:
-        text = Path(case.folder, flags["--prompts"]).read_text("utf-8-sig")
+        raw = Path(case.folder, flags["--prompts"]).read_bytes()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     wrong = []
     if [row[1] for row in made["videos"]] != prompts:
