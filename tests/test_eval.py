@@ -98,7 +98,8 @@ def test_clip_and_pick_score_equal_transformers():
         words = theirs.get_text_features(tokenizer.tokenize(["a red star", "two"]))
     pictures, words = (getattr(x, "pooler_output", x) for x in (pictures, words))
     assert torch.allclose(ours.frame_features(video), F.normalize(pictures, dim=-1), atol=1e-5)
-    assert torch.allclose(ours.text_features(["a red star", "two"]), F.normalize(words, dim=-1), atol=1e-5)
+    texts = ours.text_features(["a red star", "two"])
+    assert torch.allclose(texts, F.normalize(words, dim=-1), atol=1e-5)
     expected = theirs.logit_scale.exp() * F.cosine_similarity(pictures, words[:1]).mean()
     assert pick_score(ours, video, "a red star") == pytest.approx(expected.item(), abs=1e-4)
 
