@@ -104,7 +104,9 @@ SETTINGS = {name for method in recipe.METHODS.values() for name in method.settin
 
 def differs(name, found, value):
     """[text] where a value in an output is not the one on the command line."""
-    if isinstance(found, bool):
+    if found is None:  # JSON has no infinity
+        same = value == "inf"
+    elif isinstance(found, bool):
         same = value == ("on" if found else "off")
     elif isinstance(found, (int, float)):
         same = float(value) == found
