@@ -691,7 +691,7 @@ def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     expect_error(argv, message, capsys, eval.main)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["file"]
 
 
 @pytest.mark.parametrize("generated,base", [
