@@ -128,7 +128,7 @@ def load_state(path, run, optimizer):
             if not kind:
                 p.data.copy_(tensor)
             else:  # moments in the memory layout of their parameter
-                like = torch.empty_like(p) if tensor.shape == p.shape else tensor.to(p.device)
+                like = torch.empty_like(p if tensor.shape == p.shape else tensor, device=p.device)
                 optimizer.state[p][kind] = like.copy_(tensor)
         run.scaler.load_state_dict(json.loads(meta["scaler"]))
     return step
