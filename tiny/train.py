@@ -28,7 +28,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import model  # noqa: E402
-from sampler import Schedule  # noqa: E402
+from sampler import NoiseSchedule  # noqa: E402
 from support import hub, machine, tokenizer  # noqa: E402
 from tiny import world  # noqa: E402
 
@@ -518,7 +518,7 @@ def unet_loss(unet, latents, text, g, args, temporal, skew, low=0):
     """Mean squared error of v at timesteps low + (T − low)·u^skew, u uniform: a skew of 1 is
     uniform, a lower one favors high noise. With this schedule an object's shape and color are
     decided below about t = 400, and its motion, which all frames show together, above."""
-    schedule = Schedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
+    schedule = NoiseSchedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
     B, T = len(latents), schedule.num_train_timesteps
     t = (low + torch.rand(B, generator=g) ** skew * (T - low)).long()
     noise = torch.randn(latents.shape, generator=g).to(latents)
@@ -659,7 +659,7 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {', '.join(unknown)}; choose from {', '.join(STAGES)}")
-    machine.keep_memory()
+    machine.tune_malloc()
     for stage in args.stages or STAGES:
         globals()[f"train_{stage}"](args)
 
