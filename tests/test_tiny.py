@@ -196,17 +196,17 @@ def test_clip_and_text_encoder_share_no_tensor():
 
 def test_rare_tokens_have_distinct_embeddings(tiny):
     ids = torch.cat([torch.tensor([48136, 25266]), torch.arange(40000, 40200)])  # sks, pll, others
-    rows = torch.nn.functional.normalize(tiny.text.tower.token_embedding.weight[ids], dim=1)
+    rows = torch.nn.functional.normalize(tiny.text_encoder.tower.token_embedding.weight[ids], dim=1)
     similarity = rows @ rows.T - 2 * torch.eye(len(rows))
     assert similarity.max() < 0.8
-    left, right = tiny.text(["a star moving left", "a star moving right"])
+    left, right = tiny.text_encoder(["a star moving left", "a star moving right"])
     assert torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0) < 0.9
 
 
 def test_the_tiny_model_draws_the_prompt(tiny):
     """A lower bound, well under the measured numbers of docs/base.md."""
     s = world.sample_scenes(8, torch.Generator().manual_seed(77))
-    noise = sampler.noise_like_shape((8, 16, 8, 8), list(range(8)))
+    noise = sampler.seeded_randn((8, 16, 8, 8), list(range(8)))
     videos = sampler.sample(tiny, world.captions(s), noise, list(range(8)), steps=20, guidance=4)
     right = accuracy(s, measurements.read(videos))
     print("eight prompts:", right)
@@ -216,8 +216,8 @@ def test_the_tiny_model_draws_the_prompt(tiny):
 def test_the_loss_shows_the_effect_of_motion_words(tiny, monkeypatch):
     effect = measure.measure_words(tiny, clips=4)
     assert len(effect) == 6 and min(effect.values()) > 20
-    read = tiny.read
-    monkeypatch.setattr(tiny, "read", lambda prompts: read(["a thing"] * len(prompts)))
+    encode = tiny.encode_text
+    monkeypatch.setattr(tiny, "encode_text", lambda prompts: encode(["a thing"] * len(prompts)))
     assert set(measure.measure_words(tiny, frames=4, clips=2).values()) == {0.0}
 
 
