@@ -39,7 +39,7 @@ import sampler  # noqa: E402
 import train  # noqa: E402
 from support import media  # noqa: E402
 from support.adapters import fingerprint, read_adapter  # noqa: E402
-from support.files import atomic_write, read_json, slug, write_json  # noqa: E402
+from support.files import read_json, slug, write_json, write_text  # noqa: E402
 from support.machine import default_precision, tune_malloc  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
 from tiny import measurements, world  # noqa: E402
@@ -407,8 +407,7 @@ class Results:
             lines.append(f"{json.dumps(key, ensure_ascii=False)}: {row}")
         head = json.dumps({"base": base_model(), "metrics": list(METRICS), "recipes": train.TINY},
                           ensure_ascii=False)
-        with atomic_write(RECORDS) as part:
-            part.write_text(head[:-1] + ', "trials": {\n' + ",\n".join(lines) + "\n}}\n")
+        write_text(RECORDS, head[:-1] + ', "trials": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -502,7 +501,7 @@ def main():
         results.write()
         write_json(ROOT / "docs" / "results.json", result)
         path = ROOT / "docs" / "results.md"
-        path.write_text(page(path.read_text(), result))
+        write_text(path, page(path.read_text(), result))
     for method, row in methods.items():
         for cell, metrics in row["cells"].items():
             print(f"{method}, {cell}: agreement {show(metrics['agreement'], 2)}, "

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT)]
 
 import model  # noqa: E402
 from losses import debias  # noqa: E402
-from support.files import atomic_write, write_json  # noqa: E402
+from support.files import write_json, write_text  # noqa: E402
 from support.machine import run, tune_malloc  # noqa: E402
 from tiny import benchmark, claims_spec, world  # noqa: E402
 from tiny.benchmark import Cell, Results, interval  # noqa: E402
@@ -375,12 +375,8 @@ def write(result, results):
     """Write the records, the JSON, the page and the chart."""
     results.write()
     write_json(DOCS / "claims.json", result)
-    text = page((DOCS / "claims.md").read_text(), result)
-    files = {DOCS / "claims.md": text, ROOT / "assets" / "claims-methods.svg": chart(results)}
-    for path, content in files.items():
-        with atomic_write(path) as part:
-            part.write_text(content)
-        print(path)
+    write_text(DOCS / "claims.md", page((DOCS / "claims.md").read_text(), result))
+    write_text(ROOT / "assets" / "claims-methods.svg", chart(results))
 
 
 if __name__ == "__main__":
