@@ -165,8 +165,8 @@ def train(pipe, trainable, x0, steps):
 
 @torch.no_grad()
 def invert(pipe, x0, steps):
-    """DDIM inversion with an empty prompt (Song et al. 2021, Sec. 4.3): from the clip to noise, with
-    the trained model."""
+    """DDIM inversion with an empty prompt (Song et al. 2021, Sec. 4.3): from the clip to noise,
+    with the trained model."""
     x, text = x0, pipe.encode_text([""])
     for t in reversed(sampling_timesteps(steps)):
         below, a = alpha_bar_prev(t - T // steps), ALPHA_BAR[t].item()
