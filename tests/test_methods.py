@@ -684,8 +684,8 @@ def test_previews_start_as_the_method_does_and_leave_appearance_out(hop, tmp_pat
 def test_an_appearance_score_stops_the_run(hop, tmp_path, monkeypatch, tiny):
     """A cosine is at most 1, so the first preview stops the run, and hardly ever −1. The score uses
     appearance_prompt or, without it, the preview prompt."""
-    read, texts = [], clips.Clip.texts
-    monkeypatch.setattr(clips.Clip, "texts", lambda self, prompts: (
+    read, texts = [], clips.CLIP.texts
+    monkeypatch.setattr(clips.CLIP, "texts", lambda self, prompts: (
         read.append(prompts), texts(self, prompts))[1])
     train_until = lambda score, *more: run_training(
         "newmove", hop, tmp_path / str(score), "--prior", "none", "--preview-every", 1, "--steps",
