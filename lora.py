@@ -2,7 +2,7 @@
 
     python -c "import lora; print(*lora.LAYERS, sep='\\n')"
 
-A layer set is a pattern over parameter names. A method's `Trainable` says which layers are trained
+A layer set is a pattern over parameter names. A method's `Trainable` sets which layers are trained
 and how: fully, or with a LoRA (Hu et al. 2021), W·x + s·B·A·x with low-rank A and B. A
 `PlaceholderToken` is trained in the text encoder. `build` makes the object with the parameters;
 support/adapters.py saves it.
@@ -17,7 +17,6 @@ from torch import nn
 import sampler
 from support import adapters, fast, formats
 from support.files import BadInput
-from support.tokenizer import words_to_ids
 
 # ------------------------------------------------------------------------------------------------
 # Layer sets
@@ -59,17 +58,23 @@ LAYERS |= {  # unions of two sets
 
 def select(unet, layers):
     """{name: parameter} of a layer set, or of a pattern. Raises BadInput if none matches."""
-    pattern = pattern_of(layers)
+    pattern, sets = pattern_of(layers, unet), layer_sets(unet)
     chosen = {n: p for n, p in unet.named_parameters() if pattern.fullmatch(n)}
     if not chosen:
-        raise BadInput(f"layers={layers!r} matches no parameter; give one of {', '.join(LAYERS)}, "
+        raise BadInput(f"layers={layers!r} matches no parameter; give one of {', '.join(sets)}, "
                        "or a pattern over parameter names.")
     return chosen
 
 
-def pattern_of(layers):
+def layer_sets(network=None):
+    """The named layer sets of a network: LAYERS, unless it has its own."""
+    return getattr(network, "layer_sets", LAYERS)
+
+
+def pattern_of(layers, network=None):
     """The compiled pattern of a layer set, or of a user's pattern. Raises BadInput."""
-    return re.compile(LAYERS[layers]) if layers in LAYERS else read_pattern(layers)
+    sets = layer_sets(network)
+    return re.compile(sets[layers]) if layers in sets else read_pattern(layers)
 
 
 def read_pattern(text):
@@ -84,11 +89,11 @@ class FinetunedNames:
     """The names of all fully fine-tuned parameters, known before the network is loaded: `name in
     FinetunedNames(parts)`. All other parameters may be stored in bf16."""
 
-    def __init__(self, parts):
-        self.patterns = []
+    def __init__(self, parts, network=None):
+        self.parts, self.patterns = parts, []
         for part in parts.values():
             if isinstance(part, Trainable) and part.trainable and not part.rank:
-                self.patterns.append(pattern_of(part.layers))
+                self.patterns.append(pattern_of(part.layers, network))
 
     def __contains__(self, name):
         return any(pattern.fullmatch(name) for pattern in self.patterns)
@@ -128,11 +133,11 @@ class Trainable:
 
     @property
     def trainable(self):
-        """Whether it has trainable parameters."""
+        """True if it has trainable parameters."""
         return self.layers != "none" and not self.load_from
 
     def uses(self, field):
-        """Whether a setting has an effect."""
+        """True if a setting has an effect."""
         if self.load_from or self.layers == "none":
             return field in ("layers", "load_from")
         return self.rank > 0 or field not in ("scale", "dropout", "per_video")
@@ -164,11 +169,11 @@ class PlaceholderToken:
 
     @property
     def trainable(self):
-        """Whether it has trainable parameters."""
+        """True if it has trainable parameters."""
         return self.num_vectors > 0
 
     def uses(self, field):
-        """Whether a setting has an effect."""
+        """True if a setting has an effect."""
         return self.num_vectors > 0 or field in ("token", "num_vectors")
 
     def build(self, pipe, seed, clip):
@@ -264,11 +269,11 @@ class TokenEmbedding(Trained):
     def __init__(self, text_encoder, token, count, initializer, seed):
         if not token.strip():
             raise BadInput("a trainable token requires a text: word.token=sks.")
-        table, ids = text_encoder.tower.token_embedding.weight, words_to_ids(token)
+        table, ids = text_encoder.token_table, text_encoder.words_to_ids(token)
         # A single-token word starts from its own vector; a new word from the initializer or
-        # "thing". Noise tells several vectors apart.
+        # "thing". Noise makes several vectors differ.
         if len(ids) > 1 or initializer:
-            ids = words_to_ids(initializer.strip() or "thing")[:1]
+            ids = text_encoder.words_to_ids(initializer.strip() or "thing")[:1]
         start = table[ids].detach().float().expand(count, -1)
         noise = sampler.seeded_randn(start.shape, [seed])[0].to(start) * table.std() * 0.1
         self.token, self.vectors = token, nn.Parameter(start + noise * (count > 1))

@@ -10,6 +10,7 @@ Functions of `fast` give the same results as the torch functions they replace (s
 Axes: B prompts or clips, F frames, C channels, H W pixels, h w latent (H/8, W/8), N text tokens,
 D text width. "Folded" tensors are (B·F, C, h, w): spatial layers treat each frame as an image.
 """
+import importlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from support.fast import Dropout, TemporalConv1d
 from support.files import BadInput, read_fields, read_json, reading
 from support.hub import TextConfig, UNetConfig, VAEConfig
 from support.machine import DTYPES, autocast, to_device
-from support.tokenizer import has_word, tokenize
+from support.tokenizer import has_word, tokenize, words_to_ids
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 
@@ -615,6 +616,12 @@ class TextEncoder(nn.Module):
         )
         self.tower.attn_mask = None  # `embed` builds a mask of the right length
         self.learned = {}  # learned token -> vectors (n, D), in addition to the embedding table
+        self.words_to_ids = words_to_ids
+
+    @property
+    def token_table(self):
+        """The embeddings of all tokens (V, D)."""
+        return self.tower.token_embedding.weight
 
     def forward(self, prompts):
         """List of B prompts -> (B, 77, D). Padding tokens are not masked."""
@@ -715,6 +722,8 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give one in the hub's layout: unet/, vae/, "
                        "text_encoder/ and scheduler/.")
+    if other := other_backbone(folder):
+        return other.load(folder, device, precision, keep)
     half = keep is not None and precision != "fp32"
     dtype = lambda name: DTYPES[precision if half and not fast.in_fp32(name, keep) else "fp32"]
     pipe = Pipeline(load_unet(folder, dtype=dtype), load_vae(folder), load_text(folder),
@@ -722,6 +731,16 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
     if half:
         pipe.store_frozen(keep)
     return pipe.to(device)
+
+
+def other_backbone(folder):
+    """The module that loads another network than the UNet: <name>/load.py, where model_index.json
+    names the pipeline <Name>Pipeline. None for the UNet."""
+    path = folder / "model_index.json"
+    index = read_json(path) if path.is_file() else {}
+    name = str(index.get("_class_name")).removesuffix("Pipeline").lower()
+    if name.isidentifier() and (Path(__file__).parent / name / "load.py").is_file():
+        return importlib.import_module(f"{name}.load")
 
 
 def load_unet(folder, device="cpu", dtype=torch.float32):

@@ -397,6 +397,8 @@ def sample_videos(pipe, loaded, scales, jobs, s, shape, clip=None, negative="", 
     loaded, scales: the adapters, each with its scale; s: a Sampling; shape: (C, F, h, w) of the
     latents; clip: clean latents (1, C, F, h, w), required where s.noise_prior > 0. Raises BadInput.
     """
+    pipe.encode_text(["", negative, *[prompt for prompt, _ in jobs]])  # once, as in train.py
+
     def inverted_clip():
         steps = s.inversion_steps or s.sampling_steps
         return invert(pipe, clip, steps, progress=progress and "inverting")

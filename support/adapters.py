@@ -28,7 +28,7 @@ def fingerprint(unet):
     the configuration and the last layer, which is never stored in bf16."""
     total = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
     named = dict(unet.named_parameters())
-    for name in [n for n in named if n.startswith("conv_out")] or named:
+    for name in [n for n in named if n.startswith(("conv_out", "proj_out"))] or named:
         tensor = named[name].detach().to("cpu", torch.float16)
         total.update(tensor.flatten()[:4096].contiguous().numpy().tobytes())
     return total.hexdigest()[:12]

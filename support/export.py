@@ -17,13 +17,14 @@ def save_hub(model, folder, base_folder):
     --weights. unet/ is stored in fp16; all other parts are hard links to the base model, or copies.
     The folder appears complete or not at all. Raises BadInput where it exists."""
     folder, base = Path(folder), Path(base_folder)
+    own = getattr(model.unet, "subfolder", "unet")  # the part that is merged
     state = halved(model.unet, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as place:
         part = Path(place) / folder.name
         shutil.copytree(base, part, copy_function=link, ignore=lambda path, names: [
-            n for n in names if Path(path, n).parent == base / "unet" and n != "config.json"])
-        with atomic_write(part / "unet" / "diffusion_pytorch_model.safetensors") as file:
+            n for n in names if Path(path, n).parent == base / own and n != "config.json"])
+        with atomic_write(part / own / "diffusion_pytorch_model.safetensors") as file:
             save_file(state, file, {"format": "pt"})
         os.replace(part, folder)
     warn_of_tokens(model, folder)
@@ -32,6 +33,9 @@ def save_hub(model, folder, base_folder):
 def save_pth(model, path, base_folder=None):
     """Write the UNet as ModelScope's .pth in fp16, for ComfyUI's and the web UI's nodes. Raises
     BadInput where the file exists."""
+    if hasattr(model.unet, "subfolder"):
+        raise BadInput(f"--save-merged {path}: a .pth can hold ModelScope's UNet only; give a "
+                       "folder.")
     state = as_pth(halved(model.unet, path), model.unet)
     with atomic_write(path) as part:
         torch.save(state, part)

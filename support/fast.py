@@ -123,9 +123,10 @@ class TemporalConv1d(nn.Conv3d):
 
 
 def in_fp32(name, keep=()):
-    """True for UNet parameters that stay in fp32 when frozen weights are stored in bf16: those in
+    """True for parameters that stay in fp32 when frozen weights are stored in bf16: those in
     `keep`, and the norms (also ".conv1.0." …) and the last layer, which run in fp32."""
-    return name in keep or re.search(r"norm|\.conv\d\.0\.|^conv_out", name) is not None
+    small = r"norm|\.conv\d\.0\.|^(conv|proj)_out|scale_shift_table"
+    return name in keep or re.search(small, name) is not None
 
 
 def to_half(unet, dtype, keep=()):

@@ -128,7 +128,7 @@ def load_state(path, run, optimizer):
             if not kind:
                 p.data.copy_(tensor)
             else:  # moments in the memory layout of their parameter
-                like = torch.empty_like(p) if tensor.shape == p.shape else tensor.to(p.device)
+                like = torch.empty_like(p if tensor.shape == p.shape else tensor, device=p.device)
                 optimizer.state[p][kind] = like.copy_(tensor)
         run.scaler.load_state_dict(json.loads(meta["scaler"]))
     return step
@@ -296,7 +296,8 @@ def layer_types(parameters):
     """{type of layer, e.g. 'temp_attentions attn1': (tensors, numbers)} of {name: parameter}."""
     count = {}
     for name, p in parameters.items():
-        owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets)", name)
+        owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets"
+                          r"|(?:temporal_)?transformer_blocks)", name)
         inner = re.search(r"\.(attn[12]|ff)\.", name)
         parts = [n for n in name.split(".")[:-2] if not n.isdigit()]  # for other networks
         kind = " ".join(m.group(1) for m in (owner, inner) if m) or " ".join(parts) or "other"
