@@ -1,5 +1,6 @@
 """Shared by the tests: paths, the tiny model, clips, optional packages, and ways to run a command.
 """
+import gc
 import os
 import re
 import signal
@@ -180,6 +181,7 @@ def expect_error(argv, message, capsys, main=train.main):
 def fork(action, stderr=os.devnull, **environment):
     """Fork this process and run `action` as a script would. Returns the process id. Unlike a new
     Python, a fork does not import torch again."""
+    gc.collect()  # a child cannot free a video frame, whose threads exist in the parent alone
     if pid := os.fork():
         return pid
     os.environ.update(environment)
