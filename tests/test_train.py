@@ -568,8 +568,8 @@ def test_real_weights_use_the_methods_shape_and_frame_rate(hop, folder, tmp_path
     big, small = (16, (384, 384)), (8, (320, 576))
     for method, clips, shape, fps in (
             ("vmc", [fast], small, 30 / 4), ("newmove", [fast], big, 30),
-            ("newmove", [hop], big, 8), ("newmove", [fast, hop], big, 8), ("newmove", [images], big, 24),
-            ("newmove", [held], big, 25)):
+            ("newmove", [hop], big, 8), ("newmove", [fast, hop], big, 8),
+            ("newmove", [images], big, 24), ("newmove", [held], big, 25)):
         argv = ["--method", method, "--weights", str(TINY), "--video", *map(str, clips)]
         flags, _ = train.parse(argv)
         assert ((flags.frames, flags.size), flags.fps) == (shape, pytest.approx(fps))
