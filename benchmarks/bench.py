@@ -29,6 +29,11 @@ PRECISIONS = ("bf16", "fp32", "fp16")  # the most important one first
 SHAPES = {"vmc": (8, 320, 576), "motiondirector": (16, 384, 384), "newmove": (16, 384, 384),
           "customize-a-video": (16, 256, 256), "": (24, 320, 576)}  # F, H, W; "": of sampling
 LATENTS = "Sampled latents"  # the case of their error
+GROWTH = {  # time over the number of frames and the rank, each with its train.py settings
+    "Step time of vmc": {f"{n} frames": f"--method vmc --frames {n}" for n in (8, 16, 24, 32)},
+    "Step time of motiondirector": {
+        f"rank {n}": f"--method motiondirector motion.rank={n} appearance.rank={n}"
+        for n in (4, 32, 128)}}
 SMALL = {"cpu": (16, 64, 64), "dry": (4, 64, 64)}  # shape of all rows of these commands
 WARM, SIDE_SECONDS = 2, 20  # untimed steps; seconds after which one timed step is enough
 
@@ -41,13 +46,14 @@ def list_rows(command):
     """The rows of the table, the most important first. The case of a row is the command that it
     measures."""
     methods, rows = [f"train.py --method {name}" for name in SHAPES if name], []
+    shape = SMALL.get(command)
 
-    def add(precision, *cases, shape=SMALL.get(command)):
+    def add(precision, *cases):
         for case in cases:
             own = next(shape for name, shape in SHAPES.items() if name in case)
+            steps = 1 if case.startswith("train.py") else 2 if shape else 5
             rows.append({"case": case, "precision": precision, "shape": shape or own,
-                         "steps": 1 if case[:8] == "train.py" else 5, "seconds": {}, "peak": {},
-                         "relative": {}, "errors": {}})
+                         "steps": steps, "seconds": {}, "peak": {}, "relative": {}, "errors": {}})
 
     add("bf16", *methods, "generate.py", LATENTS)
     add("bf16", *[f"{case} --checkpointing on" for case in methods])
@@ -55,10 +61,7 @@ def list_rows(command):
     if command != "cpu":  # fp16 is slow on CPUs
         add("fp16", *methods, "generate.py")
         return rows
-    for frames in (8, 24, 32):
-        add("bf16", methods[0], shape=(frames, 64, 64))
-    for rank in (4, 128):
-        add("bf16", f"{methods[1]} motion.rank={rank} appearance.rank={rank}")
+    add("bf16", *GROWTH)
     return rows
 
 
@@ -66,6 +69,8 @@ def measure(here, row):
     """Times, peak memory and the outputs' difference of the sides."""
     if row["case"] == LATENTS:
         return accuracy(here, row)
+    if row["case"] in GROWTH:
+        return growth(here, row)
     builders, outputs = {"ours": sides.sample_ours, "diffusers": sides.sample_official}, {}
     if row["case"].startswith("train.py"):
         builders = {"ours": sides.train_ours}
@@ -91,6 +96,17 @@ def accuracy(here, row):
     for precision in PRECISIONS:
         sampled = sides.sample_ours(here, row | {"precision": precision})()
         row["relative"][f"error in {precision}"] = relative_error(sampled, reference)
+
+
+def growth(here, row):
+    """The time of a training step by settings, relative to the first."""
+    builders = {}
+    for name, settings in GROWTH[row["case"]].items():
+        case = row | {"case": f"train.py {settings}"}
+        builders[name] = lambda here, row, case=case: sides.train_ours(here, case)
+    take_turns(here, row, builders)
+    times = [statistics.median(seconds) for seconds in row["seconds"].values()]
+    row["relative"] = {name: time / times[0] for name, time in zip(builders, times)}
 
 
 def relative_error(x, reference):
@@ -151,7 +167,7 @@ def line_of(row):
     sentence for values that are relative."""
     if row["relative"]:
         values = [f"{name} {value:.3g}" for name, value in row["relative"].items()]
-        return f"{row['case']}: relative {', '.join(values)}."
+        return f"{row['case']}, relative: {', '.join(values)}."
     cells = [row["case"], row["precision"], "×".join(map(str, row["shape"]))]
     for side in ("ours", "diffusers"):
         cell = row["errors"].get(side, "")
@@ -178,7 +194,7 @@ def page(files):
         table = ["| command | precision | F×H×W | ms per step | diffusers | speedup |",
                  "|---|---|---|---|---|---|", *[line for line in lines if line[0] == "|"], "",
                  f"{result['machine']}, torch {result['torch']}, diffusers {result['diffusers']}.",
-                 *[line for line in lines if line[0] != "|"], ""]
+                 "", *[f"- {line}" for line in lines if line[0] != "|"], ""]
         before, mark, after = text.partition(f"<!-- {command} -->\n")
         text = before + mark + "\n".join(table) + after[after.index("<!-- end -->"):]
     path.write_text(text)
