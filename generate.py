@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import lora  # noqa: F401  (registers loaders of new kinds of trainables)
 import sampler
 from model import TINY, is_tiny, load
 from sampler import Sampling, read_sampling
@@ -59,22 +60,28 @@ def main(argv=None):
         settings = vars(args) | asdict(s) | {"videos": [
             (name, *job) for name, job in zip(names, jobs)]}
         print_line(f"settings: {json.dumps(settings, ensure_ascii=False, default=str)}")
+        if args.save_merged:
+            save_merged(args, loaded)
         rows = []
-        # generate comes first in zip: it merges the adapters even without a prompt.
-        for (job, video), name in zip(generate(args, s, pipe, loaded, jobs, clip), names):
+        for name, (job, video) in zip(names, generate(args, s, pipe, loaded, jobs, clip)):
             if refiner:  # one at a time, since its frames are large
                 video = refine(args, refiner, video, *job)
             media.write_video(out / name, video, args.fps)
             rows.append(media.every_nth(video))
             print_line(f"{out / name}: {job[0]}")
-        if args.save_merged:  # the adapters are merged by now
-            save = export.save_pth if args.save_merged.suffix == ".pth" else export.save_hub
-            save(pipe, args.save_merged, args.weights or TINY)
-            print_line(f"merged model: {args.save_merged}")
         if rows:
             write_json(out / "settings.json", settings)
             media.contact_sheet(out / "sheet.png", rows)
             print_line(f"contact sheet: {out / 'sheet.png'}")
+
+
+def save_merged(args, loaded):
+    """Save a merged model. It is loaded in fp32, since sampling in bf16 rounds frozen weights."""
+    pipe = load(args.weights)
+    adapters.apply_adapters(pipe, loaded, args.scale)
+    save = export.save_pth if args.save_merged.suffix == ".pth" else export.save_hub
+    save(pipe, args.save_merged, args.weights or TINY)
+    print_line(f"merged model: {args.save_merged}")
 
 
 def generate(args, s, pipe, loaded, jobs, clip):

@@ -2,7 +2,7 @@
 
     python -c "import lora; print(*lora.LAYERS, sep='\\n')"
 
-A layer set is a pattern over parameter names. A method's `Trainable` says which layers are trained
+A layer set is a pattern over parameter names. A method's `Trainable` sets which layers are trained
 and how: fully, or with a LoRA (Hu et al. 2021), W·x + s·B·A·x with low-rank A and B. A
 `PlaceholderToken` is trained in the text encoder. `build` makes the object with the parameters;
 support/adapters.py saves it.
@@ -133,11 +133,11 @@ class Trainable:
 
     @property
     def trainable(self):
-        """Whether it has trainable parameters."""
+        """True if it has trainable parameters."""
         return self.layers != "none" and not self.load_from
 
     def uses(self, field):
-        """Whether a setting has an effect."""
+        """True if a setting has an effect."""
         if self.load_from or self.layers == "none":
             return field in ("layers", "load_from")
         return self.rank > 0 or field not in ("scale", "dropout", "per_video")
@@ -169,11 +169,11 @@ class PlaceholderToken:
 
     @property
     def trainable(self):
-        """Whether it has trainable parameters."""
+        """True if it has trainable parameters."""
         return self.num_vectors > 0
 
     def uses(self, field):
-        """Whether a setting has an effect."""
+        """True if a setting has an effect."""
         return self.num_vectors > 0 or field in ("token", "num_vectors")
 
     def build(self, pipe, seed, clip):
@@ -271,7 +271,7 @@ class TokenEmbedding(Trained):
             raise BadInput("a trainable token requires a text: word.token=sks.")
         table, ids = text_encoder.token_table, text_encoder.words_to_ids(token)
         # A single-token word starts from its own vector; a new word from the initializer or
-        # "thing". Noise tells several vectors apart.
+        # "thing". Noise makes several vectors differ.
         if len(ids) > 1 or initializer:
             ids = text_encoder.words_to_ids(initializer.strip() or "thing")[:1]
         start = table[ids].detach().float().expand(count, -1)

@@ -114,7 +114,8 @@ class NoiseSchedule:
         return signal * x - sigma * prediction, signal * prediction + sigma * x
 
     def timesteps(self, steps):
-        """The descending timesteps of a sampler; leading: 981, 961, …, 1 for 50 steps.
+        """The descending timesteps of a sampler; leading: 981, 961, …, 1 for 50 steps. NumPy rounds
+        as in diffusers.
 
         Raises ValueError when steps is not within 1..T.
         """
@@ -125,8 +126,8 @@ class NoiseSchedule:
             t = torch.arange(steps) * (T // steps) + self.steps_offset
             return t.flip(0).clamp(max=T - 1).tolist()
         if self.timestep_spacing == "trailing":
-            return (torch.arange(T, 0, -T / steps, dtype=torch.float64).round() - 1).long().tolist()
-        return torch.linspace(T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+            return (np.arange(T, 0, -T / steps).round() - 1).astype(int).tolist()
+        return np.linspace(0, T - 1, steps).round()[::-1].astype(int).tolist()
 
 
 def sqrt_alphas(a, like):
@@ -255,12 +256,12 @@ def dpm_timesteps(schedule, steps):
     if not 1 <= steps < T:
         raise ValueError(f"{steps} sampling steps; choose 1 to {T - 1}")
     if S.dpm_spacing == "trailing":
-        return (torch.arange(T, 0, -T / steps, dtype=torch.float64).round() - 1).long().tolist()
+        return (np.arange(T, 0, -T / steps).round() - 1).astype(int).tolist()
     if S.dpm_spacing == "linspace":
-        t = torch.linspace(0, T - 1, steps + 1, dtype=torch.float64).round().long()
+        t = np.linspace(0, T - 1, steps + 1).round().astype(int)
     else:
-        t = torch.arange(steps + 1) * (T // (steps + 1)) + S.steps_offset
-    return t.flip(0)[:-1].tolist()
+        t = np.arange(steps + 1) * (T // (steps + 1)) + S.steps_offset
+    return t[:0:-1].tolist()
 
 
 def dpm_solver(schedule, predict, x, steps, seeds=None, on_step=None):

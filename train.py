@@ -174,6 +174,8 @@ def check_data(flags, recipe, kind):
     if flags.images and (flags.method, kind) not in BY_DATA:
         raise BadInput(f"{flags.method} cannot be trained on {kind}; motiondirector trains on "
                        "images alone, newmove on images of a subject with clips of a motion.")
+    if flags.images and not flags.video and len(flags.prompt) > 1:
+        raise BadInput(f"--prompt: {len(flags.prompt)} captions for images; give one for all.")
     if "subject" in recipe.parts and bool(flags.images) != recipe.is_trainable("subject"):
         raise BadInput("a subject requires --images and subject.layers or "
                        "subject_word.num_vectors: give both, or neither.")
@@ -272,8 +274,8 @@ def prepare_training(run):
     pipe.unet.checkpointing = flags.checkpointing == "on"
     # Encoded together, once: a large text encoder leaves memory between calls.
     captions = [clip.prompt for clip in (*run.clips, *run.images, *run.prior)]
-    look = recipe.own.get("appearance_prompt") or ""
-    pipe.encode_text(["", flags.preview_prompt, look, *captions])
+    appearance = recipe.own.get("appearance_prompt") or ""
+    pipe.encode_text(["", flags.preview_prompt, appearance, *captions])
     device = torch.device(flags.device).type
     run.scaler = torch.amp.GradScaler(device, enabled=flags.precision == "fp16")
     if run.rank == 0:
@@ -405,9 +407,8 @@ def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
     appearance shared by all frames cancels. Captions describe the motion and leave out appearance
     (Sec. 3.2): "a bird is flying". Sampling starts from the inverted clip.
 
-    The loss of the published code is another one, blind to sign (loss=residual-cosine-official).
-    The paper's base model, Show-1, diffuses 8 key frames of 64×40 pixels at 2 fps, which two
-    further models interpolate and enlarge; here frames are ZeroScope's latents, at 8 fps.
+    The published code uses another loss, blind to sign (loss=residual-cosine-official), on Show-1's
+    8 key frames at 2 fps; here frames are ZeroScope's latents at 8 fps.
 
     loss: one of losses.LOSSES
     loss_space: the tensors that the loss compares: output (the network's ε or v), epsilon, or x0
@@ -428,13 +429,10 @@ def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
         motion=Trainable("temporal-attention-ff", 32, dropout=0.1, lr=5e-4))
 def motiondirector(ex, beta=1.0, spatial_prob=0.8):
     """MotionDirector (Zhao et al. 2023, Sec. 3.2 and 3.3). Two paths share noise and timestep. A
-    per-clip spatial LoRA learns appearance from one frame, with temporal layers bypassed. With it
-    frozen, a temporal LoRA learns the motion; its second loss debiases appearance by
-    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. Sampling starts half from the inverted clip, as in the
-    published code; the paper samples from noise (Sec. 4.1).
-
-    Settings other than β follow the published code. Unlike it, this code keeps dropout on after the
-    first preview, never flips images, crops instead of stretching, and takes one window per clip.
+    spatial LoRA per clip is trained on the appearance of one frame, with temporal layers bypassed.
+    With it frozen, a temporal LoRA is trained on the motion; its second loss debiases appearance by
+    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. As in the published code, a fifth of the spatial paths is
+    skipped and sampling starts half from the inverted clip; the paper samples from noise.
 
     beta: strength β of the debiasing (Eq. 5); 0 counts the plain loss twice
     spatial_prob: probability of the spatial path; otherwise the spatial LoRA is disabled
@@ -465,10 +463,9 @@ def newmove(ex, alpha=0.5, loss="mse", augment="augmented", prior_loss_weight=0.
     clips form one batch. With --images, a subject joins after the motion: "a X* man doing the V*
     sign"; each example is then drawn from either (supplement, Sec. 2).
 
-    Rate, weight, clipping, 24 fps and no dropout follow the published code. Augmentation is in the
-    paper alone (supplement, Sec. 1), without strengths. The paper stops where a CLIP appearance
-    score over 300 videos falls to 0.265; appearance_stop=0.265 tests the one preview. Chosen here:
-    as many steps for the subject as for the motion, and num_prior_clips.
+    Rate, weight, clipping, 24 fps and no dropout follow the published code; augmentation is in the
+    paper alone. The paper stops where a CLIP appearance score over 300 videos falls to 0.265;
+    appearance_stop=0.265 tests the one preview.
 
     alpha: α of Sec. 3.2, the preference for high noise; 0 is uniform
     loss: one of losses.LOSSES
@@ -504,10 +501,9 @@ def customize_a_video(ex, absorber_steps=200):
     (default), a token (appearance.layers=none appearance_word.num_vectors=4), both, or another
     program's (appearance.load_from=…).
 
-    Layers, ranks, scales and rates follow the supplement. Its text names q, k and v; its parameter
-    counts include the output projection. Steps, shape, sampler and clipping are chosen here. The
-    absorber's caption is the appearance part of the prompt (supplement, B.2): give
-    appearance_prompt.
+    Layers, ranks, scales and rates follow the supplement, whose parameter counts include the output
+    projection; the rest is chosen here. The absorber's caption is the appearance part of the prompt
+    (supplement, B.2): give appearance_prompt.
 
     absorber_steps: steps of the first stage
     appearance_prompt: caption of the absorber's frames, without the motion; empty for the caption
@@ -655,7 +651,7 @@ class Example:
     def __init__(self, run, step, number):
         self.run, self.pipe, self.step, self.number = run, run.pipe, step, number
         self.g = sampler.generator(run.flags.seed, step, number)
-        self.trainables, self.settings, self.index = run.trainables, run.recipe.own, 0
+        self.trainables, self.settings, self.index = run.trainables, run.recipe.own, None
         self.T = run.pipe.schedule.num_train_timesteps
         self.words, self.records, self.dropout_seed = None, [], 0
         self.pattern, self.hooked, self.hooks = None, [], []
@@ -713,7 +709,7 @@ class Example:
     # Training and prediction
 
     def is_trainable(self, part):
-        """Whether a part has trainable parameters."""
+        """True if a part has trainable parameters."""
         return any(one.parameters() for one in self.trainables.get(part, ()))
 
     def train(self, *parts, frozen=()):
@@ -723,7 +719,10 @@ class Example:
         if not any(map(self.is_trainable, parts)):
             raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, "
                            f"but step {self.step} trains it; choose its layers.")
-        self.words = lora.set_trainable(self.run.trainables, parts, frozen, self.index)
+        per_video = [p for p in (*parts, *frozen) if len(self.trainables.get(p, ())) > 1]
+        if per_video and self.index is None:
+            raise BadInput(f"train: {per_video[0]} has one LoRA per clip; call next_clip first.")
+        self.words = lora.set_trainable(self.trainables, parts, frozen, self.index or 0)
 
     def predict(self, *noisy, loss_space="output"):
         """(prediction, target) for each NoisySample, each (1, C, F, h, w) in fp32: the network's
@@ -765,7 +764,7 @@ class Example:
         text = pipe.encode_text([" ".join([z.caption, *self.words]) for z in noisy])
         t = torch.cat([torch.full((1,), z.t, device=pipe.device) for z in noisy])
         latents = [z.x for z in noisy]
-        # Where memory is short, or lengths differ, one at a time. Captured features need one batch.
+        # One at a time if memory is short or lengths differ. Captured features need one batch.
         lengths = {x.shape for x in latents}
         if pipe.unet.checkpointing and not self.pattern or len(lengths) > 1:
             batches = zip(latents, t.split(1), text.split(1))
@@ -827,7 +826,7 @@ class Example:
 
 
 def appearance_is_lost(run, step, video):
-    """Whether the appearance score of a preview, whose prompt asks for another appearance than the
+    """True if the appearance score of a preview, whose prompt asks for another appearance than the
     clip's, has fallen to appearance_stop (NewMove's supplement, Sec. 4). From there on the model
     memorizes the clip."""
     if not run.scorer or not step:

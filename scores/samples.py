@@ -5,6 +5,7 @@ Axes: C channels, F frames, h w latent.
 from dataclasses import asdict, replace
 
 import data
+import lora  # noqa: F401  (registers loaders of new kinds of trainables)
 import model
 import sampler
 from support import adapters, machine, media
@@ -48,6 +49,8 @@ def sample_adapter(folder, path, scale, s, name, jobs, training, args):
     Raises BadInput."""
     pipe = model.load(training.weights, args.device, machine.default_precision(args.device))
     adapter = adapters.read_adapter(path, pipe)
+    if s.noise_prior and adapter.latents is None:
+        raise BadInput(f"{path} has no clip, but its sampling starts from one; train again.")
     latents = None if adapter.latents is None else adapter.latents[None].float()
     frames = training.frames if latents is None else latents.shape[2]
     H, W = (side // pipe.vae.config.factor for side in training.size)

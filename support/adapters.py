@@ -75,18 +75,21 @@ def read_adapter(path, model, whole=False):
         if own := meta.get("format") == FORMAT:
             width, channels = model.text_encoder.config.hidden_size, model.unet.config.in_channels
             latents = state.pop(CLIP, None)
-            if latents is not None:
-                latents = formats.fit(latents, (channels, *latents.shape[1:]), CLIP)
+            if latents is not None and (latents.dim() != 4 or len(latents) != channels):
+                shape = tuple(latents.shape)
+                raise ValueError(f"{CLIP} is {shape}, expected ({channels}, F, h, w)")
             for name in list(state):
                 kind, _, rest = name.partition(".")
-                if kind == "word":
+                if kind == "word" and rest:
                     vectors = state.pop(name)
-                    words[rest] = formats.fit(vectors, (len(vectors), width), name)
+                    words[rest] = formats.fit(vectors, (max(len(vectors), 1), width), name)
                 elif kind in ADAPTER_LOADERS:
                     more.setdefault(kind, {})[rest] = state.pop(name)
         tensors, pairs = {}, {}
         if state or not own:
-            tensors, pairs = formats.read_foreign(state, meta, model.unet, path, clip, whole)
+            tensors, pairs = formats.read_foreign(state, meta, model.unet, path, clip, whole or own)
+        if not (tensors or pairs or words or more):
+            raise ValueError("it holds no trained weights")
     return Adapter(tensors, pairs, latents, meta, path, words, more)
 
 

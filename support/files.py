@@ -198,9 +198,9 @@ def check_pickle(path):
         raise ValueError("its pickle holds a bytearray")
 
 
-def digest(tensors):
-    """A checksum of names, shapes, types and numbers."""
-    total = hashlib.sha256()
+def digest(tensors, meta):
+    """A checksum of the metadata, and of names, shapes, types and numbers of tensors."""
+    total = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -211,7 +211,8 @@ def digest(tensors):
 def check_digest(path, tensors):
     """Raises ValueError where a file written by `save_tensors` has changed since."""
     meta = read_meta(path)
-    if "digest" in meta and meta["digest"] != digest(tensors):
+    ours, expected = meta.keys() & {"digest", "tensors"}, meta.pop("digest", None)
+    if ours and expected != digest(tensors, meta):
         raise ValueError(f"its checksum is wrong: {len(tensors)} tensors, of {meta['tensors']}")
 
 
@@ -226,7 +227,8 @@ def read_meta(path):
 def save_tensors(path, tensors, meta):
     """Write a .safetensors file with a checksum. Equal tensors and metadata give equal files."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    meta = meta | {"digest": digest(tensors), "tensors": str(len(tensors))}
+    meta = meta | {"tensors": str(len(tensors))}
+    meta["digest"] = digest(tensors, meta)
     with atomic_write(path) as part:
         save_file(tensors, part, meta)
         with open(part, "rb+") as file:  # safetensors writes the metadata in random order
@@ -336,7 +338,7 @@ def write_text(path, text):
 
 
 @contextlib.contextmanager
-def output_folder(out, default, resume=False):
+def output_folder(out, default, resume=None):
     """An output folder, locked while the block runs. It is new or empty; with `resume`, it belongs
     to a run. Without --out, `default` is numbered: default-2, default-3, … Raises BadInput."""
     global _private
@@ -346,8 +348,9 @@ def output_folder(out, default, resume=False):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         found = {p.name for p in folder.iterdir()}
-        if found and not (resume and (found == {UNFINISHED} or "run.json" in found)):
-            advice = ", or --resume" if "run.json" in found and not resume else ""
+        ours = not found or resume is not None and holds_run(folder, found)
+        if found and not (resume and ours):
+            advice = ", or --resume" if ours else ""
             raise BadInput(f"--out {folder} {'holds no run' if resume else 'is not empty'}; give a "
                            f"new folder{advice}.")
         _private = folder / UNFINISHED
@@ -360,6 +363,17 @@ def output_folder(out, default, resume=False):
             _private = None
             with contextlib.suppress(OSError):
                 folder.rmdir()  # succeeds only if nothing was written
+
+
+def holds_run(folder, found):
+    """True if a folder with these names in it belongs to a run, perhaps killed at its first file."""
+    private = folder / UNFINISHED
+    if UNFINISHED in found and (private.is_symlink() or not private.is_dir() or any(
+            not p.name.startswith(".tmp-") for p in private.iterdir())):
+        return False
+    with contextlib.suppress(BadInput):
+        return found == {UNFINISHED} or "fixed" in read_json(folder / "run.json")
+    return False
 
 
 def new_folder(default):

@@ -153,7 +153,7 @@ def decode(path, allow_damaged=False, start=0.0):
 def frame_rate(path, fps):
     """The rate of a clip that is read at `fps`: its own rate divided by a whole number, so that
     the frames read are equally far apart. `fps` itself for a folder, or if the rate is unknown."""
-    with contextlib.suppress(Exception):  # read_video reports what is wrong with a file
+    with contextlib.suppress(Exception), reading(path):  # read_video reports its errors
         if Path(path).suffix.lower() in IMAGES:
             (first, _), (second, _) = islice(read_images(Path(path), fps), 2)
             spacing = second - first

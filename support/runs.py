@@ -8,6 +8,7 @@ not at all, and nothing is ever deleted.
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -51,6 +52,11 @@ def fixed_settings(run):
     return {k: write_value(v) for k, v in values.items()}
 
 
+def json_settings(recipe):
+    """A recipe's settings for a JSON file, which cannot hold infinity as a number."""
+    return {k: "inf" if v == math.inf else v for k, v in recipe.settings().items()}
+
+
 def check_same(run, was):
     """Raises BadInput where a run would continue with other settings than it began with."""
     now = fixed_settings(run)
@@ -75,8 +81,9 @@ def claim(run):
 def write_settings(run):
     """run.json, from which the run can be repeated."""
     write_json(run.flags.out / "run.json", {
-        "method": run.recipe.name, "settings": run.recipe.settings(), "flags": vars(run.flags),
-        "clips": [c.path for c in run.clips], "fixed": fixed_settings(run)})
+        "method": run.recipe.name, "settings": json_settings(run.recipe),
+        "flags": vars(run.flags), "clips": [c.path for c in run.clips],
+        "fixed": fixed_settings(run)})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -121,7 +128,7 @@ def load_state(path, run, optimizer):
             if not kind:
                 p.data.copy_(tensor)
             else:  # moments in the memory layout of their parameter
-                like = torch.empty_like(p) if tensor.shape == p.shape else tensor.to(p.device)
+                like = torch.empty_like(p if tensor.shape == p.shape else tensor, device=p.device)
                 optimizer.state[p][kind] = like.copy_(tensor)
         run.scaler.load_state_dict(json.loads(meta["scaler"]))
     return step
@@ -213,11 +220,12 @@ def adapter_groups(trainables):
             if one.tensors():
                 groups.setdefault(suffix, []).append(one)
     for built in groups.values():
-        names = [name for one in built for name in one.tensors()]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise BadInput(f"two parts train {sorted(twice)[0]}, and an adapter holds one; choose "
-                           "other layers, or per_video=off.")
-        for kind in {name.partition(".")[0] for name in names} - {"unet", "word"}:
+        tensors = {}
+        for name, tensor in (row for one in built for row in one.tensors().items()):
+            if tensors.setdefault(name, tensor) is not tensor:  # fully fine-tuned layers are shared
+                raise BadInput(f"two parts train {name}, and an adapter holds one; choose other "
+                               "layers, or per_video=off.")
+        for kind in {name.partition(".")[0] for name in tensors} - {"unet", "word"}:
             if kind not in adapters.ADAPTER_LOADERS:
                 raise BadInput(f"no loader for {kind!r} in adapters.ADAPTER_LOADERS, so the "
                                "adapter could not be used.")

@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -159,12 +161,10 @@ def run_training(*args):
     train.main(flags_of(*args))
 
 
-def prepare_run(*args):
-    """A Run that is ready for its first step, from the arguments of `flags_of`. Its folder must be
-    new."""
-    flags, recipe = train.parse(flags_of(*args))
-    assert not (flags.out / "run.json").exists()
-    return train.prepare(flags, recipe)
+def prepare_run(method, video, parent, *more):
+    """A Run that is ready for its first step, in a new folder inside `parent`."""
+    out = tempfile.mkdtemp(dir=parent)
+    return train.prepare(*train.parse(flags_of(method, video, out, *more)))
 
 
 def expect_error(argv, message, capsys, main=train.main):
@@ -183,7 +183,9 @@ def fork(action, stderr=os.devnull, **environment):
     if pid := os.fork():
         return pid
     os.environ.update(environment)
+    tqdm.set_lock(threading.RLock())  # its default lock is shared with the parent
     sys.stderr, code = open(stderr, "w", buffering=1), 0
+    os.dup2(sys.stderr.fileno(), 2)  # signal handlers write there
     try:
         machine.run(action)
     except SystemExit as stop:

@@ -1,17 +1,17 @@
-"""A campaign of broken inputs: whatever a file, a flag or a text holds, a command does its work, or
-says in one line what is wrong and ends with 2. It leaves no traceback, never hangs, never dies, and
-touches no file but what it was asked for.
+"""A campaign of broken inputs. Whatever a file, a flag, a text or the environment holds, a command
+works, or prints one line and ends with exit code 2. It leaves no traceback, never hangs, changes no
+file except its output, and never accepts input that it then uses wrongly.
 
-    python tests/fuzz.py --cases 5000 --seed 0               # prints a table, and each fault
-    python tests/fuzz.py --kind weights --number 17          # one case again, with what it said
-    python tests/fuzz.py --cases 0 --clips FOLDER            # what must work, and these clips too
+    python tests/fuzz.py --cases 3000 --seed 0               # prints a table, and each fault
+    python tests/fuzz.py --kind weights --number 17          # one case, kept in fuzz-case/
 
-Every case is a copy of this process, which has imported torch once, and works on a copy of files
-that a very small model made: fuzz_stock.py has these, and the ways to spoil them.
+Each case is a fork of this process, which imports torch once, with a copy of files of a very small
+model. fuzz_stock.py has these files and the ways to damage them.
 """
 import argparse
 import contextlib
 import gc
+import json
 import os
 import random
 import resource
@@ -33,29 +33,32 @@ import eval as evaluate  # noqa: E402
 import generate  # noqa: E402
 import scores.clip  # noqa: E402
 import train  # noqa: E402
-from support import machine, recipe, tokenizer  # noqa: E402
-from support.files import PART  # noqa: E402
+from support import machine, media, recipe, tokenizer  # noqa: E402
+from support.files import UNFINISHED, read_meta  # noqa: E402
 
-LIMIT = 30  # seconds, after which a case is asked to stop, and, where it does not, hangs
-MEMORY = 6 * 2**30  # bytes that a case may ask for
-LEARNED = ["--prompt", "a thing hopping", "sampling_steps=2"]  # the run in the stock
-RESUME = [*LEARNED, "--steps", 3, "--resume"]
+LIMIT = 30  # seconds on an idle machine until a case is asked to stop; later it counts as a hang
+MEMORY = 6 * 2**30  # bytes that a case may allocate
+CAPTION = ["--prompt", "a thing hopping", "sampling_steps=2"]  # of the run in the stock
+RESUME = [*CAPTION, "--steps", 3, "--resume"]
 SHORT = "--steps 1 --frames 4 --preview-every 0 --preview-steps 2 --device cpu --out out".split()
 QUICK = "--steps 1 --frames 4 --device cpu --out out".split()
 SCORE = "--size 32 --frames 4 --device cpu --no-world --out out".split()
 
 
 class Case:
-    """One broken input: a folder with what it needs, and the command that meets it. `must` is
-    "refuse" or "work" where that is known, `what` says what was done."""
+    """One input: a folder with its files, and the command that reads it. `must` is "refuse" or
+    "work" if that is known; `what` describes the input; `truth` returns texts on output that
+    contradicts the input; `frozen`: the output folder holds files of others."""
 
     def __init__(self, place, folder, kind, number, seed):
         self.r = random.Random(f"{kind} {number} {seed}")
         self.place, self.folder, self.kind, self.number = place, folder, kind, number
         self.must, self.what, self.command, self.argv = "", "", None, []
+        self.environment, self.encoding, self.frozen = {}, "utf-8", False
+        self.truth = lambda: []
 
     def take(self, name, to=None):
-        """A copy of a thing of the stock in the case's folder; its path."""
+        """A copy of a file or folder of the stock in the case's folder; its path."""
         source, target = self.place / name, self.folder / (to or Path(name).name)
         target.parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if source.is_dir() else shutil.copy
@@ -63,7 +66,7 @@ class Case:
         return target
 
     def spoil(self, path):
-        """Spoil a file in one of the ways that its kind allows."""
+        """Damage a file in one of the ways for its type."""
         ways = [stock.ruin]
         if path.suffix == ".safetensors":
             ways += [stock.retensor] * 4
@@ -75,46 +78,132 @@ class Case:
     def call(self, command, *argv):
         self.command, self.argv = command, [str(a) for a in argv]
 
+    def train(self, *argv):
+        """A short training run, whose outputs are compared with the flags."""
+        self.call(train.main, *argv, *SHORT)
+        self.truth = lambda: trained_otherwise(self)
+
+    def generate(self, *argv):
+        self.call(generate.main, *argv, *QUICK)
+        self.truth = lambda: generated_otherwise(self)
+
 
 # ------------------------------------------------------------------------------------------------
-# What is broken, one kind below the other: each spoils what it takes, and names a command
+# The truth: outputs that contradict the input
+
+
+def given(argv):
+    """{flag: its last value}, and {setting: value}, of a command line."""
+    flags = {flag: value for flag, value in zip(argv, argv[1:]) if flag.startswith("--")}
+    settings = [text.partition("=") for text in argv if text.partition("=")[0] in SETTINGS]
+    return flags, {name: value for name, _, value in settings}
+
+
+SETTINGS = {name for method in recipe.METHODS.values() for name in method.settings(idle=True)}
+
+
+def differs(name, found, value):
+    """[text] where a value in an output is not the one on the command line."""
+    if found is None:  # JSON has no infinity
+        same = value == "inf"
+    elif isinstance(found, bool):
+        same = value == ("on" if found else "off")
+    elif isinstance(found, (int, float)):
+        same = float(value) == found
+    else:
+        same = str(found) == value
+    return [] if same else [f"{name} is {found!r}, given {value!r}"]
+
+
+def trained_otherwise(case):
+    """Contradictions between a run's files and its command line."""
+    flags, settings = given(case.argv)
+    run = json.loads((case.folder / "out/run.json").read_text())
+    wrong = differs("frames", run["flags"]["frames"], flags["--frames"])
+    wrong += differs("method", run["method"], flags.get("--method", "vmc"))
+    for name, value in settings.items():
+        if name != "steps":
+            wrong += differs(name, run["settings"][name], value)
+    rows = [json.loads(line) for line in (case.folder / "out/log.jsonl").read_text().split("\n")
+            if line]
+    if [row["step"] for row in rows] != list(range(run["settings"]["steps"])):
+        wrong.append(f"the log has steps {[row['step'] for row in rows]}")
+    for path in (case.folder / "out").glob("*.safetensors"):
+        meta = read_meta(path)
+        if path.name != "state.safetensors" and "--prompt" in flags and (
+                not meta["prompt"].startswith(flags["--prompt"])):
+            wrong.append(f"{path.name} has the prompt {meta['prompt']!r}")
+    return wrong
+
+
+def generated_otherwise(case):
+    """Contradictions between a folder of videos and its command line."""
+    flags, _ = given(case.argv)
+    made = json.loads((case.folder / "out/settings.json").read_text())
+    if "--prompt" in flags:
+        prompts = [flags["--prompt"]]
+    else:
+        raw = Path(case.folder, flags["--prompts"]).read_bytes()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    wrong = []
+    if [row[1] for row in made["videos"]] != prompts:
+        wrong.append(f"the prompts are {[row[1] for row in made['videos']]}")
+    for file, _, _ in made["videos"]:
+        frames = [make() for _, make in media.decode(case.folder / "out" / file)]
+        wrong += differs("frames", len(frames), str(made["frames"]))
+    return wrong + differs("steps", made["sampling_steps"], flags["--steps"])
+
+
+def same_adapter(case, path):
+    """A `truth`: a damaged adapter that is accepted has the tensors and metadata of the whole."""
+    def check():
+        whole = case.place / "adapters" / path.name
+        if path.read_bytes() == whole.read_bytes():
+            return []
+        tensors, saved = stock.load_file(path), stock.load_file(whole)
+        equal = read_meta(path) == read_meta(whole) and tensors.keys() == saved.keys() and all(
+            tensors[n].equal(t) for n, t in saved.items())
+        return [] if equal else ["other numbers than were saved"]
+
+    return check
+
+
+# ------------------------------------------------------------------------------------------------
+# Kinds of input. Each function damages its files and names a command.
 
 
 def videos(case):
-    """A clip to learn from, or to start from."""
+    """A training clip, or a clip to start from."""
     name = case.r.choice(stock.CLIPS)
     path = case.take(f"clips/{name}")
-    if path.is_dir():
-        case.spoil(case.r.choice(sorted(path.iterdir())))
-    else:
-        case.spoil(path)
-    case.must = ""  # what can still be decoded of a file is a clip
+    case.spoil(case.r.choice(sorted(path.iterdir())) if path.is_dir() else path)
+    case.must = ""  # a decodable part of a file is a clip
     if case.r.random() < 0.5:
-        case.call(train.main, "--video", path, *SHORT)
+        case.train("--video", path)
     else:
-        case.call(generate.main, "--init-video", path, "--prompt", "a star", *QUICK)
+        case.generate("--init-video", path, "--prompt", "a star")
 
 
 def weights(case):
     """A base model's folder: tensors, configurations, files."""
     path = case.take("weights")
-    files = [p for p in path.rglob("*") if p.is_file()]
-    case.spoil(case.r.choice(sorted(files)))
-    case.call(generate.main, "--weights", path, "--prompt", "a star", "--size", "64x64", *QUICK)
+    case.spoil(case.r.choice(sorted(p for p in path.rglob("*") if p.is_file())))
+    case.generate("--weights", path, "--prompt", "a star", "--size", "64x64")
 
 
 def adapters(case):
-    """An adapter of ours: its tensors, its story, its clip."""
-    path = case.take("adapters") / case.r.choice(("vmc", "motiondirector", "newmove"))
-    path = path.with_suffix(".safetensors")
+    """One of our adapters: its tensors, its metadata, its bytes."""
+    method = case.r.choice(("vmc", "motiondirector", "newmove"))
+    path = case.take(f"adapters/{method}.safetensors")
     if case.r.random() < 0.3:
         case.what, case.must = stock.restory(case.r, path)
-    else:
-        clip = path.with_name(f"{path.stem}.clip.safetensors")
-        case.spoil(case.r.choice((path, path, path, clip)))
-        if clip.name in case.what or case.what.endswith("gone"):
-            case.must = ""  # less of what was learned is still an adapter
-    case.call(generate.main, "--adapter", path, "--prompt", "a star", *QUICK)
+        case.generate("--adapter", path, "--prompt", "a star")
+        return
+    case.spoil(path)
+    case.must = ""  # `truth` has the answer
+    case.generate("--adapter", path, "--prompt", "a star")
+    case.truth = same_adapter(case, path)
 
 
 def foreign(case):
@@ -124,21 +213,24 @@ def foreign(case):
     case.spoil(path / name if case.r.random() < 0.8 else path / "peft/adapter_config.json")
     if "adapter_config" in case.what:
         name = "peft/adapter_model.safetensors"
-    case.call(generate.main, "--adapter", path / name, "--prompt", "a star", *QUICK)
+    case.generate("--adapter", path / name, "--prompt", "a star")
 
 
 def states(case):
-    """What a run goes on from."""
+    """The state that a run resumes from. Its checksum detects every change."""
     out = case.take("run", "out")
+    before = (out / "state.safetensors").read_bytes()
     way = case.r.choice((stock.ruin, stock.retensor, stock.retensor, stock.retensor))
     case.what, case.must = way(case.r, out / "state.safetensors")
     if case.what == "gone":
-        case.must = ""  # then it begins anew
+        case.must = ""  # then the run begins again
+    elif case.what not in ("a flip", "flips") and (out / "state.safetensors").is_file():
+        case.must = "refuse" * ((out / "state.safetensors").read_bytes() != before)
     case.call(train.main, "--video", case.place / "clips/hop.mp4", *SHORT, *RESUME)
 
 
 def logs(case):
-    """A run's log, when it is gone on with and when it is drawn."""
+    """A run's log, for a resumed run and for eval.py."""
     out = case.take("run", "out" if case.number % 2 else "run")
     case.what, _ = case.r.choice((stock.ruin, stock.relog, stock.relog))(case.r, out / "log.jsonl")
     if case.number % 2:
@@ -148,17 +240,19 @@ def logs(case):
 
 
 def run_files(case):
-    """What train.py says of a run, and its list of files."""
-    out = case.take("run", "run")
+    """A run's settings, for a resumed run and for eval.py."""
+    resumed = case.number % 3 == 0
+    out = case.take("run", "out" if resumed else "run")
     case.spoil(out / "run.json")
-    if True:
-        if not (out / "run.json").is_file():
-            case.must = ""  # then it is any folder
+    case.must = "refuse" * (case.must == "refuse" and (out / "run.json").is_file())
+    if resumed:
+        case.call(train.main, "--video", case.place / "clips/hop.mp4", *SHORT, *RESUME)
+    else:
         case.call(evaluate.main, case.take("set") if case.number % 3 == 1 else out, *SCORE)
 
 
 def set_files(case):
-    """What generate.py says of a set of videos."""
+    """The settings.json of generate.py."""
     path = case.take("set")
     case.spoil(path / "settings.json")
     if not (path / "settings.json").is_file():
@@ -167,7 +261,7 @@ def set_files(case):
 
 
 def votes(case):
-    """What a study's page saved, and its key."""
+    """The votes of a study, and its key."""
     path = case.take("votes")
     case.spoil(path / case.r.choice(("votes.json", "votes.json", "study-key.json")))
     case.must = case.must if "votes.json: gone" in case.what else ""
@@ -179,21 +273,22 @@ def texts(case):
     text = stock.odd_text(case.r)
     case.what = repr(text[:60])
     if case.r.random() < 0.4:
-        case.call(generate.main, "--prompt", text, *QUICK)
+        case.generate("--prompt", text)
         return
     raw = text.encode("utf-8", "surrogateescape")
+    raw = case.r.choice((raw, raw, b"\xef\xbb\xbf" + raw, text.encode("utf-16", "replace")))
     path = case.folder / "text.txt"
     if case.r.random() < 0.5:
         path.write_bytes(raw)
-        case.call(generate.main, "--prompts", path, *QUICK)
+        case.generate("--prompts", path)
     else:
         clip = case.take("clips/hop.mp4", "text.mp4")
         path.write_bytes(raw)
-        case.call(train.main, "--video", clip, *SHORT)
+        case.train("--video", clip)
 
 
-def flags(case, count=1):
-    """A flag with an odd value, or several of them."""
+def flags(case):
+    """One or two flags with odd values."""
     command, base = case.r.choice((
         (train, ["--video", case.place / "clips/hop.mp4", *SHORT]),
         (generate, ["--prompt", "a star", *QUICK]),
@@ -201,21 +296,16 @@ def flags(case, count=1):
                     *QUICK]),
         (evaluate, [case.place / "set", *SCORE])))
     argv = []
-    for _ in range(count):
-        flag = case.r.choice(stock.flags_of(command))
-        several = case.r.choice((1, 1, 1, 1, 0, 2))
-        argv += [flag, *[stock.odd_value(case.r, case.place) for _ in range(several)]]
+    for _ in range(case.r.choice((1, 1, 2))):
+        argv.append(case.r.choice(stock.flags_of(command)))
+        for _ in range(case.r.choice((1, 1, 1, 1, 0, 2))):
+            argv.append(stock.odd_value(case.r, case.place))
     case.what = " ".join(a[:60] for a in argv)
     case.call(command.main, *base, *argv)
 
 
-def pairs(case):
-    """Two flags with odd values."""
-    flags(case, 2)
-
-
 def settings(case):
-    """Settings of a recipe, name=value."""
+    """Settings of a method, name=value, with control characters and surrogates."""
     method = case.r.choice(list(recipe.METHODS))
     known, argv = recipe.METHODS[method].settings(), []
     for _ in range(case.r.choice((1, 1, 2))):
@@ -226,71 +316,177 @@ def settings(case):
             value = case.r.choice(stock.PATTERNS)
         argv.append(f"{name}={value}")
     case.what = f"{method} {' '.join(a[:60] for a in argv)}"
-    prior = ["--prior", case.place / "prior"] if recipe.METHODS[method].prior else []
-    case.call(train.main, "--method", method, "--video", case.place / "clips/hop.mp4", *SHORT,
-              *prior, *argv)
+    case.train("--method", method, "--video", case.place / "clips/hop.mp4", *prior_of(case, method),
+               *argv)
+
+
+def prior_of(case, method):
+    """--prior for methods that use regularization clips."""
+    return ["--prior", case.place / "prior"] if "prior" in recipe.METHODS[method].own else []
+
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+             "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "LC_ALL", "LANG", "COLUMNS", "TERM", "HOME")
+
+
+def environments(case):
+    """Variables that other launchers set, and encodings of the streams."""
+    names = case.r.sample(VARIABLES, case.r.choice((1, 2, 3)))
+    case.environment = {name: case.r.choice(("", "0", "1", "2", "-1", "x", "C")) for name in names}
+    case.encoding = case.r.choice(("utf-8", "ascii", "latin-1", "cp1252"))
+    case.what, case.must = f"{case.environment} {case.encoding}", "work"
+    if case.r.random() < 0.5:
+        (case.folder / "prompts.txt").write_text("ein grüner Stern\n中文 E=mc2\n", "utf-8")
+        case.generate("--prompts", case.folder / "prompts.txt")
+    else:
+        clip = case.take("clips/hop.mp4", "é 中.mp4")
+        clip.with_suffix(".txt").write_text("é 中 hopping", "utf-8")
+        case.train("--video", clip)
+
+
+LEFT_BY_SYSTEMS = ("._a.mp4", ".DS_Store", "Thumbs.db", "desktop.ini", "._0.png", "notes.txt")
+
+
+def priors(case):
+    """A folder of regularization clips."""
+    method = case.r.choice(("newmove", "dreambooth", "custom-diffusion"))
+    folder = case.take("prior")
+    if case.r.random() < 0.3:
+        case.what, case.must = case.r.choice(LEFT_BY_SYSTEMS), "work"
+        (folder / case.what).write_bytes(b"\0\5\26\7\0\2")
+    elif case.r.random() < 0.3:
+        (folder / "empty").mkdir()
+        case.what = "an empty folder"
+    else:
+        case.spoil(case.r.choice(sorted(p for p in folder.iterdir() if p.suffix == ".mp4")))
+        case.must = ""
+    case.train("--method", method, "--video", case.place / "clips/hop.mp4", "--prior", folder)
+
+
+def outputs(case):
+    """An output folder that is a file, a pipe, a link, or holds files of others."""
+    out, what = case.folder / "out", case.r.choice(("a file", "a pipe", "a dangling link", "a link",
+                                                    "our names", "a hidden file", "in a file"))
+    if what == "a pipe":
+        os.mkfifo(out)
+    elif what == "a dangling link":
+        out.symlink_to(case.folder / "nowhere")
+    elif what in ("a file", "in a file"):
+        out.write_text("mine")
+    else:
+        folder = case.folder / "others" if what == "a link" else out
+        stock.write_names(folder, [".hidden"] if what == "a hidden file" else stock.OUR_NAMES)
+        if what == "a link":
+            out.symlink_to(folder)
+    case.what, case.must, case.frozen = what, "refuse", True
+    script, argv = case.r.choice((
+        (train, ["--video", case.place / "clips/hop.mp4", *SHORT]),
+        (train, ["--video", case.place / "clips/hop.mp4", *SHORT, *RESUME]),
+        (generate, ["--prompt", "a star", *QUICK]), (evaluate, [case.place / "set", *SCORE])))
+    case.call(script.main, *argv, *(["--out", "out/below"] if what == "in a file" else []))
+
+
+def odd_files(case):
+    """A link, a pipe or a folder in place of a file in a run, in a set, or of an adapter."""
+    run, of_set = case.take("run", "out"), case.take("set")
+    path = case.r.choice((*sorted(p for p in run.rglob("*") if p.is_file()),
+                          *sorted(of_set.iterdir())))
+    how = case.r.choice(("a pipe", "a folder", "a dangling link", "a link", "a loop"))
+    (case.folder / "elsewhere").write_bytes(path.read_bytes())
+    path.unlink()
+    stock.put_instead(path, how, case.folder / "elsewhere")
+    case.what = f"{path.relative_to(case.folder)}: {how}"
+    if path.parent == of_set:
+        case.must = "refuse" * (how == "a link" and path.suffix == ".mp4")
+        case.call(evaluate.main, of_set, *SCORE)
+    elif path.suffix == ".safetensors" and case.r.random() < 0.5:
+        case.call(generate.main, "--adapter", path, "--prompt", "a star", *QUICK[:-1], "new")
+    else:
+        case.call(train.main, "--video", case.place / "clips/hop.mp4", *SHORT, *RESUME)
 
 
 def fine(case):
-    """What must work."""
+    """Input that must work."""
     case.must = "work"
     case.what, set_up = stock.FINE[case.number % len(stock.FINE)]
     command, argv = set_up(case)
-    main, base = {"train": (train.main, SHORT), "generate": (generate.main, QUICK),
-                  "eval": (evaluate.main, SCORE)}[command]
-    case.call(main, *base, *argv)
+    if command == "eval":
+        case.call(evaluate.main, *SCORE, *argv)
+    elif "--resume" in argv:
+        case.call(train.main, *SHORT, *argv)
+    else:
+        (case.train if command == "train" else case.generate)(*argv)
 
 
 KINDS = {"videos": videos, "weights": weights, "adapters": adapters, "foreign": foreign,
          "states": states, "logs": logs, "run files": run_files, "set files": set_files,
-         "votes": votes, "texts": texts, "flags": flags, "pairs": pairs, "settings": settings,
+         "votes": votes, "texts": texts, "flags": flags, "settings": settings,
+         "environment": environments, "priors": priors, "outputs": outputs, "odd files": odd_files,
          "fine": fine}
 
 
 # ------------------------------------------------------------------------------------------------
-# One case: run, and judged
+# One case: run it and judge it
 
 
 OUTCOMES = {
-    "refused": "one line, exit 2", "worked": "exit 0", "long": "honest work, stopped when asked to",
-    "traceback": "", "hang": "", "lines": "refused, and not in one line", "crash": "by a signal",
-    "exit": "another exit code", "nonsense": "worked, and must be refused",
-    "lost": "refused, and must work", "stray": "a file written or changed that is not the output"}
-GOOD = ("refused", "worked", "long")
+    "refused": "one line, exit code 2", "worked": "exit code 0", "long": "stopped when asked to",
+    "traceback": "", "hang": "", "lines": "refused, but not in one line", "crash": "by a signal",
+    "exit": "another exit code", "nonsense": "worked, but must be refused, or with other results",
+    "lost": "refused, but must work", "stray": "a file changed that is not the output",
+    "left": "refused, with files in the output folder"}
+GOOD = ("refused", "worked", "long", "left")
 
 
 def run(case):
-    """Run a case in a copy of this process; returns its outcomes and what it said."""
-    for name in ("tmp", "out"):
+    """Run a case in a fork; returns its outcomes and its stderr."""
+    for name in ("tmp", "out") if not case.frozen else ("tmp",):
         (case.folder / name).mkdir(exist_ok=True)
     before = files_of(case.folder)
     pid = os.fork()
     if not pid:
         act(case)
     code = wait(pid)
-    said = (case.folder / "err").read_bytes().decode("utf-8", "replace").strip()
-    outcomes = [judge(code, said, case.must)]
-    after = files_of(case.folder)
-    mine = "out", "err", *[os.path.normpath(a) for a in case.argv if a and a[:2] != "--"]
-    parents = {str(p) for name in mine for p in Path(name).parents}  # of an --out that is deep
-    strange = [name for name in after.keys() | before.keys() if PART in name or after.get(name)
-               != before.get(name) and not name.startswith(mine) and name not in parents]
-    if strange:
+    text = (case.folder / "err").read_bytes().decode("utf-8", "replace").strip()
+    outcomes, after = [judge(code, text, case.must)], files_of(case.folder)
+    if strange := changed(case, before, after):
         outcomes.append("stray")
-        said += f" (stray: {strange[0]})"
-    return outcomes, said
+        text += f" (stray: {strange[0]})"
+    if outcomes[0] == "worked" and (wrong := (case.folder / "wrong").read_text()):
+        outcomes[0] = "nonsense"
+        text += f" (nonsense: {wrong})"
+    if outcomes[0] == "refused" and any(n.startswith("out/") for n in after.keys() - before.keys()):
+        outcomes.append("left")
+    return outcomes, text
+
+
+def changed(case, before, after):
+    """Files that a command should not have changed, or left."""
+    outputs = [value for flag, value in zip(case.argv, case.argv[1:])
+               if flag in ("--out", "--save")]
+    outputs = [os.path.normpath(name) for name in outputs] * (not case.frozen) + ["err", "wrong"]
+    parents = {str(p) for name in outputs for p in Path(name).parents}
+    found = []
+    for name in after.keys() | before.keys():
+        left = (UNFINISHED in name or "/.tmp" in name) and name not in before
+        other = after.get(name) != before.get(name) and name not in parents and not any(
+            name == out or name.startswith(f"{out}/") for out in outputs)
+        if other or left:
+            found.append(name)
+    return found
 
 
 def act(case):
-    """What the copy does: the command, as a script would, with the case's folder as its own."""
+    """Run the command as a script would, with the case's folder as the current one."""
     os.chdir(case.folder)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     tempfile.tempdir = str(case.folder / "tmp")
+    os.environ.update(case.environment)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT), 2)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # as Python has it
-    code = 0
+    sys.stdout = open(1, "w", closefd=False, encoding=case.encoding)
+    sys.stderr = open(2, "w", closefd=False, encoding=case.encoding, errors="backslashreplace")
+    sys.argv, code = ["script", *case.argv], 0
     try:
         machine.run(lambda: case.command(case.argv))
     except SystemExit as stop:
@@ -298,28 +494,35 @@ def act(case):
     except BaseException:
         traceback.print_exc()
         code = 1
+    if not code:  # in the fork, since a decoder's threads in this process would block later forks
+        try:
+            wrong = case.truth()
+        except Exception as error:
+            wrong = [repr(error)]
+        (case.folder / "wrong").write_text("; ".join(wrong))
     sys.stderr.flush()
     os._exit(code)
 
 
 def wait(pid):
-    """A process's exit code or, below zero, signal; where it takes too long, it is asked to stop,
-    and where it does not, it is killed."""
+    """A process's exit code, or minus its signal. After a limit, which is longer on a busy machine,
+    the process gets SIGTERM, and a third of the limit later SIGKILL."""
     started, asked = time.time(), False
+    limit = LIMIT * max(1, os.getloadavg()[0] / os.cpu_count())
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        late = time.time() - started - LIMIT
+        late = time.time() - started - limit
         if late > 0 and not asked:
             asked = not os.kill(pid, signal.SIGTERM)
-        if late > 10:
+        if late > limit / 3:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
 
 
 def files_of(folder):
-    """{name: what tells that a file is as it was}."""
+    """{name: what changes whenever a file changes}."""
     found = {}
     for path in folder.rglob("*"):
         about = path.lstat()
@@ -328,17 +531,17 @@ def files_of(folder):
     return found
 
 
-def judge(code, said, must):
-    """A case's outcome, by its exit code, what it said, and what it must do."""
-    lines = said.splitlines() or [""]
+def judge(code, text, must):
+    """The outcome of a case, from its exit code, its stderr, and `must`."""
+    lines = text.splitlines() or [""]
     if code == -signal.SIGKILL:
         return "hang"
-    if "Traceback" in said or code == 1:
+    if "Traceback" in text or code == 1:
         return "traceback"
     if code < 0:
         return "crash"
     if code == 2:
-        if not lines[-1].startswith("error: ") or said.count("error: ") > 1:
+        if not lines[-1].startswith("error: ") or text.count("error: ") > 1:
             return "lines"
         return "lost" if must == "work" else "refused"
     if code == 0:
@@ -351,20 +554,18 @@ def judge(code, said, must):
 
 
 def make_stock(place):
-    """Fill a folder with what the cases spoil."""
+    """Fill a folder with the files that the cases damage."""
     for make in (stock.make_weights, stock.make_clips, stock.make_foreign):
         make(place)
     stock.use(place / "weights")
-    clip, out = place / "clips/hop.mp4", place / "adapters"
-    hop = ["--video", clip, *SHORT]
-    for method, more in (("vmc", ()), ("motiondirector", ()),
-                         ("newmove", ("--prior", place / "prior"))):
-        command(place, train.main, *hop, "--method", method, *more)
-        for file in (place / "out").glob("*.safetensors"):
-            out.mkdir(exist_ok=True)
-            shutil.copy(file, out)
+    hop = ["--video", place / "clips/hop.mp4", *SHORT]
+    (place / "adapters").mkdir()
+    for method in ("vmc", "motiondirector", "newmove"):
+        command(place, train.main, *hop, "--method", method, *prior_of(Case(place, place, "", 0, 0),
+                                                                       method))
+        os.rename(place / f"out/{method}.safetensors", place / f"adapters/{method}.safetensors")
         shutil.rmtree(place / "out")
-    command(place, train.main, *hop, "--steps", 2, *LEARNED)
+    command(place, train.main, *hop, "--steps", 2, *CAPTION)
     os.rename(place / "out", place / "run")
     (place / "prompts.txt").write_text("a red star\na blue ring\n")
     command(place, generate.main, "--adapter", "run/vmc.safetensors", "--prompts", "prompts.txt",
@@ -378,7 +579,7 @@ def make_stock(place):
 
 
 def command(place, main, *argv):
-    """A command that makes something of the stock; raises RuntimeError where it does not."""
+    """Run a command that makes files of the stock. Raises RuntimeError if it fails."""
     case = Case(place, place, "stock", 0, 0)
     case.call(main, *argv)
     (place / "tmp").mkdir(exist_ok=True)
@@ -391,24 +592,25 @@ def command(place, main, *argv):
 
 @contextlib.contextmanager
 def stocked(place):
-    """The stock is in a folder, the very small model stands for the tiny one, and what takes long
-    to make and is always the same is made once for all copies of this process."""
-    tiny, made = generate.TINY, scores.clip.tiny_clip
+    """Make the stock in a folder, use its model as the tiny one, and load once what all forks
+    share."""
+    tiny, make_clip = generate.TINY, scores.clip.tiny_clip
+    place.mkdir()
     make_stock(place)
     tokenizer.words_to_ids("a star")
-    clip = made()
+    clip = make_clip()
     scores.clip.tiny_clip = lambda device="cpu": clip
-    gc.freeze()  # a collection in a copy would write to every page that it shares
+    gc.freeze()  # a collection in a fork would write to every page that it shares
     try:
         yield
     finally:
         gc.unfreeze()
         stock.use(tiny)
-        scores.clip.tiny_clip = made
+        scores.clip.tiny_clip = make_clip
 
 
 def attempt(place, kind, number, seed, keep=None):
-    """One case: (the case, its outcomes, what it said)."""
+    """One case: (the case, its outcomes, its stderr)."""
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         case = Case(place, Path(keep or folder), kind, number, seed)
         case.folder.mkdir(exist_ok=True)
@@ -416,52 +618,49 @@ def attempt(place, kind, number, seed, keep=None):
         return case, *run(case)
 
 
-def campaign(place, plan, seed, say=print):
-    """Run a plan, [(kind, number)]; returns {kind: Counter of outcomes} and the faults, in text."""
+def campaign(place, plan, seed, report=print):
+    """Run a plan, [(kind, number)]; returns {kind: Counter of outcomes} and the faults as text."""
     counts, faults = {}, []
     for kind, number in plan:
         try:
-            case, outcomes, said = attempt(place, kind, number, seed)
-        except KeyboardInterrupt:  # what was done till then is told
+            case, outcomes, text = attempt(place, kind, number, seed)
+        except KeyboardInterrupt:
             break
         counts.setdefault(kind, Counter()).update(outcomes)
-        last = (said.splitlines() or [""])[-1][:160]
+        last = (text.splitlines() or [""])[-1][-200:]
         line = f"{kind} {number} ({case.what[:100]}): {', '.join(outcomes)}: {last}"
         if set(outcomes) - set(GOOD):
             faults.append(line)
-        if outcomes not in (["refused"], ["worked"]):  # also what takes long, to be looked at
-            say(line, flush=True)
+        if outcomes not in (["refused"], ["worked"]):
+            report(ascii(line), flush=True)
     return counts, faults
 
 
 def table(counts):
-    """The counts as text, a line a kind."""
+    """The counts as text, one line per kind."""
     rows = [["", "n", *OUTCOMES]]
-    for kind, count in counts.items():
-        n = sum(v for k, v in count.items() if k != "stray")
+    total = sum(counts.values(), Counter())
+    for kind, count in (*counts.items(), ("all", total)):
+        n = sum(v for k, v in count.items() if k not in ("stray", "left"))
         rows.append([kind, n, *[count[name] or "·" for name in OUTCOMES]])
-    return "\n".join("".join(f"{cell!s:>10}" for cell in row) for row in rows)
+    return "\n".join("".join(f"{cell!s:>11}" for cell in row) for row in rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--cases", type=int, default=500, help="broken inputs, over all kinds")
+    parser.add_argument("--cases", type=int, default=500, help="damaged inputs, over all kinds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=KINDS, help="of this kind alone")
-    parser.add_argument("--number", type=int, help="this case alone, kept in fuzz-case/")
-    parser.add_argument("--clips", type=Path, help="a folder of clips that must work, too")
+    parser.add_argument("--kind", choices=KINDS, help="only this kind")
+    parser.add_argument("--number", type=int, help="only this case, kept in fuzz-case/")
     args = parser.parse_args()
     kinds = [args.kind] if args.kind else [kind for kind in KINDS if kind != "fine"]
     plan = [(kinds[i % len(kinds)], i // len(kinds)) for i in range(args.cases)]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder, stocked(Path(folder) / "stock"):
         place = Path(folder) / "stock"
-        place.mkdir()
-        stack.enter_context(stocked(place))
-        stock.FINE.extend(stock.real_clips(args.clips))
         if args.number is not None:
-            case, outcomes, said = attempt(place, args.kind, args.number, args.seed,
+            case, outcomes, text = attempt(place, args.kind, args.number, args.seed,
                                            Path("fuzz-case").resolve())
-            print(case.what, *case.argv, said, outcomes, sep="\n")
+            print(case.what, *case.argv, text, outcomes, sep="\n")
             return
         plan += [("fine", n) for n in range(len(stock.FINE))] if not args.kind else []
         counts, faults = campaign(place, plan, args.seed)

@@ -1,15 +1,14 @@
-"""What the campaign of fuzz.py spoils, and how: a very small model with clips, adapters, a run, a
-set of videos and votes; the ways to change bytes, tensors, JSON, states, logs and flags; and inputs
-that must work.
+"""The files that the campaign of fuzz.py damages: a very small model, clips, and LoRAs; ways to
+change bytes, tensors, JSON, logs and flags; and inputs that must work.
 
-A way takes a random.Random and a file, changes the file, and gives (what it did, "refuse" where no
-person would want what is left to be used, "work" where it still means the same, "" where it may be
-either).
+A way takes a random.Random and a file, changes the file, and returns a description and "refuse" if
+the file must not be used, "work" if it still means the same, or "" if both are correct.
 """
 import json
 import math
 import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -18,12 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import data
 import generate
 import lora
 import model
+import sampler
 from support import hub, media
-from support import videos as making
+from support.files import digest
 from tiny import world
 
 # ------------------------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ CONFIGS = {  # of a model that takes milliseconds
         "num_attention_heads": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "bos_token_id": 0,
         "max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 2}),
 }
-CLIPS = ("hop.mp4", "hop.gif", "hop.mkv", "pictures")
+CLIPS = ("hop.mp4", "hop.gif", "hop.mkv", "images")
 FOREIGN = ("diffusers.safetensors", "kohya.safetensors", "peft/adapter_model.safetensors",
            "motiondirector.pt")
 
@@ -69,43 +68,47 @@ def make_weights(place):
 
 
 def use(folder):
-    """From now on the very small model is the tiny one."""
+    """Use the very small model as the tiny one."""
     model.TINY = generate.TINY = folder
 
 
 def make_clips(folder):
-    """One motion as a video of three containers, and as pictures; and clips to keep beside it."""
+    """One motion as a video in three containers and as images, and regularization clips."""
     video = world.render(world.sample_scenes(3, torch.Generator().manual_seed(5), ("hopping",)))
     video = video[..., ::2, ::2]  # half as large
     write(folder / "clips/hop.mp4", video[0])
     write(folder / "clips/hop.mkv", video[0])
-    pictures = [Image.fromarray(p) for p in media.to_pixels(video[0][:, :8])]
-    pictures[0].save(folder / "clips/hop.gif", save_all=True, append_images=pictures[1:],
+    images = [Image.fromarray(p) for p in media.to_pixels(video[0][:, :8])]
+    images[0].save(folder / "clips/hop.gif", save_all=True, append_images=images[1:],
                      duration=125)
-    (folder / "clips/pictures").mkdir()
-    for i, picture in enumerate(pictures):
-        picture.save(folder / f"clips/pictures/{i}.{'png' if i % 2 else 'jpg'}")
+    (folder / "clips/images").mkdir()
+    for i, image in enumerate(images):
+        image.save(folder / f"clips/images/{i}.{'png' if i % 2 else 'jpg'}")
     for i in (1, 2):
         write(folder / f"prior/thing {i} hopping.mp4", video[i])
 
 
-def write(path, video, **more):
-    """A small video, as any program might write one; `more` goes to the stream."""
+def write(path, video, times=None, codec="libx264", **stream_options):
+    """Write a small video (3, F, H, W) as any program might. times: seconds of each frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = media.to_pixels(video)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(more.pop("codec", "libx264"), rate=8)
+        stream = container.add_stream(codec, rate=8)
         stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt = more.pop("pix_fmt", "yuv420p")
-        for name, value in more.items():
+        for name, value in ({"pix_fmt": "yuv420p"} | stream_options).items():
             setattr(stream, name, value)
-        for picture in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        if times:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i, image in enumerate(pixels):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times:
+                frame.pts, frame.time_base = round(times[i] * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
 def make_foreign(folder):
-    """One LoRA as diffusers, kohya, peft and MotionDirector keep it."""
+    """One LoRA in the formats of diffusers, kohya, peft and MotionDirector."""
     unet = model.load_unet(folder / "weights")
     pairs = lora.LoRA(unet, "coupled", 2).pairs
     peft, kohya, listed = {}, {}, []
@@ -134,9 +137,9 @@ def make_foreign(folder):
 
 
 def ruin(r, path):
-    """Change a file's bytes, or the file for another thing."""
+    """Change a file's bytes, or replace it by a folder, a pipe or a link."""
     how = r.choice(("a flip", "flips", "cut", "more", "a hole", "empty", "text", "pickle", "gone",
-                    "a folder", "a pipe", "a link to itself", "zeros", "another"))
+                    "a folder", "a pipe", "a loop", "zeros", "another"))
     raw = bytearray(path.read_bytes())
     path.unlink()
     at = r.randrange(len(raw)) if raw else 0
@@ -150,20 +153,39 @@ def ruin(r, path):
         raw += bytes(r.randrange(256) for _ in range(r.choice((1, 9, 5000))))
     elif how == "a hole":
         raw[at : at + r.randrange(1, 9000)] = b""
-    elif how == "a folder":
-        path.mkdir()
-    elif how == "a pipe":
-        os.mkfifo(path)
-    elif how == "a link to itself":
-        path.symlink_to(path)
+    elif how in ("a folder", "a pipe", "a loop"):
+        put_instead(path, how)
     elif how not in ("gone", "another"):
         raw = {"empty": b"", "text": b"this is no such file\n", "zeros": bytes(len(raw)),
                "pickle": b"\x80\x04cposix\nsystem\n(S'touch ran'\ntR."}[how]
     else:
         raw = Path(__file__).read_bytes()
-    if how not in ("gone", "a folder", "a pipe", "a link to itself"):
+    if how not in ("gone", "a folder", "a pipe", "a loop"):
         path.write_bytes(raw)
     return how, "" if how in ("a flip", "flips", "cut", "more", "a hole") else "refuse"
+
+
+def put_instead(path, how, elsewhere=None):
+    """A folder, a pipe or a link in place of a file that was removed."""
+    if how == "a folder":
+        path.mkdir()
+    elif how == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"a loop": path, "a link": elsewhere}.get(how, "nowhere"))
+
+
+OUR_NAMES = ("run.json", "settings.json", "metrics.json", "page.html", "study-key.json",
+             "sheet.png", "log.jsonl", "state.safetensors", "vmc.safetensors",
+             "samples/step-000000.mp4", ".tmp-abc/vmc.safetensors", ".part-vmc.safetensors",
+             ".unfinished/mine")
+
+
+def write_names(folder, names=OUR_NAMES):
+    """Files of others with the names of ours."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"mine": 1, "flags": {"resume": true}}\n')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,7 +193,7 @@ def ruin(r, path):
 
 
 def put(value):
-    """A way to write one odd value among a tensor's."""
+    """A way that writes one odd value into a tensor."""
     def way(t):
         t = t.clone().float()
         t.view(-1)[len(t.flatten()) // 2] = value
@@ -179,7 +201,7 @@ def put(value):
     return way
 
 
-WAYS = {  # what becomes of one tensor; None where it goes
+WAYS = {  # {change: the new tensor, or None if it is removed}
     "NaN": put(math.nan), "infinity": put(math.inf), "gone": lambda t: None,
     "whole numbers": lambda t: t.long(), "bool": lambda t: t > 0, "bytes": lambda t: t.byte(),
     "an axis more": lambda t: t[None, None], "shorter": lambda t: t[: len(t) // 2],
@@ -197,7 +219,7 @@ def retensor(r, path):
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     state, must = load_file(path), "refuse"
-    name = r.choice(sorted(state))
+    name = r.choice(sorted(n for n in state if state[n].dim()))
     if r.random() < 0.2:
         new = r.choice(NAMES)
         state[new] = state[name].clone() if r.random() < 0.5 else state.pop(name)
@@ -206,7 +228,7 @@ def retensor(r, path):
     else:
         how = r.choice(list(WAYS))
         old = state.pop(name)
-        new = WAYS[how](old) if old.dim() else old
+        new = WAYS[how](old)
         state |= {} if new is None else {name: new}
         if how in ("fp16", "bf16", "fp64"):
             must = "work"
@@ -218,32 +240,34 @@ def retensor(r, path):
     return how, must
 
 
-# What an adapter says of itself, and whether another program's reader could make sense of it.
 STORIES = ("noise_prior", "sampling_steps", "inversion_steps", "guidance", "fps", "step", "sampler",
-           "inverts", "format", "base", "prompt", "method")
+           "inversion_model", "format", "base", "prompt", "method")
 
 
 def restory(r, path):
-    """Change an adapter's metadata."""
+    """Change an adapter's metadata, with a checksum of the new metadata in half of the cases."""
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     name, text = r.choice(STORIES), r.choice(
         ("", "abc", "-1", "nan", "inf", "1e999", "0", "2.5", "9" * 5000, "None", "a\nb", "é", "1e9",
          "[]", "true", "x" * 9999))
-    save_file(load_file(path), path, meta | {name: text})
-    wanted = making.Sampling.__dataclass_fields__.get(name)
-    odd = wanted is not None and text in ("", "abc", "-1", "nan", "inf", "None", "a\nb", "é", "[]")
-    return f"{name} = {text[:20]!r}", "refuse" if odd else ""
+    tensors, meta = load_file(path), meta | {name: text}
+    if honest := r.random() < 0.5:
+        meta["digest"] = digest(tensors, {k: v for k, v in meta.items() if k != "digest"})
+    save_file(tensors, path, meta)
+    number = name in sampler.Sampling.__dataclass_fields__
+    odd = number and text in ("", "abc", "-1", "nan", "inf", "None", "a\nb", "é", "[]")
+    return f"{name} = {text[:20]!r}", "refuse" if odd or not honest else ""
 
 
 # ------------------------------------------------------------------------------------------------
-# JSON, states, logs
+# JSON and logs
 
 
 ODD = [None, True, False, 0, -1, 1, 3, 7, 2**31, 10**30, -10**400, 1e-300, 0.5, math.nan, math.inf,
        "", "x", "../..", "/etc/hostname", "\0", "a\nb", "é" * 9, "x" * 9999, "\ud800", [], [1], {},
        [[1, 2]], {"a": 1}, [None], ["x"] * 3, [0] * 9999]
-NUMBERS = {  # numbers without which a network or a set of videos is another
+NUMBERS = {  # numbers that determine a network or a schedule
     "attention_head_dim", "cross_attention_dim", "layers_per_block", "norm_num_groups", "norm_eps",
     "in_channels", "out_channels", "latent_channels", "scaling_factor", "hidden_size", "r",
     "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps", "lora_alpha",
@@ -278,36 +302,6 @@ def rejson(r, path):
     return f"{key} = {str(odd)[:40]!r}", must
 
 
-TENSORS = (None, 3, "x", [], {}, torch.zeros(3), torch.zeros(()), torch.tensor(math.nan),
-           torch.zeros(3).to_sparse(), torch.zeros(2, dtype=torch.long), torch.zeros(0),
-           torch.empty(2, device="meta"), torch.zeros(1).expand(9), torch.zeros(2).cfloat())
-
-
-def restate(r, path):
-    """Change something inside a state.pt."""
-    tree = node = torch.load(path, weights_only=True)
-    while True:
-        key = r.choice(list(node) if isinstance(node, dict) else list(range(len(node))))
-        inner = isinstance(node[key], (dict, list)) and len(node[key])
-        if not inner or r.random() < 0.15:
-            break
-        node = node[key]
-    old, must = node[key], ""
-    if r.random() < 0.15:
-        del node[key]
-        how = f"{key} gone"
-    else:
-        ways = [f for n, f in WAYS.items() if n != "gone"]
-        new = r.choice(ways)(old) if torch.is_tensor(old) and old.dim() and r.random() < 0.7 else (
-            r.choice((*TENSORS, *ODD[:16])))
-        if torch.is_tensor(old) and not (
-                torch.is_tensor(new) and new.dtype == old.dtype and new.shape == old.shape):
-            must = "refuse"
-        node[key], how = new, f"{key} = {str(new)[:40]!r}"
-    torch.save(tree, path)
-    return how, must
-
-
 def relog(r, path):
     """Change lines of a log."""
     lines = path.read_bytes().splitlines(True) or [b""]
@@ -331,7 +325,7 @@ PATTERNS = ("(.*)*x", "(a|a)*$", "(a+)+b", ".*" * 30, "(", "[", "((.*)+)+\\1", "
 
 
 def odd_value(r, place):
-    """What somebody might type; half of it sensible, so that the rest of the command is reached."""
+    """A value that somebody could type. Half of them are sensible, so that commands go further."""
     files = [str(place / name) for name in (
         "clips", "clips/hop.mp4", "weights", "adapters/vmc.safetensors", "prompts.txt", "set",
         "foreign/motiondirector.pt", "weights/unet/config.json", "votes/votes.json")]
@@ -341,12 +335,13 @@ def odd_value(r, place):
            "٣", "abc", "é", "a\nb", "\udcff", "--", "-", "-x", "x" * 5000, "../..", "/", "*", "%s",
            "{}", "/dev/null", "/dev/zero", "/proc/nowhere/x", "out", "4096x4096", "64X65", "64×64",
            "cuda:99", "meta", "world", "generated", "sks", "org/name", "https://x.org/a",
-           str(place), files[6] + "#0", files[0] + "\n", "8x8"]
+           str(place), files[6] + "#0", files[0] + "\n", "8x8", "E=mc2", "\x1b[31m", "\u202e",
+           "a=b.c", "steps=3", "\x7f\x9b"]
     return r.choice(r.choice((sensible, odd)))
 
 
 def flags_of(command):
-    """All flags of a command, as its own --help lists them."""
+    """All flags of a command."""
     seen = []
     parse = __import__("support.flags", fromlist=["Parser"]).Parser
     add = parse.add_argument
@@ -366,22 +361,24 @@ def flags_of(command):
 
 
 def odd_text(r):
-    """A prompt that a person, a program or an accident might write."""
+    """A prompt of odd characters."""
     letters = ["a", "red", "star", " ", "\n", "\t", "\r\n", "!", "é", "ß", "中文", "😀", "\u202e",
                "\0", "\u2028", "<script>", "</script>", "&amp;", "\"", "'", "\\", "/", "..", "%s",
-               "{}", "sks", "<look>", "X*", "\x1b[31m", "-", "--", "\ufeff", "\udcff", "ﬁ", "1"]
+               "{}", "sks", "<look>", "X*", "\x1b[31m", "-", "--", "\ufeff", "\udcff", "ﬁ", "1",
+               "E=mc2", "a=b", "steps=3 "]
     return "".join(r.choice(letters) for _ in range(r.choice((0, 1, 2, 5, 20, 60, 400))))
 
 
 # ------------------------------------------------------------------------------------------------
-# What must work: [(what it is, a function of the case that gives a command and its flags)]
+# Inputs that must work: [(description, function from a case to a command and its flags)]
 
 
-def clip_of(name, **more):
-    """A clip as other programs write them, to learn from."""
+def clip_of(name, size=(32, 32), frames=16, **more):
+    """A training clip as other programs write them."""
     def set_up(case):
-        from test_data import counting_clip
-        return "train", ["--video", counting_clip(case.folder / name, **more)]
+        video = torch.rand(3, 4, 1, 1).repeat_interleave(frames // 4, 1).expand(-1, -1, *size)
+        write(case.folder / name, video * torch.linspace(-1, 1, size[1]), **more)
+        return "train", ["--video", f"./{name}"]
     return f"a clip: {name} {more}", set_up
 
 
@@ -404,15 +401,15 @@ def text_of(text):
 
 
 def method_of(name, method):
-    """A method with all of its settings given, each as it is."""
+    """A method with all its settings given, each with its default."""
     from support.recipe import write_value
     from train import TINY
 
-    method = method.but(TINY.get(name, ""))
+    method = method.override(TINY.get(name, ""))
 
     def set_up(case):
         argv = ["--method", name, "--video", case.place / "clips/hop.mp4"]
-        argv += ["--prior", case.place / "prior"] if method.prior else []
+        argv += ["--prior", case.place / "prior"] if "prior" in method.own else []
         return "train", argv + [f"{k}={write_value(v)}" for k, v in method.settings().items()
                                 if k not in ("steps", "prior")]
     return f"all settings of {name}", set_up
@@ -461,18 +458,8 @@ def scored(name):
     return f"to score: {name}", set_up
 
 
-def real_clips(folder):
-    """What is in a folder of a person's: each file and folder of it, to learn from."""
-    rows = []
-    for path in data.find_clips(sorted(folder.iterdir())) if folder else []:
-        pictures = path.is_dir() and len(list(path.iterdir())) >= media.FEWEST_FRAMES
-        if pictures or path.suffix.lower() in media.VIDEOS:
-            rows.append((f"a clip: {path}", lambda case, path=path: ("train", ["--video", path])))
-    return rows
-
-
 def find_fine():
-    """The list."""
+    """All inputs that must work."""
     from support.recipe import METHODS
 
     rows = [(f"a clip: {name}", lambda case, name=name: (
@@ -480,12 +467,14 @@ def find_fine():
     rows += [
         clip_of("odd.mkv", size=(47, 63), codec="ffv1", pix_fmt="bgr0"),
         clip_of("tall.mp4", size=(128, 34)), clip_of("c.webm", codec="libvpx-vp9"),
-        clip_of("c.mov", codec="qtrle", pix_fmt="argb", alpha=True),
+        clip_of("c.mov", codec="qtrle", pix_fmt="argb"),
         clip_of("c.avi", codec="mpeg4"),
-        clip_of("deep.mp4", pix_fmt="yuv420p10le"), clip_of("wide.mp4", aspect=(4, 3)),
+        clip_of("deep.mp4", pix_fmt="yuv420p10le"),
+        clip_of("wide.mp4", sample_aspect_ratio=Fraction(4, 3)),
         clip_of("grey.mkv", codec="ffv1", pix_fmt="gray"), clip_of("UPPER.MP4"),
         clip_of("a clip, é 中 'x'.mp4"), clip_of("-x.mp4"), clip_of("4.mp4", frames=8),
-        clip_of("rate.mkv", times=[i / 24 for i in range(16)] + [1 + i / 4 for i in range(16)]),
+        clip_of("rate.mkv", frames=32, times=[*[i / 24 for i in range(16)],
+                                              *[1 + i / 4 for i in range(16)]]),
     ]
     rows += [adapter_of(name) for name in (
         "adapters/vmc.safetensors", "adapters/motiondirector.safetensors",

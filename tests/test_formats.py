@@ -1,5 +1,5 @@
-"""support/formats.py: other programs' LoRAs against what diffusers and peft merge themselves, or
-against the formula written out; what is refused; and what is written, opened elsewhere."""
+"""LoRAs of other programs, against the merged weights of diffusers and peft, or the
+formula; refused files; and exported files, read by other programs."""
 import copy
 import json
 import re
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, relative
+from conftest import NARROW_UNET, ROOT, relative
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,18 +20,6 @@ peft = pytest.importorskip("peft")
 from diffusers import utils as their_utils  # noqa: E402
 from diffusers.loaders import PeftAdapterMixin  # noqa: E402
 
-NARROW = {
-    "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": [32, 64, 64],
-    "cross_attention_dim": 24, "attention_head_dim": 8, "norm_num_groups": 8,
-    "down_block_types": ["CrossAttnDownBlock3D"] * 2 + ["DownBlock3D"],
-    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 2,
-}
-FULL = NARROW | {
-    "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024,
-    "attention_head_dim": 64, "norm_num_groups": 32,
-    "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
-    "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
-}
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
 Q, K, OUT, FF = (BLOCK + n for n in ("attn1.to_q", "attn2.to_k", "attn1.to_out.0", "ff.net.2"))
 CONV, TIME = "down_blocks.1.resnets.0.conv1", "up_blocks.1.temp_convs.0.conv2.3"
@@ -53,33 +41,27 @@ def pair(W, rank, seed=0):
 
 @pytest.fixture(scope="module")
 def base():
-    """One set of weights for all; no layer is silent."""
+    """One set of weights for all, without zeros."""
     torch.manual_seed(0)
-    return {n: t + noise(*t.shape, size=0.1) for n, t in Theirs(**NARROW).state_dict().items()}
+    return {n: t + noise(*t.shape, size=0.1) for n, t in Theirs(**NARROW_UNET).state_dict().items()}
 
 
 @pytest.fixture
 def theirs(base):
-    unet = Theirs(**NARROW).eval()
+    unet = Theirs(**NARROW_UNET).eval()
     unet.load_state_dict(base)
     return unet
 
 
 @pytest.fixture(scope="module")
 def unet(base):
-    ours = model.UNet(model.UNetConfig(**NARROW)).eval().requires_grad_(False)
+    ours = model.UNet(model.UNetConfig(**NARROW_UNET)).eval().requires_grad_(False)
     ours.load_state_dict(base)
     return ours
 
 
-@pytest.fixture(scope="module")
-def full():
-    with torch.device("meta"):
-        return model.UNet(model.UNetConfig(**FULL))
-
-
 def merged(base, tensors, pairs):
-    """The weights as an adapter changes them."""
+    """The weights merged with an adapter."""
     state = base | tensors
     for layer, (A, B) in pairs.items():
         W = base[f"{layer}.weight"]
@@ -88,23 +70,22 @@ def merged(base, tensors, pairs):
     return state
 
 
-def assert_equal(got, want, base):
-    """Every weight the same, to 1e-6, and its change to 1e-5; and something was changed."""
-    changed = [n for n in base if not torch.equal(want[n], base[n])]
+def assert_equal(got, expected, base):
+    """Equal weights, to 1e-6, and equal changes, to 1e-5. At least one weight changed."""
+    changed = [n for n in base if not torch.equal(expected[n], base[n])]
     assert changed and [n for n in base if not torch.equal(got[n], base[n])] == changed
-    assert max(relative(got[n], want[n]) for n in changed) <= 1e-6
-    assert max(relative(got[n] - base[n], want[n] - base[n]) for n in changed) <= 1e-5
+    assert max(relative(got[n], expected[n]) for n in changed) <= 1e-6
+    assert max(relative(got[n] - base[n], expected[n] - base[n]) for n in changed) <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------
-# What diffusers and peft write, against what they merge
+# Files of diffusers and peft, against their own merged weights
 
 
 SETTINGS = {
-    "alpha": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
+    "alpha": {}, "rslora": {"use_rslora": True},
     "rank_pattern": {"lora_alpha": 3, "rank_pattern": {"to_k": 2, "ff.net.2": 6}},
     "alpha_pattern": {"alpha_pattern": {f"^{Q}": 1, "attn2.to_k": 16}},
-    "lora_bias": {"lora_bias": True, "target_modules": [OUT, FF, CONV]},
     "biases, whole layers": {"bias": "lora_only", "modules_to_save": ["conv_out"]},
 }
 
@@ -113,8 +94,8 @@ def config(**settings):
     return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ALL} | settings)
 
 
-def learned(unet):
-    """Gives all that could have learned some change."""
+def train_all(unet):
+    """Change all trainable parameters."""
     for i, p in enumerate(unet.parameters()):
         if p.requires_grad:
             p.data = p.data * 0.9 + noise(*p.shape, seed=i)
@@ -130,35 +111,35 @@ def fused(unet):
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_files_of_diffusers(kind, theirs, unet, base, tmp_path):
-    """By save_lora_adapter (no "unet." anywhere), and as a pipeline saves it (everywhere)."""
+    """By save_lora_adapter, without "unet.", and as a pipeline saves it, with it."""
     theirs.add_adapter(config(**SETTINGS[kind]))
-    learned(theirs)
+    train_all(theirs)
     theirs.save_lora_adapter(tmp_path)
-    path, want = tmp_path / "pytorch_lora_weights.safetensors", fused(theirs)
+    path, expected = tmp_path / "pytorch_lora_weights.safetensors", fused(theirs)
     with safe_open(path, "pt") as file:
         values = json.loads(file.metadata()["lora_adapter_metadata"])
     for prefix in ("", "unet."):
         meta = {"lora_adapter_metadata": json.dumps({prefix + k: v for k, v in values.items()})}
         state = {prefix + n: t for n, t in load_file(path).items()}
-        assert_equal(merged(base, *formats.read_foreign(state, meta, unet, path)), want, base)
+        assert_equal(merged(base, *formats.read_foreign(state, meta, unet, path)), expected, base)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_files_of_pefts_save_pretrained(kind, theirs, unet, base, tmp_path):
-    """Its settings are in adapter_config.json beside the file."""
+def test_files_of_peft(kind, theirs, unet, base, tmp_path):
+    """Its settings are in adapter_config.json, next to the file."""
     wrapped = peft.get_peft_model(theirs, config(**SETTINGS[kind]))
-    learned(theirs)
+    train_all(theirs)
     wrapped.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     got = merged(base, *formats.read_foreign(load_file(path), {}, unet, path))
     assert_equal(got, wrapped.merge_and_unload().state_dict(), base)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(BadInput, match="adapter_config.json, which is not beside it"):
+    with pytest.raises(BadInput, match="adapter_config.json"):
         formats.read_foreign(load_file(path), {}, unet, path)
 
 
 def renamed(*changes):
-    """A file with parts of its names replaced."""
+    """A function that replaces parts of names."""
     def rename(state):
         names = {n: n for n in state}
         for old, new in changes:
@@ -169,7 +150,7 @@ def renamed(*changes):
 
 
 COMFY = ("^unet", "diffusion_model")
-OTHER = {  # how peft's names are written otherwise; each at alpha = r
+OTHER = {  # other notations of peft's names, each with alpha = r
     "adapter's name": renamed((r"weight$", "my-own.weight")),
     "lora.down": their_utils.convert_state_dict_to_diffusers,
     "to_q_lora.down": renamed((r"\.lora_A", "_lora.down"), (r"\.lora_B", "_lora.up"),
@@ -183,17 +164,17 @@ OTHER = {  # how peft's names are written otherwise; each at alpha = r
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_other_names_of_the_same(kind, theirs, unet, base):
+def test_other_notations_of_the_same_names(kind, theirs, unet, base):
     theirs.add_adapter(config(lora_alpha=4, target_modules=ALL[:3] if "to_q" in kind else ALL))
-    learned(theirs)
+    train_all(theirs)
     state = {f"unet.{n}": t for n, t in peft.get_peft_model_state_dict(theirs).items()}
     got = formats.read_foreign(OTHER[kind](state), {}, unet, "x")
     assert_equal(merged(base, *got), fused(theirs), base)
 
 
-@pytest.mark.parametrize("kind", ("beside peft's names", "kohya"))
+@pytest.mark.parametrize("kind", ("peft", "kohya"))
 def test_alphas_in_tensors(kind, theirs, unet, base):
-    """Each layer has its own; diffusers reads peft's names with the same alphas."""
+    """Each layer has its own alpha. diffusers reads peft's names with the same alphas."""
     state = formats.to_peft({n: pair(base[f"{n}.weight"], 4, i) for i, n in enumerate(ALL)})
     alphas = {f"unet.{layer}.alpha": i + 1.0 for i, layer in enumerate(ALL)}
     theirs.load_lora_adapter(dict(state), network_alphas=alphas, prefix="unet")
@@ -205,32 +186,17 @@ def test_alphas_in_tensors(kind, theirs, unet, base):
 
 
 # ------------------------------------------------------------------------------------------------
-# By the formula, where no reference is installed
+# Against the formula, for programs that are not installed
 
 
 def kohya(layer, **parts):
     return {f"lora_unet_{layer.replace('.', '_')}.{n}": t for n, t in parts.items()}
 
 
-@pytest.mark.parametrize("axes", [(), (1, 2, 3), (0, 2, 3)])
-def test_lycoris_locons(axes, unet, base):
-    """ΔW = alpha/r · up·mid·down; with dora_scale m, W' = m·(W + ΔW)/‖W + ΔW‖, over these axes."""
-    up, mid, down = noise(64, 2, 1, 1), noise(2, 2, 3, 3), noise(2, 32, 1, 1)
-    new = base[f"{CONV}.weight"] + 3 / 2 * torch.einsum("onxy,nmhw,mixy->oihw", up, mid, down)
-    parts = {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down,
-             "alpha": torch.tensor([3])}
-    if axes:
-        norm = new.square().sum(axes, keepdim=True).sqrt()
-        parts["dora_scale"] = noise(*norm.shape).abs()
-        new = parts["dora_scale"] * new / norm
-    got = merged(base, *formats.read_foreign(kohya(CONV, **parts), {}, unet, "x"))
-    assert_equal(got, base | {f"{CONV}.weight": new}, base)
-
-
 @pytest.mark.parametrize("names", ("hub's", "web UI's"))
 def test_stable_lora(names, unet, base):
-    """Its layers' own lines, at r = 2; a bias in the file is the layer's new one."""
-    state, want = {f"{OUT}.bias": noise(32)}, base | {f"{OUT}.bias": noise(32)}
+    """Its own formula, with r = 2. A bias in the file replaces the layer's."""
+    state, expected = {f"{OUT}.bias": noise(32)}, base | {f"{OUT}.bias": noise(32)}
     for name in (f"{layer}.weight" for layer in ALL):
         wide, narrow, *kernel = base[name].shape
         k = kernel[0] if kernel else 1
@@ -238,17 +204,17 @@ def test_stable_lora(names, unet, base):
         change = B @ A
         if len(kernel) == 3:
             change = change.view(wide, narrow, k, k, 1).mean(dim=-2, keepdim=True)
-        want[name] = base[name] + change.view(base[name].shape)
+        expected[name] = base[name] + change.view(base[name].shape)
         if names == "web UI's":
             A, B = (t.unsqueeze(-1) if "proj_in" in name else t for t in (A, B))
             name = hub.pth_name(name)
         state |= {name.replace("weight", "lora_A"): A, name.replace("weight", "lora_B"): B}
-    assert_equal(merged(base, *formats.read_foreign(state, {}, unet, "x")), want, base)
+    assert_equal(merged(base, *formats.read_foreign(state, {}, unet, "x")), expected, base)
 
 
 @pytest.mark.parametrize("kind,clips", [("temporal", 1), ("spatial", 1), ("spatial", 3)])
-def test_motiondirectors_lists_without_names(kind, clips, full, capsys):
-    """At full size. Each tensor is filled with its own number, so layer and clip can be told."""
+def test_lists_of_motiondirector_without_names(kind, clips, full, capsys):
+    """At full size. Each tensor holds its own number, which identifies layer and clip."""
     order = json.loads((ROOT / "tests/reference/motiondirector_order.json").read_text())[kind]
     tensors = []
     for wide, narrow in [shape for _, shape in order for _ in range(clips)]:
@@ -260,19 +226,19 @@ def test_motiondirectors_lists_without_names(kind, clips, full, capsys):
             assert (pairs[name][1] @ pairs[name][0])[0, 0] == k * clips + clip
     assert ("clip 2 of 3" in capsys.readouterr().err) == (clips == 3)
     for wrong, clip in ((tensors, clips), (tensors[:-2], 0), (tensors[::-1], 0), ([], 0)):
-        with pytest.raises(BadInput, match="no clip|not MotionDirector's"):
+        with pytest.raises(BadInput, match="no clip|do not match MotionDirector"):
             formats.read_foreign(wrong, {}, full, "9_unet.pt", clip)
 
 
 # ------------------------------------------------------------------------------------------------
-# What is refused
+# Refused files
 
 
 A, B = noise(2, 32), noise(32, 2)
 DOWN, UP = {f"{Q}.lora_A.weight": A}, {f"{Q}.lora_B.weight": B}
 
 
-def beside(role, tensor):
+def with_part(role, tensor):
     return DOWN | UP | {f"{Q}.{role}": tensor}
 
 
@@ -280,62 +246,66 @@ def settings(**values):
     return {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 2} | values)}
 
 
-@pytest.mark.parametrize("says,state,meta", [
-    ("half of a pair", DOWN, {}), ("half of a pair", UP, {}),
-    ("half of a pair: .* A, alpha alone", kohya(Q, **{"lora_down.weight": A, "alpha": A}), {}),
-    ("1 of its 3 tensors have no place .* first .*lora_C", beside("lora_C.weight", A), {}),
-    ("2 of its 3 tensors", DOWN | UP | kohya(Q, **{"lora_down.weight": A}), {}),
-    ("read as kohya or LoCon", kohya("input_blocks.1", **{"lora_down.weight": A}), {}),
-    ("two tensors for one place", beside("lora_A.two.weight", A), {}),
-    ("both the whole of", beside("weight", noise(32, 32)), {}),
-    (r"alpha as \(2,\), wanted \(\)", beside("alpha", torch.ones(2)), {}),
-    ("alpha 0.0 for", beside("alpha", torch.tensor(0)), {}),
-    ("scale of 4.5 in its alpha, of 1", beside("alpha", torch.tensor(9)), settings()),
-    ("has a LoRA bias for", beside("lora_B.bias", noise(32)), {}),
-    (r"as \(32, 3\), wanted \(32, 2\)", DOWN | {f"{Q}.lora_B.weight": noise(32, 3)}, {}),
-    (r"as \(2, 31\), wanted \(2, 32\)", UP | {f"{Q}.lora_A.weight": noise(2, 31)}, {}),
-    ("NaN", UP | {f"{Q}.lora_A.weight": A / 0 * 0}, {}),
-    ("rank 0", UP | {f"{Q}.lora_A.weight": A[:0]}, {}),
-    ("rank 3, and its A has 2", DOWN | UP, settings(r=3)),
-    ("no number above 0", DOWN | UP, settings(r="2")),
-    ("no number above 0", DOWN | UP, settings(rank_pattern={"(": 2})),
-    ("neither true nor false", DOWN | UP, settings(use_rslora="no")),
-    ("says use_dora=True, and 0 of 1", DOWN | UP, settings(use_dora=True)),
-    ("says use_dora=False, and 1 of 1", beside("lora_magnitude_vector", noise(32)), settings()),
-    ("init_lora_weights=pissa", DOWN | UP, settings(init_lora_weights="pissa")),
-    ("use_qalora, peft_type=LOHA", DOWN | UP, settings(peft_type="LOHA", use_qalora=True)),
-    ("says nothing about the UNet", DOWN | UP, {"lora_adapter_metadata": "{"}),
-    ("hada_w1_a, of a kind of LyCORIS", kohya(Q, hada_w1_a=A), {}),
-    ("lokr_w1, of a kind", kohya(Q, lokr_w1=A), {}), ("diff, of a kind", kohya(Q, diff=A), {}),
-    ("metadata and none for", kohya(Q, **{"lora_down.weight": A}), {"ss_network_alpha": "1"}),
-    (r"has conv_in.bias as \(3,\), wanted \(32,\)", {"conv_in.bias": noise(3)}, {}),
+def with_kohya(**parts):
+    return kohya(Q, **{"lora_down.weight": A, "lora_up.weight": B} | parts)
+
+
+@pytest.mark.parametrize("message,state,meta", [
+    ("expected A and B", DOWN, {}), ("expected A and B", UP, {}),
+    (r"found \['A', 'alpha'\]", kohya(Q, **{"lora_down.weight": A, "alpha": A}), {}),
+    ("1 of its 3 tensors match no layer, e.g. .*lora_C", with_part("lora_C.weight", A), {}),
+    ("duplicate tensor", DOWN | UP | kohya(Q, **{"lora_down.weight": A}), {}),
+    ("match no layer", kohya("input_blocks.1", **{"lora_down.weight": A}), {}),
+    ("duplicate tensor", with_part("lora_A.two.weight", A), {}),
+    ("both full weights and a LoRA for", with_part("weight", noise(32, 32)), {}),
+    (r"alpha is \(2,\)", with_part("alpha", torch.ones(2)), {}),
+    ("scale of .* is", with_part("alpha", torch.tensor(0)), {}),
+    (r"scale of .* is \[4.5, 1", with_part("alpha", torch.tensor(9)), settings()),
+    ("match no layer", with_part("lora_B.bias", noise(32)), {}),
+    (r"is \(32, 3\)", DOWN | {f"{Q}.lora_B.weight": noise(32, 3)}, {}),
+    (r"is \(2, 31\)", UP | {f"{Q}.lora_A.weight": noise(2, 31)}, {}),
+    ("rank 1 or more", UP | {f"{Q}.lora_A.weight": A[:0]}, {}),
+    ("settings are r=3.*expected r=2", DOWN | UP, settings(r=3)),
+    ("settings are r='2'", DOWN | UP, settings(r="2")),
+    ("cannot be used", DOWN | UP, settings(rank_pattern={"(": 2})),
+    ("cannot be used", DOWN | UP, settings(use_rslora="no")),
+    ("use_dora", DOWN | UP, settings(use_dora=True)),
+    ("match no layer", with_part("lora_magnitude_vector", noise(32)), settings()),
+    ("not supported: init_lora_weights", DOWN | UP, settings(init_lora_weights="pissa")),
+    ("use_qalora", DOWN | UP, settings(peft_type="LOHA", use_qalora=True)),
+    ("JSONDecodeError", DOWN | UP, {"lora_adapter_metadata": "{"}),
+    ("match no layer", with_kohya(**{"lora_mid.weight": A}), {}),
+    ("match no layer", with_kohya(dora_scale=A), {}), ("match no layer", kohya(Q, hada_w1_a=A), {}),
+    ("match no layer", kohya(Q, lokr_w1=A), {}), ("match no layer", kohya(Q, diff=A), {}),
+    ("metadata has an alpha, but", with_kohya(), {"ss_network_alpha": "1"}),
+    (r"conv_in.bias is \(3,\)", {"conv_in.bias": noise(3)}, {}),
     ("no tensor for the UNet", {"lora_te_x.lora_down.weight": A}, {}),
 ])
-def test_what_is_not_understood_is_refused_in_one_line(says, state, meta, unet):
-    with pytest.raises(BadInput, match=says) as error:
+def test_unknown_tensors_and_settings_are_refused_in_one_line(message, state, meta, unet):
+    with pytest.raises(BadInput, match=message) as error:
         formats.read_foreign(state, meta, unet, "some.safetensors")
-    assert re.fullmatch("some.safetensors [^\n]+; [^\n]+[.]", str(error.value))
+    assert re.fullmatch("some.safetensors cannot be used [^\n]+; [^\n]+[.]", str(error.value))
 
 
 @pytest.mark.parametrize("kept", (r".*", r"(?!.*temp_|transformer_in).*"))
-def test_whole_unets_are_no_adapters_unless_asked_for(kept, unet, base, capsys):
-    """Neither a video UNet nor an image UNet; some of their tensors are."""
+def test_whole_unets_are_adapters_only_on_request(kept, unet, base, capsys):
+    """All weights of a video or image UNet are refused; a part of them is an adapter."""
     state = {f"unet.{n}": t for n, t in base.items() if re.fullmatch(kept, n)}
-    with pytest.raises(BadInput, match="--weights its folder, or use it as an absorber"):
+    with pytest.raises(BadInput, match="is not an adapter"):
         formats.read_foreign(state, {}, unet, "x")
-    tensors, pairs = formats.read_foreign(state, {}, unet, "x", whole=True)
+    tensors, pairs = formats.read_foreign(state, {}, unet, "x", full_weights=True)
     assert {f"unet.{n}" for n in tensors} == set(state) and not pairs
     state.pop("unet.conv_in.weight")
     some = state | {"text_encoder.x.lora_A.weight": A}
     assert len(formats.read_foreign(some, {}, unet, "x")[0]) == len(state)
-    assert "skipping 1 tensors of a text encoder" in capsys.readouterr().err
+    assert "skipping 1 text encoder tensors" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
-# Out
+# Exported files
 
 
-def test_ours_load_in_peft_as_they_are(theirs, unet, base):
+def test_our_adapters_load_in_peft(theirs, unet, base):
     pairs = {layer: pair(base[f"{layer}.weight"], 3) for layer in ALL}
     theirs.load_lora_adapter(formats.to_peft(pairs), prefix="unet")
     ours = copy.deepcopy(unet)
@@ -347,40 +317,41 @@ def test_ours_load_in_peft_as_they_are(theirs, unet, base):
         assert relative(theirs(x, 300, text).sample, out) <= 4e-6
 
 
-def test_a_saved_folder_is_the_model_again(tmp_path):
-    """In the hub's layout, with the base's other parts; and it is never written over."""
+def test_a_saved_folder_loads_as_the_same_model(tmp_path):
+    """In the hub's layout, with the base model's other parts. It is never overwritten."""
     tiny, new = model.load(), tmp_path / "new"
     export.save_hub(tiny, new, model.TINY)
     again = model.load(new)
-    for part in ("vae", "text", "unet"):
+    for part in ("vae", "text_encoder", "unet"):
         for name, tensor in getattr(again, part).state_dict().items():
-            want = getattr(tiny, part).state_dict()[name]
-            assert torch.equal(tensor, want.half().float() if part == "unet" else want)
-    with pytest.raises(BadInput, match="there already"):
+            expected = getattr(tiny, part).state_dict()[name]
+            assert torch.equal(tensor, expected.half().float() if part == "unet" else expected)
+    with pytest.raises(BadInput, match="exists; give --save"):
         export.save_hub(tiny, new, model.TINY)
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
-def test_a_saved_folder_opens_in_diffusers_and_a_pth_is_read_back(unet, base, tmp_path):
-    Theirs(**NARROW).save_config(tmp_path / "base" / "unet")
-    export.save_hub(SimpleNamespace(unet=unet, text=None), tmp_path / "new", tmp_path / "base")
+def test_diffusers_loads_a_saved_folder_and_a_pth_is_read_back(unet, base, tmp_path):
+    Theirs(**NARROW_UNET).save_config(tmp_path / "base" / "unet")
+    pipe = SimpleNamespace(unet=unet, text_encoder=None)
+    export.save_hub(pipe, tmp_path / "new", tmp_path / "base")
     opened = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "new" / "unet").state_dict()
-    export.save_pth(unet, tmp_path / "unet.pth")
+    export.save_pth(pipe, tmp_path / "unet.pth")
     back = hub.unet_from_pth(torch.load(tmp_path / "unet.pth", weights_only=True), unet)
     for state in (opened, back):
         assert set(state) == set(base)
         assert all(torch.equal(t.float(), base[n].half().float()) for n, t in state.items())
 
 
-def test_a_pth_has_the_names_and_shapes_of_the_released_one(full):
+def test_a_pth_has_the_names_and_shapes_of_the_released_file(full):
     table = json.loads((ROOT / "tests/reference/unet_modelscope_pth_map.json").read_text())
     state = export.as_pth(full.state_dict(), full)
     assert {n: list(t.shape) for n, t in state.items()} == dict(table.values())
 
 
-def test_what_fp16_cannot_hold_is_not_saved(unet, tmp_path):
+def test_weights_too_large_for_fp16_are_refused(unet, tmp_path):
     loud = copy.deepcopy(unet)
     loud.conv_in.bias.data[0] = 1e6
     with pytest.raises(BadInput, match="conv_in.bias is too large for fp16"):
-        export.save_pth(loud, tmp_path / "unet.pth")
+        export.save_pth(SimpleNamespace(unet=loud, text_encoder=None), tmp_path / "unet.pth")
     assert not list(tmp_path.iterdir())

@@ -1,14 +1,13 @@
-"""ZeroScope's real shape, with random weights, through the same scripts. Slow, and large: about
-14 GB of memory and 6 GB of disk, and several minutes on two cores. Run with -m slow."""
+"""The scripts at ZeroScope's full size, with random weights. About 14 GB of memory, 6 GB of disk
+and several minutes on two cores. Run with -m slow."""
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FULL_TEXT, FULL_UNET, ROOT
 from safetensors.torch import save_file
-from test_model import FULL_TEXT, FULL_UNET
 
 import model
 from support import hub, media
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(script, *flags):
-    """A command that ends well; what it printed."""
+    """Run a script, which must succeed."""
     done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -25,7 +24,7 @@ def run(script, *flags):
 
 
 def random_state(module):
-    """fp16 weights of a module on the meta device: small, with norms near one."""
+    """Small fp16 weights for a module on the meta device, with norms near one."""
     generator, state = torch.Generator().manual_seed(0), {}
     for name, t in module.state_dict().items():
         fan = max(1, t[0].numel()) if t.dim() > 1 else 100
@@ -36,7 +35,7 @@ def random_state(module):
 
 @pytest.fixture(scope="module")
 def full_size_folder(tmp_path_factory):
-    """A folder in the hub's layout, its parts as large as ZeroScope's."""
+    """A folder in the hub's layout, with all parts of ZeroScope's size."""
     folder = tmp_path_factory.mktemp("full")
     vae = {"block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215}
     with torch.device("meta"):
@@ -58,19 +57,20 @@ def full_size_folder(tmp_path_factory):
 
 
 def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
-    """8 frames of 128×128, from the repository's own clip."""
+    """8 frames of 128×128, from the bundled clip."""
     size = ("--weights", full_size_folder, "--frames", 8, "--size", "128x128")
     clip = ROOT / "assets" / "eight.mp4"
     done = run("train.py", "--video", clip, "--steps", 2, "--preview-every", 0,
                "--out", tmp_path / "run", *size)
     print(done.stdout)
-    assert "74,342,400 parameters in 96 tensors (the network has 1,411,233,860)" in done.stdout
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert "74,342,400 parameters in 96 tensors (the UNet has 1,411,233,860)" in done.stdout
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().split("\n")
+           if line]
     assert len(log) == 2 and all(0 < line["loss"] < 2 and line["grad"] > 0 for line in log)
     print(log)
     run("generate.py", "--adapter", tmp_path / "run" / "vmc.safetensors", "--prompt", "a bird",
         "--steps", 1, "--out", tmp_path / "g", *size, "--refine", full_size_folder,
         "--refine-steps", 2, "--strength", 0.5, "--refine-size", "192x160")
-    made, = (tmp_path / "g").glob("*.mp4")
-    shapes = [make().shape for _, make in media.decode(made)]
-    assert shapes == [(320, 384, 3)] * 8  # small ones are written enlarged
+    path, = (tmp_path / "g").glob("*.mp4")
+    shapes = [image().shape for _, image in media.decode(path)]
+    assert shapes == [(320, 384, 3)] * 8  # small videos are enlarged
