@@ -29,7 +29,7 @@ def main(argv=None):
         return study.count_votes(args.votes, args.key)
     machine.tune_malloc()
     args.device = machine.find_device(args.device)
-    scorers = metrics.load_scorers(args)
+    scorers = metrics.Scorers(args)
     with output_folder(args.out, Path("out/evaluation")) as args.out:
         runs = read_runs(args)
         notes = metrics.choose_shared(runs)
