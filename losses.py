@@ -9,7 +9,7 @@ allows clean latents too. Further inputs are keywords, and each loss declares th
 between the two frames of a residual; `anchor` and `beta` belong to the appearance-debiased loss.
 Through LOSSES, a loss also accepts the keywords of the other losses.
 
-Axes: B clips, C channels, F frames, h w latent; n counts frames, c is the frame stride.
+Axes: B clips, C channels, F frames, h w latent; n frame index, c frame stride.
 """
 import functools
 import inspect
@@ -30,7 +30,7 @@ def residual(x, stride=1):
 
 
 def mse(pred, target):
-    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; MotionDirector Eq. 1; VMC Eq. 8, there without square)."""
+    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; MotionDirector Eq. 1; VMC Eq. 8 without the square)."""
     return F.mse_loss(pred, target)
 
 
@@ -56,10 +56,9 @@ def residual_l2(pred, target, *, stride=1):
 
 
 def residual_l2_weighted(pred, target, *, alpha_bar, stride=1):
-    """(1 − ᾱ)/ᾱ · ‖δε − δε̂‖² (VMC Eq. 16): the residuals of x̂0, by Tweedie's formula. It holds for
-    ε only; for a network that predicts v, give loss_space=epsilon.
-
-    On ZeroScope's schedule the weight reaches 214, and 63 % of it lies at t ≥ 900.
+    """(1 − ᾱ)/ᾱ · ‖δε − δε̂‖² (VMC Eq. 16): the residuals of x̂0, by Tweedie's formula. The weight
+    holds for ε only; for a network that predicts v, give loss_space=epsilon. On ZeroScope's
+    schedule it reaches 214 at t = T − 1.
     """
     error = residual(pred, stride) - residual(target, stride)
     return ((1 - alpha_bar) / alpha_bar * error**2).mean()
@@ -74,9 +73,8 @@ def residual_cosine_official(pred, target, *, stride=1):
 
 @torch.no_grad()
 def unseen_by_cosine(pred, target):
-    """What the residual cosine cannot see, for the log: the prediction's scale std(ε̂)/std(ε), and
-    the error of its mean over time, per channel and pixel. Both can drift at no cost."""
-    pred, target = pred.detach().float(), target.float()
+    """Two quantities that the residual cosine ignores, for the log: the prediction's scale
+    std(ε̂)/std(ε), and the error of its mean over time, per channel and pixel."""
     scale = pred.std() / target.std()
     offset = (pred.mean(2) - target.mean(2)).square().mean().sqrt()
     return {"scale": scale, "offset": offset}
@@ -117,8 +115,8 @@ LOSSES = {
 
 
 def with_all_keywords(loss, known):
-    """A loss that also accepts the keywords of other losses, `known`. It raises TypeError for any
-    other keyword."""
+    """The loss, which then ignores keywords of other losses. Raises TypeError for a keyword that is
+    not in `known`."""
     declared = inspect.signature(loss).parameters
 
     @functools.wraps(loss)
