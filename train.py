@@ -145,7 +145,7 @@ def resolve_settings(flags, settings):
         raise BadInput("no training data; give --video clip.mp4, or --images FOLDER.")
     check_weights(flags.weights)
     recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
-    images = data.find_images(flags.images)
+    images = media.find_images(flags.images)
     kind = data_kind(clips, images)
     by_data = BY_DATA.get((flags.method, kind))
     by_model = None if flags.weights else TINY.get(flags.method)
