@@ -516,7 +516,7 @@ def test_every_flag_and_setting_is_fixed_or_harmless(method, hop, tmp_path):
     (True, "--video VIDEO motion.rank=2 motion.layers=.*norm.*", "no linear layer"),
     (True, "--video VIDEO motion.lr_multipliers=nowhere:2", "no trainable layer matches nowhere"),
     (True, "--video VIDEO motion.load_from=FOLDER/text.mp4", "text.mp4"),
-    (True, "--video VIDEO --method textual-inversion word.token=", "requires a text"),
+    (True, "--video VIDEO --method textual-inversion word.token=", "must not be empty"),
     (True, "--video VIDEO inversion_steps=5000", "inversion_steps 5000: expected 1 to 699"),
     # settings without effect
     (False, "--video VIDEO motion.scale=0.5", "motion.scale has no effect"),
