@@ -61,8 +61,7 @@ def read_prompts(path):
 
 
 def note_unknown_words(prompts, known=()):
-    """Print words of the prompts that the tiny model was not trained on. known: texts with the
-    words of its adapters."""
+    """Print the words of prompts that neither the tiny model's world nor the `known` texts have."""
     from tiny import world  # imported only where needed
 
     words = lambda texts: set(re.findall(r"[^\W_]+", " ".join(texts).lower()))
@@ -87,8 +86,7 @@ class Clip:
 
 
 def find_clips(paths):
-    """The clips at the paths: video files, folders of numbered images (one clip each), and folders
-    of these."""
+    """The clips at the paths: videos, folders of numbered images, and folders of both."""
     found = []
     for path in map(Path, paths):
         inside = media.list_folder(path) if path.is_dir() else []
@@ -139,8 +137,7 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, toke
 
 
 def load_images(paths, prompt, size, token=None, learned=None):
-    """The images at the paths, as clips of one frame. token: prepended to captions without it.
-    Raises BadInput."""
+    """The images at the paths, as clips of one frame. token: prepended to captions without it."""
     images = []
     for path in media.find_images(paths):
         caption, _ = find_caption(path, prompt)
@@ -197,8 +194,7 @@ def render_clip(run, number):
 
 @torch.no_grad()
 def generate_clip(run, number):
-    """A clip sampled from the base model, and its caption: the training clip's without the token
-    (DreamBooth)."""
+    """A sample of the base model, and its caption: the training clip's without the token."""
     flags, recipe, pipe = run.flags, run.recipe, run.pipe
     token = recipe.parts["word"].token if "word" in recipe.parts else ""
     caption = " ".join(w for w in run.clips[0].prompt.split() if w != token)
@@ -219,8 +215,7 @@ PATCH = (0.33, 0.67)  # range of a patch's sides, as shares of the frame's (Cust
 
 
 def random_patch(video, g):
-    """A random patch of one random frame, resized to (3, 1, H, W): appearance without location
-    (Customize-A-Video)."""
+    """A random patch of a random frame, resized to (3, 1, H, W) (Customize-A-Video)."""
     f = int(torch.randint(video.shape[1], (), generator=g))
     return random_resized_crop(video[:, f : f + 1], *PATCH, g)
 

@@ -330,8 +330,7 @@ class StopForward(Exception):
 
 
 def frame_features(pipe, x, t, text):
-    """Spatially averaged outputs [(B, F, C)] of LAYERS. Later layers are not computed. Raises
-    BadInput for a network without these layers."""
+    """Spatially averaged outputs [(B, F, C)] of LAYERS. Later layers are not computed."""
     layers = [m for name, m in pipe.unet.named_modules() if re.fullmatch(LAYERS, name)]
     if not layers:
         raise BadInput(f"--dmt needs the layers {LAYERS}, which this model does not have.")
@@ -408,8 +407,7 @@ def step_down_and_up(S, predict, x, t, steps, g):
 
 @torch.no_grad()
 def transfer_motion(args, s, pipe, loaded, jobs, clip):
-    """Yields (job, video (3, F, H, W)) per job (prompt, seed), with the motion of the clean latents
-    clip (1, C, F, h, w), which are inverted once."""
+    """Yields (job, video (3, F, H, W)) per job, with the motion of clip (1, C, F, h, w)."""
     pipe.unet.checkpointing = args.checkpointing == "on"
     adapters.apply_adapters(pipe, loaded, args.scale)
     steps = s.inversion_steps or s.sampling_steps

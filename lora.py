@@ -9,6 +9,7 @@ parameters; support/adapters.py saves it.
 """
 import re
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -117,15 +118,14 @@ def lora_targets(unet, layers):
 
 @dataclass(frozen=True)
 class Trainable:
-    """Layers trained fully (rank 0) or with a LoRA; or, with load_from, frozen weights of another
-    program."""
+    """Layers trained fully (rank 0) or with a LoRA, or frozen weights of another program."""
 
     layers: str  # a key of LAYERS, a pattern, or none
     rank: int = 0
     scale: float = 1.0  # LoRA scale
     dropout: float = 0.0  # of the LoRA output
     per_video: bool = False  # one LoRA per clip
-    load_from: str = ""
+    load_from: str = ""  # file of another program
     lr: float = 1e-4
     weight_decay: float = 0.01
     lr_multipliers: str = ""  # for some layers: pattern:factor,pattern:factor
@@ -232,21 +232,17 @@ class LoRA(Trained):
             A = torch.empty(r, c_in, *kernel).normal_(0, 1 / r, generator=g)
             B = torch.zeros(c_out, r, *[1] * len(kernel))
             self.pairs[name] = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
-            layer.register_forward_hook(self.hook(*self.pairs[name]))
+            layer.register_forward_hook(partial(self.hook, *self.pairs[name]))
 
-    def hook(self, A, B):
+    def hook(self, A, B, layer, inputs, out):
         """The forward hook of one layer."""
-        def add(layer, inputs, out):
-            if not self.active:
-                return out
-            if A.dim() == 2:
-                low = F.linear(F.linear(inputs[0], A), B)
-            else:  # a temporal convolution: A is 3 frames wide, B pointwise
-                low = F.conv2d(inputs[0], A.squeeze(-1), padding=(1, 0))
-                low = F.conv2d(low, B.squeeze(-1))
-            return out.add(fast.dropout(low, self.dropout, layer.training), alpha=self.scale)
-
-        return add
+        if not self.active:
+            return out
+        if A.dim() == 2:
+            low = F.linear(F.linear(inputs[0], A), B)
+        else:  # a temporal convolution: A is 3 frames wide, B pointwise
+            low = F.conv2d(F.conv2d(inputs[0], A.squeeze(-1), padding=(1, 0)), B.squeeze(-1))
+        return out.add(fast.dropout(low, self.dropout, layer.training), alpha=self.scale)
 
     def parameters(self):
         """{name: parameter} with peft's names: <module>.lora_A.weight and .lora_B.weight."""
@@ -310,8 +306,7 @@ class ExternalWeights(Trained):
 
 
 def build_trainables(parts, pipe, clips, seed):
-    """{part: [trainable]}, with one trainable per clip if the part has per_video. Parts without
-    trainable or loaded weights are omitted."""
+    """{part: [one trainable, or one per clip]}, without parts that have no weights."""
     trainables = {}
     for number, (name, part) in enumerate(parts.items()):
         built = []

@@ -19,10 +19,7 @@ import torch.nn.functional as F
 
 
 def residual(x, stride=1):
-    """δxⁿ = xⁿ⁺ᶜ − xⁿ along time (VMC Eq. 9): (B, C, F, h, w) -> (B, C, F − c, h, w).
-
-    Raises ValueError when x is not a video, or too short for the stride.
-    """
+    """δxⁿ = xⁿ⁺ᶜ − xⁿ along time (VMC Eq. 9): (B, C, F, h, w) -> (B, C, F − c, h, w)."""
     if x.dim() != 5 or not 0 < stride < x.shape[2]:
         raise ValueError(f"frame stride {stride} needs (B, C, F, h, w) with more than {stride} "
                          f"frames, got {tuple(x.shape)}")
@@ -86,9 +83,7 @@ def unseen_by_cosine(pred, target):
 
 def debias(eps, anchor=0, beta=1.0):
     """φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor (MotionDirector Eq. 5). A component shared by all frames,
-    such as appearance, is scaled by √(β² + 1) − β. Where frames share noise as
-    ε = (β·ε^anchor + n)/√(β² + 1), φ returns n; for independent frames the variance becomes
-    2β² + 1."""
+    such as appearance, is scaled by √(β² + 1) − β."""
     return (beta**2 + 1) ** 0.5 * eps - beta * eps[:, :, anchor : anchor + 1]
 
 

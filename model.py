@@ -448,7 +448,7 @@ class UNet(nn.Module):
 
 
 VAE_EPS = 1e-6
-VAE_BATCH_PIXELS = 2**18  # 64 frames of 64×64 pixels, or one of 576×320
+VAE_BATCH_PIXELS = 2**18  # per forward pass: 64 frames of 64×64 pixels, or one of 576×320
 
 
 class VAEAttention(Attention):
@@ -569,8 +569,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def moments(self, video):
-        """(B, 3, F, H, W) in [-1, 1] -> unscaled mean and standard deviation (B, C, F, h, w), a
-        few frames at a time."""
+        """(B, 3, F, H, W) in [-1, 1] -> unscaled mean and standard deviation (B, C, F, h, w)."""
         batch = max(1, VAE_BATCH_PIXELS // (video.shape[-2] * video.shape[-1]))
         moments = [torch.cat(self.encode(f), 1) for f in fold_frames(video).split(batch)]
         return unfold_frames(torch.cat(moments), video.shape[2]).chunk(2, dim=1)
@@ -580,7 +579,7 @@ class VAE(nn.Module):
         return self.moments(video)[0] * self.config.scaling_factor
 
     def decode_video(self, latents):
-        """Scaled latents (B, C, F, h, w) -> (B, 3, F, H, W) in [-1, 1], a few frames at a time."""
+        """Scaled latents (B, C, F, h, w) -> (B, 3, F, H, W) in [-1, 1]."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2
         batch = max(1, VAE_BATCH_PIXELS // pixels)
         folded = fold_frames(latents / self.config.scaling_factor)
@@ -726,8 +725,7 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
 
 
 def other_backbone(folder):
-    """The module <name>/load.py for the <Name>Pipeline of model_index.json, e.g. latte/load.py, or
-    None for the UNet."""
+    """The module <name>/load.py for the <Name>Pipeline of model_index.json. None for the UNet."""
     path = folder / "model_index.json"
     index = read_json(path) if path.is_file() else {}
     name = str(index.get("_class_name")).removesuffix("Pipeline").lower()
@@ -736,8 +734,7 @@ def other_backbone(folder):
 
 
 def load_unet(folder, device="cpu", dtype=torch.float32):
-    """The UNet of a hub-layout folder, or of a ModelScope .pth with a config.json in the same
-    folder; frozen and in eval mode. Raises BadInput."""
+    """The UNet of a hub-layout folder, or of a .pth next to its config.json. Raises BadInput."""
     convert = lambda state, unet: hub.unet_from_pth(state, unet)
     return _load(UNet, UNetConfig, Path(folder) / "unet", device, dtype, convert)
 
@@ -762,8 +759,8 @@ def load_schedule(folder):
 
 
 def _load(cls, config, folder, device, dtype, convert):
-    """Build a network on the meta device, then assign the tensors of its weights file. dtype: one
-    for all parameters, or a function of the name."""
+    """Build a network without allocating memory, then assign the tensors of its weights file.
+    dtype: one for all parameters, or a function of the name."""
     dtype_of = dtype if callable(dtype) else lambda name: dtype
     path = folder / "config.json"
     with reading(path, "take the config.json released with the weights"), torch.device("meta"):

@@ -37,8 +37,7 @@ DIFFUSERS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "s
 
 @dataclass
 class NoiseSchedule:
-    """The noise schedule, by default ZeroScope's. alpha_bar (T,) is in fp64. Raises BadInput for
-    values that are not supported."""
+    """The noise schedule, by default ZeroScope's, with alpha_bar (T,) in fp64. Raises BadInput."""
 
     num_train_timesteps: int = number(2, 100_000, 1000)
     beta_start: float = number(1e-9, 0.999, 0.00085)
@@ -76,8 +75,7 @@ class NoiseSchedule:
             self.alpha_bar = torch.cumprod(1 - roots ** (1 / power), dim=0)
 
     def alpha_bar_at(self, t, like):
-        """ᾱ_t: a number for an int t; for t (B,) a tensor shaped to multiply `like` (B, …), in fp64
-        on the CPU."""
+        """ᾱ_t: a number for an int t; for t (B,) an fp64 CPU tensor that broadcasts with `like`."""
         if isinstance(t, int):
             return self.alpha_bar[t].item()
         a = self.alpha_bar[torch.as_tensor(t, device="cpu").long()]
@@ -152,8 +150,7 @@ def check_return(schedule, method, steps):
 
 
 def generator(*key):
-    """A CPU generator for a key of ints ≥ 0, e.g. (seed, step). Distinct keys give independent
-    streams."""
+    """A CPU generator for a key of ints ≥ 0. Distinct keys give independent streams."""
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
@@ -335,8 +332,7 @@ def sample(pipe, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", n
 
 @contextmanager
 def progress_bar(title, count, on_step):
-    """on_step, wrapped to advance a progress bar of `count` steps if there is a title. The bar
-    appears after two seconds and disappears at the end."""
+    """on_step, wrapped to advance a progress bar of `count` steps if there is a title."""
     if title is None:
         yield on_step
         return

@@ -1,7 +1,9 @@
 """Fine-tune the model on the motion of one or more clips.
 
-    python train.py --method vmc --video clip.mp4
-    python train.py --method motiondirector --help          # a method and its settings
+    python train.py --method vmc --video assets/eight.mp4
+    python train.py --method motiondirector --video clips/ --weights zeroscope_v2_576w
+    python train.py --method newmove --video clip.mp4 --prompt "a dog doing the sks" alpha=0
+    python train.py --method newmove --help                 # the method's settings, name=value
 
 In this order: the command line, preparation, the training loop, the nine methods, the Example that
 they use, previews. Writes out/<clip>-<method>/: run.json, log.jsonl, adapters, state.safetensors
@@ -14,6 +16,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,15 +36,6 @@ from support.flags import Parser, float_in, int_in, non_empty
 from support.recipe import CHOICES, METHODS, Recipe, method, split_settings
 
 CHOICES |= {"loss": LOSSES, "sampler": sampler.SAMPLERS, "augment": data.AUGMENTATIONS}
-
-EXAMPLES = """Settings of a method follow the flags as name=value; --method NAME --help lists them.
-
-examples:
-  python train.py --method vmc --video assets/eight.mp4
-  python train.py --method motiondirector --video clips/ --prompt "a person is riding a bicycle" \\
-      --weights zeroscope_v2_576w
-  python train.py --method newmove --video clip.mp4 --prompt "a dog doing the sks" alpha=0
-"""
 
 
 def main(argv=None):
@@ -69,7 +63,7 @@ def main(argv=None):
 def parse(argv):
     """The flags, and the recipe with all its settings. Raises BadInput."""
     argv, settings = split_settings(argv)
-    parser = Parser(description=__doc__, epilog=EXAMPLES, add_help=False)
+    parser = Parser(description=__doc__, add_help=False)
     add_data_flags(parser.add_argument)
     add_training_flags(parser.add_argument)
     flags = parser.parse_args(argv)
@@ -83,8 +77,7 @@ def parse(argv):
 
 
 def add_data_flags(add):
-    """Flags for the method and its data. Shape and frame rate default to the method's, with the
-    tiny model to 16 frames of 64x64 at 8 fps."""
+    """Flags for the method and its data."""
     add("--method", default="vmc", choices=METHODS, metavar="NAME", help="training method: "
         f"{', '.join(METHODS)} (default: vmc)")
     add("--video", type=Path, nargs="+", default=[], help="training clips: video files, folders of "
@@ -99,8 +92,9 @@ def add_data_flags(add):
     add("--prior", help="regularization clips: a folder, 'generated' by the base model, 'world' "
         "(the tiny model's), or 'none' (default: the method's)")
     add("--reverse", action="store_true", help="train on the reversed clips")
-    add("--frames", type=int_in(4, 1024), help="number of frames")
-    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
+    add("--frames", type=int_in(4, 1024), help="frames (default: the method's; tiny model: 16)")
+    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the method's; tiny model: "
+        "64x64)")
     add("--fps", type=float_in(0.01, 1000), help="frames per second: every n-th frame, or by time "
         "stamp (default: the method's; tiny model: 8)")
     add("--start", type=float_in(0), default=0.0, help="seconds to skip (default: 0)")
@@ -306,8 +300,7 @@ def check_schedule(recipe, schedule, preview_steps):
 
 
 def train(run, folder, optimizer, before):
-    """Train until the recipe's last step, a signal, or the appearance stop. Returns the last step
-    and the signal."""
+    """Train to the last step, a signal, or the appearance stop. Returns the step and the signal."""
     flags, recipe, stop = run.flags, run.recipe, machine.Stop()
     first, parameters = folder.first, list(run.trained.values())
     every = 100 if sum(p.nbytes for p in parameters) < 2**28 else 1000  # steps between saves
@@ -354,8 +347,8 @@ def one_step(run, step):
 
 
 def fitting_step(run, step, optimizer):
-    """one_step. If GPU memory runs out with --checkpointing auto, it is repeated with gradient
-    checkpointing, and the same random draws."""
+    """one_step, repeated with gradient checkpointing and the same random draws if GPU memory runs
+    out (--checkpointing auto)."""
     unet = run.pipe.unet
     try:
         return one_step(run, step)
@@ -378,8 +371,8 @@ def set_train_mode(unet, recipe):
 
 
 def check_finite(record, folder, scaler):
-    """Raises BadInput if the loss or the gradient norm is NaN or infinite, except where fp16 can
-    still lower its loss scale."""
+    """Raises BadInput for a loss or gradient norm that is not finite. In fp16, the step is skipped
+    and the loss scale lowered as long as possible."""
     if math.isfinite(record["loss"] + record["grad"]):
         return
     if scaler.is_enabled() and scaler.get_scale() > 1:
@@ -462,7 +455,7 @@ def newmove(ex, alpha=0.5, loss="mse", augment="augmented", prior_loss_weight=0.
     loss: one of losses.LOSSES
     augment: augmentation of the clips: augmented (resized crop, color jitter), recolored or none
     prior_loss_weight: weight of the regularization clips' loss
-    subject_start: step at which the subject joins
+    subject_start: step at which training of the subject begins
     appearance_prompt: the appearance in --preview-prompt, for appearance_stop; empty for all of it
     """
     if ex.run.images and ex.step >= subject_start and ex.rand() < 0.5:
@@ -509,8 +502,7 @@ def customize_a_video(ex, absorber_steps=200):
         max_grad_norm=math.inf, noise_prior=0.5, inversion_model="base", inversion_steps=50,
         sampling_steps=30, guidance=12.0, motion=Trainable("coupled", 32, dropout=0.1, lr=5e-4))
 def coupled(ex, loss="mse"):
-    """MotionDirector's baseline (Table 1): one LoRA on spatial and temporal layers, trained with
-    the plain loss.
+    """One LoRA on spatial and temporal layers, trained with the plain loss (Table 1).
 
     loss: one of losses.LOSSES
     """
@@ -542,8 +534,7 @@ def dreambooth(ex, prior_loss_weight=1.0):
         fps=24.0, steps=500, prior="folder", num_prior_clips=64, class_prompt="",
         motion=Trainable("cross-attention-kv", lr=1e-5), word=PlaceholderToken("sks", 1, lr=1e-5))
 def custom_diffusion(ex, prior_loss_weight=1.0):
-    """DreamBooth's loss, with real regularization clips, on cross-attention keys and values and one
-    token vector.
+    """DreamBooth's loss on cross-attention keys and values and one token vector.
 
     prior_loss_weight: weight of the regularization clips' loss
     """
@@ -605,29 +596,29 @@ TINY = {
 
 @dataclass
 class NoisySample:
-    """A noised clip: x0, noise ε and x = x_t, each (1, C, F, h, w); timestep, caption, clip, and
-    whether the temporal layers are applied."""
+    """A noised clip. Tensors are (1, C, F, h, w)."""
 
     x0: torch.Tensor
     noise: torch.Tensor
     t: int
-    x: torch.Tensor
+    x: torch.Tensor  # x_t
     caption: str
     clip: data.Clip
-    temporal: bool = True
+    temporal: bool = True  # False bypasses the temporal layers
 
 
 class Example:
     """One training example of one step, `ex` in the methods. trainables: {part: trainables}.
 
-    All random draws come from one generator seeded by (seed, step, example): augmentation, timestep
-    and noise in add_noise, the dropout seed in predict, and those of rand, random_frame and
-    sample_…. So they do not depend on --resume or the number of processes. """
+    All random draws come from one generator seeded by (seed, step, example), in the order of the
+    method's calls, so --resume and several processes give the same numbers.
+    """
 
     def __init__(self, run, step, number):
         self.run, self.pipe, self.step, self.number = run, run.pipe, step, number
         self.g = sampler.generator(run.flags.seed, step, number)
         self.trainables, self.settings, self.index = run.trainables, run.recipe.own, None
+        self.T = run.pipe.schedule.num_train_timesteps
         self.words, self.records, self.dropout_seed = None, [], 0
         self.pattern, self.hooked, self.hooks = None, [], []
         self.captured, self.capturing = {}, False
@@ -657,13 +648,13 @@ class Example:
         return int(torch.randint(z.x0.shape[2], (), generator=self.g))
 
     def add_noise(self, clip, augment=None, alpha=0.0, caption="", t=None):
-        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, a NoisySample, at a random timestep unless t is given. alpha: see
-        sampler.timestep_weights; augment: a function of data.py."""
+        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, a NoisySample, at a random timestep unless t is given. augment: a
+        function of data.py; alpha: NewMove's preference for high noise."""
         S, x0 = self.pipe.schedule, clip.latents
         if augment:
             x0 = self.pipe.encode(augment(clip.video, self.g)[None], self.g)
         if t is None:
-            weights = sampler.timestep_weights(S.num_train_timesteps, alpha)
+            weights = sampler.timestep_weights(self.T, alpha)
             t = int(sampler.sample_timesteps(weights, 1, self.g))
         noise = torch.randn(x0.shape, generator=self.g)
         noise = machine.to_device(noise, self.pipe.device)
@@ -761,24 +752,22 @@ class Example:
     def add_hooks(self, unet):
         """Add the forward hooks of `capture`. They are kept for the backward pass, since gradient
         checkpointing repeats the forward pass."""
-        def hook(name):
-            def keep(module, inputs, out):
-                if not self.capturing:
-                    return
-                if isinstance(module, model.Attention):
-                    out = module.maps(*inputs)
-                elif out.dim() == 4 and len(out) == self.clips * self.frames:
-                    out = model.unfold_frames(out.float(), self.frames)
-                self.captured[name] = out.float()
-
-            return keep
-
         self.hooked.append(unet)
         found = {n: m for n, m in unet.named_modules() if re.fullmatch(self.pattern, n)}
         if not found:
             raise BadInput(f"capture: no module is called {self.pattern!r}.")
         for name, module in found.items():
-            self.hooks.append(module.register_forward_hook(hook(name)))
+            self.hooks.append(module.register_forward_hook(partial(self.hook, name)))
+
+    def hook(self, name, module, inputs, out):
+        """Fill `captured` during predictions."""
+        if not self.capturing:
+            return
+        if isinstance(module, model.Attention):
+            out = module.maps(*inputs)
+        elif out.dim() == 4 and len(out) == self.clips * self.frames:
+            out = model.unfold_frames(out.float(), self.frames)
+        self.captured[name] = out.float()
 
     def log(self, values):
         """Add {name: number or scalar tensor} to the record of the last prediction."""
@@ -798,8 +787,8 @@ class Example:
 
 
 def appearance_is_lost(run, step, video):
-    """True if the appearance score of a preview has fallen to appearance_stop, so the model begins
-    to reproduce the clip's appearance, not the prompt's (NewMove's supplement, Sec. 4)."""
+    """True if the score of a preview and its appearance_prompt has fallen to appearance_stop, i.e.
+    the model begins to memorize the clip (NewMove's supplement, Sec. 4)."""
     if not run.scorer or not step:
         return False
     from scores.clip import text_alignment
@@ -813,8 +802,8 @@ def appearance_is_lost(run, step, video):
 
 @torch.no_grad()
 def preview(run):
-    """A sample (3, F, H, W) of the preview prompt, from the method's starting latents. All parts
-    are active, except appearance unless nothing else is trained."""
+    """A sample (3, F, H, W) of the preview prompt, from the method's starting latents. Appearance
+    parts are active only if nothing else is trained."""
     flags, recipe, pipe = run.flags, run.recipe, run.pipe
     pipe.unet.eval()
     progress = lambda text: None if run.rank else text
