@@ -61,7 +61,7 @@ def read_prompts(path):
 
 
 def note_unknown_words(prompts, known=()):
-    """Print the words of prompts that neither the tiny model's world nor the `known` texts have."""
+    """Print words in prompts that the tiny model was not trained on, except those in `known`."""
     from tiny import world  # imported only where needed
 
     words = lambda texts: set(re.findall(r"[^\W_]+", " ".join(texts).lower()))
@@ -149,7 +149,7 @@ def load_images(paths, prompt, size, token=None, learned=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# Regularization clips, against forgetting
+# Regularization clips
 
 
 def load_prior_clips(run):
@@ -169,7 +169,7 @@ def load_prior_clips(run):
             if not path.exists():
                 video, caption = makers[flags.prior](run, number)
                 write_text(path.with_suffix(".txt"), caption + "\n")
-                media.write_video(path, video, flags.fps)  # last, since its presence means complete
+                media.write_video(path, video, flags.fps)  # written last: marks a complete clip
     machine.broadcast(None)  # the other processes wait for rank 0
     return load_clips([folder], None, flags.frames, flags.size, flags.fps, learn=False)[0]
 

@@ -157,7 +157,7 @@ def check(args):
 
 
 def explain(runs):
-    """Notes for the end of the table."""
+    """Notes below the table."""
     notes = ["↑: higher is better, ↓: lower is better. Papers print cosines × 100. Do not judge by "
              "one metric: a broken video, or a copy of the clip, can have the best motion."]
     names = [run.name.rpartition(": ")[2] for run in runs]

@@ -76,7 +76,7 @@ def main(argv=None):
 
 
 def save_merged(args, loaded):
-    """Save a merged model, from a base model in fp32, since sampling may have rounded this one."""
+    """Save a merged model, for which the base model is loaded again, in fp32."""
     pipe = load(args.weights)
     adapters.apply_adapters(pipe, loaded, args.scale)
     save = export.save_pth if args.save_merged.suffix == ".pth" else export.save_hub
@@ -120,18 +120,15 @@ def add_model_flags(add):
         "other programs; the first one with a clip provides clip and settings")
     add("--scale", type=float_in(-100, 100), nargs="+", default=[1.0], help="scale of each "
         "adapter; 0 is the base model (default: 1)")
-    add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
-        "model)")
+    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
-    add("--frames", type=int_in(1, 1024), help="frames (default: the clip's, else 16; with --dmt "
-        "24)")
+    add("--frames", type=int_in(1, 1024), help="default: the clip's, else 16; with --dmt 24")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "
         "model's; with --dmt 576x320)")
     add("--fps", type=float_in(0.01, 1000), help="frames per second (default: the clip's, else 8)")
-    add("--save-merged", type=Path, help="save the merged model: a folder in the hub's layout, "
-        "or a .pth in ModelScope's")
+    add("--save-merged", type=Path, help="save the merged model as a hub-layout folder or a .pth")
     add("--out", type=Path, help="a new folder (default: out/generated, out/generated-2 …)")
 
 
@@ -148,12 +145,9 @@ def add_sampling_flags(add):
     add("--guidance", type=float_in(0, 1000), help="classifier-free guidance scale (default: the "
         "method's, else 9, with --dmt 10; tiny model: 4)")
     add("--batch", type=int_in(1), default=1, help="videos per batch on a GPU (default: 1)")
-    add("--dmt", type=Path, help="transfer the motion of this clip by Diffusion Motion Transfer, "
-        "without training")
-    add("--checkpointing", choices=("on", "off"), help="gradient checkpointing with --dmt "
-        "(default: on with --weights)")
-    add("--refine", type=Path, help="a second model, a folder in the hub's layout, that refines "
-        "each video, e.g. ZeroScope XL")
+    add("--dmt", type=Path, help="Diffusion Motion Transfer from this clip, without training")
+    add("--checkpointing", choices=("on", "off"), help="for --dmt (default: on with --weights)")
+    add("--refine", type=Path, help="a model to refine each video, e.g. ZeroScope XL's folder")
     add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the video's)")
     add("--refine-steps", type=int_in(1), default=50, help="sampling steps (default: 50)")
     add("--refine-guidance", type=float_in(0, 1000), help="default: 15; tiny model: 4")
@@ -318,7 +312,7 @@ ADAM_STEPS, ADAM_RATES = 10, (0.007, 0.004)  # per guided step; learning rates o
 
 def dmt_defaults(timesteps, tiny):
     """Sampling settings and shape. Real models are inverted with one step per timestep; the tiny
-    one with as many as sampling steps, since 700 take half a minute on a CPU."""
+    one with as many as sampling steps, since 700 steps take half a minute on a CPU."""
     if tiny:
         return {"guidance": 4.0}, {}
     return {"guidance": 10.0, "inversion_steps": timesteps - 1}, {

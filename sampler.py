@@ -199,7 +199,7 @@ def classifier_free_guidance(network, text, empty=None, scale=1.0):
 
 def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0, edit=None):
     """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds noise from `seeds`, one per sample. The first
-    `skip` steps are skipped, with x at the noise level of the next one. edit(x, t) may change the
+    `skip` steps are omitted, with x at the noise level of the next one. edit(x, t) may change the
     latents before a step."""
     S, generators = schedule, step_generators(seeds) if eta > 0 else None
     for t in S.timesteps(steps)[skip:]:

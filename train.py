@@ -105,10 +105,8 @@ def add_training_flags(add):
     """Flags for training, previews and output."""
     add("--steps", type=int_in(1, 10**7), help="training steps (default: the method's)")
     add("--seed", type=int_in(0, 2**31), default=0, help="random seed (default: 0)")
-    add("--batch", type=int_in(1, 4096), help="batch size over all processes (default: one example "
-        "per process)")
-    add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
-        "model)")
+    add("--batch", type=int_in(1, 4096), help="total batch size (default: one per process)")
+    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
@@ -117,8 +115,7 @@ def add_training_flags(add):
     add("--preview-prompt", type=non_empty, help="prompt of the previews (default: the caption)")
     add("--preview-every", type=int_in(0), default=100, help="steps between previews; 0 for none "
         "(default: 100)")
-    add("--preview-steps", type=int_in(1, 1000), default=30, help="sampling steps of a preview "
-        "(default: 30)")
+    add("--preview-steps", type=int_in(1, 1000), default=30, help="sampling steps (default: 30)")
     add("--save-every", type=int_in(0), default=0, help="also save the adapter every N steps")
     add("--out", type=Path, help="a new folder (default: out/<clip>-<method>, then -2, -3 …)")
     add("--resume", action="store_true", help="continue from the last saved state in the folder")
@@ -261,7 +258,7 @@ def prepare_training(run):
     flags, recipe, pipe = run.flags, run.recipe, run.pipe
     run.prior = data.load_prior_clips(run)
     for number, clip in enumerate((*run.clips, *run.images, *run.prior)):
-        # As in the published code of MotionDirector and NewMove, a posterior sample, drawn once.
+        # A posterior sample, drawn once, as in the published code.
         g = sampler.generator(flags.seed, number, 0, 7)
         clip.latents = pipe.encode(clip.video[None], g)
     clips = run.clips or run.images
@@ -371,8 +368,7 @@ def set_train_mode(unet, recipe):
 
 
 def check_finite(record, folder, scaler):
-    """Raises BadInput for a loss or gradient norm that is not finite. In fp16, the step is skipped
-    and the loss scale lowered as long as possible."""
+    """Raises BadInput for a loss or gradient norm that is not finite, unless fp16 overflowed."""
     if math.isfinite(record["loss"] + record["grad"]):
         return
     if scaler.is_enabled() and scaler.get_scale() > 1:
