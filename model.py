@@ -239,12 +239,12 @@ class TemporalTransformer(Transformer):
 class TemporalConvLayer(nn.Module):
     """Four convolutions along time, the last zero-initialized; the layer starts as the identity."""
 
-    def __init__(self, channels, groups, dropout=0.1):
+    def __init__(self, channels, groups):
         super().__init__()
         norm = lambda: nn.GroupNorm(groups, channels)
         self.conv1 = nn.Sequential(norm(), nn.SiLU(), TemporalConv1d(channels))
         for i in (2, 3, 4):
-            layers = nn.Sequential(norm(), nn.SiLU(), Dropout(dropout), TemporalConv1d(channels))
+            layers = nn.Sequential(norm(), nn.SiLU(), Dropout(0.1), TemporalConv1d(channels))
             setattr(self, f"conv{i}", layers)
         nn.init.zeros_(self.conv4[-1].weight)
         nn.init.zeros_(self.conv4[-1].bias)
