@@ -102,7 +102,7 @@ def apply_adapters(model, adapters, scales=None):
     words = [w for adapter in adapters for w in adapter.words]
     if twice := {w for w in words if words.count(w) > 1}:
         raise BadInput(f"two adapters hold the token {', '.join(twice)}; train one of them with "
-                       "another word.text.")
+                       "another word.token.")
     named, before = dict(model.unet.named_parameters()), {}
     device, norms = next(iter(named.values())).device, [[] for _ in adapters]
     active = [row for row in zip(adapters, scales or [1.0] * len(adapters), norms) if row[1]]

@@ -366,7 +366,8 @@ def output_folder(out, default, resume=None):
 
 
 def holds_run(folder, found):
-    """True if a folder with these names in it belongs to a run, perhaps killed at its first file."""
+    """True if a folder with these names in it belongs to a run, even one killed at its first file.
+    """
     private = folder / UNFINISHED
     if UNFINISHED in found and (private.is_symlink() or not private.is_dir() or any(
             not p.name.startswith(".tmp-") for p in private.iterdir())):

@@ -26,7 +26,7 @@ COMPARISONS = [(n, c) for n, claim in CLAIMS.items() for c in claim.comparisons]
 
 def settings_of(trial):
     """{name: value} of all settings of a trial's method. Raises for one that the method lacks."""
-    return METHODS[trial.method].but(*trial.settings).settings(idle=True)
+    return METHODS[trial.method].override(*trial.settings).settings(idle=True)
 
 
 def differing(a, b):
@@ -302,7 +302,7 @@ def test_pan_and_jitter(motion, expected):
 def test_a_patch_of_full_size_is_the_whole_frame(monkeypatch):
     video = torch.rand(3, 4, 16, 16)
     monkeypatch.setattr(data, "PATCH", (1.0, 1.0))
-    patch = data.crop(video, torch.Generator().manual_seed(0))
+    patch = data.random_patch(video, torch.Generator().manual_seed(0))
     assert any(torch.allclose(patch[:, 0], video[:, f], atol=1e-5) for f in range(4))
 
 

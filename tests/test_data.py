@@ -1,5 +1,6 @@
 """data.py: captions, prompts, clips and augmentations."""
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ def test_caption_sources(tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["鯊 " * 90, "word " * 100, "go! " * 60])
-def test_prompts_that_would_be_cut_are_refused(prompt):
+def test_prompts_with_too_many_tokens_are_refused(prompt):
     with pytest.raises(BadInput, match="Shorten it"):
         data.check_prompt(prompt)
 
 
-def test_tokens_and_not_characters_decide():
+def test_the_limit_counts_tokens_not_characters():
     assert data.check_prompt(long := "extraordinarily " * 20) == long and len(long) > 256
     data.check_prompt("word " * 75)
     with pytest.raises(BadInput, match="78 tokens"):
@@ -35,18 +36,19 @@ def test_tokens_and_not_characters_decide():
 
 
 @pytest.mark.parametrize("written", ["sks", "SKS", "Sks"])
-def test_a_learned_word_counts_as_many_tokens_as_it_has_vectors(written, tiny):
+def test_a_trained_token_counts_one_per_vector_in_any_case(written, tiny):
     assert data.has_word(f"a {written} dance", "sks") and not data.has_word("desks", "sks")
     data.check_prompt("word " * 70 + written, {"sks": 5})
     with pytest.raises(BadInput, match="78 tokens"):
         data.check_prompt("word " * 71 + written, {"sks": 5})
-    tiny.text_encoder.learned["sks"] = torch.ones(2, 64)  # and in whatever case, it is read
+    encode = lambda word: tiny.encode_text([f"a {word} dance"])
+    tiny.text_encoder.learned["sks"] = torch.ones(2, 64)
     try:
-        assert torch.equal(tiny.read([f"a {written} dance"]), tiny.read(["a sks dance"]))
-        learned = tiny.read([f"a {written} dance"])
+        trained = encode(written)
+        assert torch.equal(trained, encode("sks"))
     finally:
         tiny.text_encoder.learned.clear()
-    assert not torch.equal(learned, tiny.read([f"a {written} dance"]))
+    assert not torch.equal(trained, encode(written))
 
 
 def test_clips_with_their_captions(tmp_path, capsys):
@@ -56,8 +58,9 @@ def test_clips_with_their_captions(tmp_path, capsys):
     clips, sources = load([tmp_path], None, token="sks")
     assert [c.prompt for c in clips] == ["9 00 sks", "a red ball, SKS"]
     assert sources == ["the file's name, and word.token", str(tmp_path / "a ball.txt")]
-    said = capsys.readouterr().err
-    assert "9_00.mp4 is its name, '9 00', which describes nothing" in said and "twice" not in said
+    printed = capsys.readouterr().err
+    assert "9_00.mp4 is its name, '9 00', which describes nothing" in printed
+    assert "twice" not in printed
     back, _ = load([first, first], ["one", "two"], reverse=True)
     assert "given twice" in capsys.readouterr().err and back[1].prompt == "two"
     assert torch.equal(back[0].video, clips[0].video.flip(1))
@@ -65,54 +68,70 @@ def test_clips_with_their_captions(tmp_path, capsys):
         load([first, second], ["one", "two", "three"])
     with pytest.raises(BadInput, match="9_00.mp4.*Shorten it"):
         load([first], ["word " * 74], token="sks", learned={"sks": 2})
-    prior = data.load_prior(tmp_path, 8, (64, 64), 8)
-    assert [c.prompt for c in prior] == ["9 00", "a red ball, SKS"]
     Image.new("RGB", (64, 64)).save(tmp_path / "cup.png")
     image, = data.load_images([tmp_path], None, (64, 64), token="X*")
     assert image.prompt == "X* cup" and image.video.shape == (3, 1, 64, 64)
 
 
-def test_views_are_functions_of_a_video_and_a_generator():
+def test_regularization_clips_of_a_folder_get_no_token(tmp_path):
+    for name in ("9_00", "a ball"):
+        counting_clip(tmp_path / f"{name}.mp4", 16, 8)
+    flags = SimpleNamespace(prior=tmp_path, frames=8, size=(64, 64), fps=8, out=tmp_path / "out")
+    clips = data.load_prior_clips(SimpleNamespace(flags=flags, rank=0))
+    assert [c.prompt for c in clips] == ["9 00", "a ball"]
+    flags.prior = "none"
+    assert data.load_prior_clips(SimpleNamespace(flags=flags, rank=0)) == []
+
+
+def test_augmentations_are_functions_of_a_video_and_a_generator():
     video = torch.rand(3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    draw = lambda view, seed: view(video, torch.Generator().manual_seed(seed))
-    assert list(data.AUGMENTATIONS) == ["none", "augmented", "recolored"] and data.AUGMENTATIONS["none"] is None
-    for view, frames in ((data.augmented, 5), (data.recolored, 5), (data.random_patch, 1)):
-        seen = draw(view, 1)
-        assert seen.shape == (3, frames, 32, 32) and seen.abs().max() <= 1
-        assert torch.equal(seen, draw(view, 1)) and not torch.equal(seen, draw(view, 2))
-    still = video[:, :1].expand(3, 5, 32, 32)
+    draw = lambda augment, seed: augment(video, torch.Generator().manual_seed(seed))
+    assert list(data.AUGMENTATIONS) == ["none", "augmented", "recolored"]
+    assert data.AUGMENTATIONS["none"] is None
+    for augment, frames in ((data.augmented, 5), (data.recolored, 5), (data.random_patch, 1)):
+        first = draw(augment, 1)
+        assert first.shape == (3, frames, 32, 32) and first.abs().max() <= 1
+        assert torch.equal(first, draw(augment, 1)) and not torch.equal(first, draw(augment, 2))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_augmentations_are_the_same_for_all_frames_and_never_flip(seed):
+    draw = lambda augment, video: augment(video, torch.Generator().manual_seed(seed))
+    still = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for augment in (data.augmented, data.recolored):
+        out = draw(augment, still.expand(3, 5, 32, 32))
+        assert torch.allclose(out, out[:, :1].expand_as(out))
     slope = torch.linspace(-0.5, 0.5, 32).expand(3, 5, 32, 32)
-    for seed in range(20):
-        for view in (data.augmented, data.recolored):  # all frames alike
-            seen = draw(lambda _, g, view=view: view(still, g), seed)
-            assert torch.allclose(seen, seen[:, :1].expand_as(seen))
-        seen = draw(lambda _, g: data.augmented(slope, g), seed)
-        assert (seen.diff(dim=3) >= 0).all() and seen[..., -1].mean() > seen[..., 0].mean()
-        assert draw(lambda _, g: data.random_patch(slope, g), seed).diff(dim=3).amax() < 0.7 / 31
+    out = draw(data.augmented, slope)
+    assert (out.diff(dim=3) >= 0).all() and out[..., -1].mean() > out[..., 0].mean()
+    assert draw(data.random_patch, slope).diff(dim=3).amax() < 0.7 / 31
 
 
-def test_recolouring_shuffles_and_turns_colours_and_tints_stay_in_a_fifth():
-    """A clip of three even colours: which of them is brightest changes, and so does their order
-    from dark to light, though what moves stays where it is."""
+def test_recolored_shuffles_and_inverts_the_channels():
+    """On three uniform channels: all six orders occur, and both signs of the differences."""
     video = torch.tensor([-0.3, 0.0, 0.2]).view(3, 1, 1, 1).expand(3, 2, 4, 4)
     drawn = [data.recolored(video, torch.Generator().manual_seed(i))[:, 0, 0, 0]
              for i in range(40)]
     assert len({tuple(c.argsort().tolist()) for c in drawn}) == 6
     gaps = {bool(c.sort().values.diff()[0] > c.sort().values.diff()[1]) for c in drawn}
     assert gaps == {True, False}  # −0.3, 0, 0.2 and its negative
-    tinted = [data.color_jitter(video, torch.Generator().manual_seed(i)) for i in range(200)]
-    light = torch.stack([t.mean() - video.mean() for t in tinted]) / (1 + video.mean())
-    assert light.abs().max() < 0.25 and light.max() > 0.15 and light.min() < -0.15
 
 
-def test_a_folder_of_pictures_has_its_caption_inside(tmp_path):
+def test_color_jitter_changes_brightness_by_at_most_a_fifth():
+    video = torch.tensor([-0.3, 0.0, 0.2]).view(3, 1, 1, 1).expand(3, 2, 4, 4)
+    drawn = [data.color_jitter(video, torch.Generator().manual_seed(i)) for i in range(200)]
+    change = torch.stack([d.mean() - video.mean() for d in drawn]) / (1 + video.mean())
+    assert change.abs().max() < 0.25 and change.max() > 0.15 and change.min() < -0.15
+
+
+def test_a_folder_of_images_contains_its_caption(tmp_path):
     (tmp_path / "caption.txt").write_text("a star hopping\n")
     assert data.find_caption(tmp_path) == ("a star hopping", str(tmp_path / "caption.txt"))
 
 
 @pytest.mark.parametrize("name,warns", [("9_00", True), ("a1b2-x", True), ("vid_3", False),
                                         ("ein Ball rollt", False), ("мяч", False)])
-def test_a_name_without_a_word_is_no_caption(name, warns, tmp_path, capsys):
+def test_a_name_without_a_word_gives_a_warning(name, warns, tmp_path, capsys):
     data.find_caption(tmp_path / f"{name}.mp4")
     assert ("which describes nothing" in capsys.readouterr().err) == warns
 
@@ -124,7 +143,7 @@ def test_file_names_from_prompts_stay_in_their_folder(prompt):
     assert name and name.replace("-", "").isalnum() and not name.startswith("-")
 
 
-def test_files_honour_the_umask_and_are_whole_or_not_at_all(tmp_path):
+def test_files_follow_the_umask_and_appear_complete_or_not_at_all(tmp_path):
     path, old = tmp_path / "f.txt", os.umask(0o027)
     try:
         with atomic_write(path) as part:

@@ -83,7 +83,7 @@ def test_memory_holds_the_chosen_frames_and_no_more(tmp_path):
 
 
 def test_variable_frame_rate_keeps_time(tmp_path):
-    """Twelve frames in the first half second, then four a second: at 8 fps the clock fixed_settings."""
+    """Twelve frames in the first half second, then four a second: at 8 fps time decides."""
     times = [i / 24 for i in range(12)] + [0.5 + i / 4 for i in range(8)]
     clip = counting_clip(tmp_path / "c.mkv", len(times), 24, times=times)
     want = [int(np.abs(np.array(times) - i / 8).argmin()) for i in range(12)]

@@ -57,6 +57,18 @@ def test_unnamed_motions_change_nothing_else():
     assert all(any(f"{words} on" in t for t in texts) for words in world.UNNAMED_WORDS)
 
 
+def test_brisk_paths_turn_more_sharply_and_defaults_do_not_change():
+    def curvature(**more):
+        paths = [world.random_path(torch.Generator().manual_seed(i), **more) for i in range(300)]
+        return torch.stack(paths).diff(n=2).norm(dim=1).mean()
+
+    assert curvature(brisk=True) > 1.2 * curvature()
+    assert curvature(brisk=False) == curvature()
+    draw = lambda **more: world.sample_scenes(20, torch.Generator().manual_seed(4), **more)
+    assert torch.equal(draw(brisk=True).color, draw().color)  # only unnamed motions can be brisk
+    assert not torch.equal(draw(unnamed=1.0, brisk=True).keyframes, draw(unnamed=1.0).keyframes)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_random_motion_is_novel_and_measurable(seed):
     g = torch.Generator().manual_seed(0)
@@ -196,17 +208,17 @@ def test_clip_and_text_encoder_share_no_tensor():
 
 def test_rare_tokens_have_distinct_embeddings(tiny):
     ids = torch.cat([torch.tensor([48136, 25266]), torch.arange(40000, 40200)])  # sks, pll, others
-    rows = torch.nn.functional.normalize(tiny.text.tower.token_embedding.weight[ids], dim=1)
+    rows = torch.nn.functional.normalize(tiny.text_encoder.tower.token_embedding.weight[ids], dim=1)
     similarity = rows @ rows.T - 2 * torch.eye(len(rows))
     assert similarity.max() < 0.8
-    left, right = tiny.text(["a star moving left", "a star moving right"])
+    left, right = tiny.text_encoder(["a star moving left", "a star moving right"])
     assert torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0) < 0.9
 
 
 def test_the_tiny_model_draws_the_prompt(tiny):
     """A lower bound, well under the measured numbers of docs/base.md."""
     s = world.sample_scenes(8, torch.Generator().manual_seed(77))
-    noise = sampler.noise_like_shape((8, 16, 8, 8), list(range(8)))
+    noise = sampler.seeded_randn((8, 16, 8, 8), list(range(8)))
     videos = sampler.sample(tiny, world.captions(s), noise, list(range(8)), steps=20, guidance=4)
     right = accuracy(s, measurements.read(videos))
     print("eight prompts:", right)
@@ -216,13 +228,35 @@ def test_the_tiny_model_draws_the_prompt(tiny):
 def test_the_loss_shows_the_effect_of_motion_words(tiny, monkeypatch):
     effect = measure.measure_words(tiny, clips=4)
     assert len(effect) == 6 and min(effect.values()) > 20
-    read = tiny.read
-    monkeypatch.setattr(tiny, "read", lambda prompts: read(["a thing"] * len(prompts)))
+    encode = tiny.encode_text
+    monkeypatch.setattr(tiny, "encode_text", lambda prompts: encode(["a thing"] * len(prompts)))
     assert set(measure.measure_words(tiny, frames=4, clips=2).values()) == {0.0}
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
+
+
+def test_plainer_adds_white_objects_on_grey_but_hides_no_camera_pan():
+    s = scenes(2000, world.BASE)
+    plain = tiny_train.plainer(s, torch.Generator().manual_seed(0))
+    white, grey = list(world.COLORS).index("white"), list(world.BACKGROUNDS).index("grey")
+    share = lambda x: ((x.color == white) & (x.background == grey)).float().mean().item()
+    assert share(plain) - share(s) == pytest.approx(tiny_train.PLAIN, abs=0.02)
+    pans = world.is_motion(s.motion, "standing still while the camera pans")
+    assert not (plain.background[pans] == grey).any()
+    for field in ("shape", "motion", "x", "radius"):
+        assert torch.equal(getattr(plain, field), getattr(s, field))
+
+
+def test_the_curriculum_introduces_all_motions_step_by_step():
+    ends, frames, _, motions, unnamed, _ = zip(*tiny_train.CURRICULUM)
+    assert list(ends) == sorted(ends) and list(frames) == sorted(frames)
+    assert list(unnamed) == sorted(unnamed) and unnamed[0] == 0
+    for earlier, later in zip(motions, motions[1:]):
+        assert set(earlier) <= set(later)
+    assert set(motions[-1]) == set(world.BASE) and frames[-1] == world.FRAMES
+    assert set(tiny_train.HINTS) <= set(ends)
 
 
 def small_stage(monkeypatch, folder, stage, steps):

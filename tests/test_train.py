@@ -62,7 +62,7 @@ def contents(folder):
 
 @pytest.fixture(scope="session")
 def trained(hop, tmp_path_factory):
-    """A run of four steps as a command, with previews at 0, 2 and 4, and its output. It can reach no
+    """A run of four steps as a command, with previews at 0, 2, 4, and its output. It can reach no
     network and no home folder."""
     out = tmp_path_factory.mktemp("run") / "out"
     command = [sys.executable, ROOT / "train.py", "--video", hop, "--out", out, "--steps", 4,
@@ -493,7 +493,8 @@ def test_every_flag_and_setting_is_fixed_or_harmless(method, hop, tmp_path):
     (False, "--video VIDEO --images FOLDER/p.png", "vmc cannot be trained on one clip and a subj"),
     (False, "--images FOLDER/p.png", "vmc cannot be trained on one image"),
     (False, "--video VIDEO --method motiondirector --images FOLDER/p.png", "cannot be trained on"),
-    (False, "--images FOLDER/p.png --method motiondirector --prompt one two", "2 captions for images"),
+    (False, "--images FOLDER/p.png --method motiondirector --prompt one two",
+     "2 captions for images"),
     # settings: unknown names, types, ranges
     (False, "--video VIDEO appearance.rank=4", "appearance.rank"),
     (False, "--video VIDEO motion.lrr=4", "did you mean motion.lr?"),

@@ -15,6 +15,7 @@ Axes: N videos, F frames.
 import argparse
 import functools
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -34,13 +35,13 @@ sys.path[:0] = [str(ROOT)]
 
 import data  # noqa: E402
 import model  # noqa: E402
+import sampler  # noqa: E402
 import train  # noqa: E402
 from support import media  # noqa: E402
-from support.adapter_file import fingerprint, read_adapter  # noqa: E402
-from support.files import publish, read_json, slug, write_json  # noqa: E402
-from support.machine import default_precision, keep_memory  # noqa: E402
+from support.adapters import fingerprint, read_adapter  # noqa: E402
+from support.files import read_json, slug, write_json, write_text  # noqa: E402
+from support.machine import default_precision, tune_malloc  # noqa: E402
 from support.recipe import METHODS  # noqa: E402
-from support.videos import Sampling, make, read_sampling  # noqa: E402
 from tiny import measurements, world  # noqa: E402
 
 APPEARANCE = ("color", "shape", "background")
@@ -177,7 +178,7 @@ def words_of(trial, tuned=True):
     if not tuned or trial.method == "base":
         return known
     token = METHODS[trial.method].parts.get("word")
-    return f"doing the {token.text}" if token else trial.motion_words or known
+    return f"doing the {token.token}" if token else trial.motion_words or known
 
 
 def write_clips(folder, videos, captions):
@@ -193,7 +194,7 @@ def flags_of(trial, folder, out):
     """The flags of train.py; writes the clips. Captions of methods with regularization clips name
     the full appearance, as the captions of those clips do."""
     scenes, _ = scenes_of(trial)
-    full = trial.full_captions or METHODS[trial.method].prior is not None
+    full = trial.full_captions or "prior" in METHODS[trial.method].own
     captions = [describe(scenes, i, words_of(trial), full) for i in range(len(scenes))]
     videos = world.render(scenes)
     if trial.clips:
@@ -210,14 +211,16 @@ def flags_of(trial, folder, out):
     elif trial.prior:
         flags += ["--prior", trial.prior]
     flags += ["--reverse"] * trial.backward
-    flags += ["--keep-every", str(trial.save_every)] * (trial.save_every > 0)
+    flags += ["--save-every", str(trial.save_every)] * (trial.save_every > 0)
     if trial.absorber:
-        flags.append(f"look.file={adapter_of(trial.absorber, out, '-look')}")
+        absorber = adapter_of(trial.absorber, out, "-appearance")
+        flags.append(f"appearance.load_from={absorber}")
     return [*flags, *trial.settings]
 
 
 def adapter_of(trial, out, suffix="", step=0):
-    """The adapter file of a trial, or of its appearance ("-look"), at a kept step (0: the last)."""
+    """The adapter file of a trial, or with a suffix of its appearance LoRA, at a kept step (0: the
+    last)."""
     steps = Path("steps") / f"{step:06d}" if step else ""
     return trial.folder(out) / "run" / steps / f"{trial.method}{suffix}.safetensors"
 
@@ -258,22 +261,24 @@ def sample(trial, out, cell):
         expected = scenes_of(cell.appearance)[0][torch.zeros(PROMPTS, dtype=torch.long)]
     full = not (cell.open_prompts or cell.appearance)
     prompts = [describe(expected, i, words_of(trial, cell.tuned), full) for i in range(PROMPTS)]
-    s, clip, adapters, scales = Sampling(), None, [], []
+    s, clip, adapters, scales = sampler.Sampling(), None, [], []
     if trial.method != "base":
         adapter = read_adapter(adapter_of(trial, out, "", cell.step), pipe)
         if cell.tuned:
             adapters, scales = [adapter], [cell.scale]
         if cell.start == "own":
-            s, clip = read_sampling(adapter.path, adapter.meta), adapter.latents[None]
-    for other, suffix in ((cell.appearance, "-look"), (cell.motion, "")):
+            s, clip = sampler.read_sampling(adapter.path, adapter.meta), adapter.latents[None]
+    for other, suffix in ((cell.appearance, "-appearance"), (cell.motion, "")):
         if other:
             adapters.append(read_adapter(adapter_of(other, out, suffix), pipe))
             scales.append(cell.strength)
     s = replace(s, sampling_steps=STEPS, inversion_steps=0, guidance=GUIDANCE)
     seeds = range(PROMPTS * trial.seed, PROMPTS * (trial.seed + 1))
     shape = pipe.unet.config.in_channels, world.FRAMES, 8, 8
-    videos = make(pipe, adapters, scales, list(zip(prompts, seeds)), s, shape, clip, batch=PROMPTS,
-                  progress=None)
+    jobs = list(zip(prompts, seeds))
+    with redirect_stdout(io.StringIO()):  # one line per adapter
+        videos = list(sampler.sample_videos(pipe, adapters, scales, jobs, s, shape, clip,
+                                            batch=PROMPTS, progress=None))
     return torch.stack([video for _, video in videos]), expected
 
 
@@ -402,8 +407,7 @@ class Results:
             lines.append(f"{json.dumps(key, ensure_ascii=False)}: {row}")
         head = json.dumps({"base": base_model(), "metrics": list(METRICS), "recipes": train.TINY},
                           ensure_ascii=False)
-        with publish(RECORDS) as part:
-            part.write_text(head[:-1] + ', "trials": {\n' + ",\n".join(lines) + "\n}}\n")
+        write_text(RECORDS, head[:-1] + ', "trials": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -438,7 +442,7 @@ def start_cells(trial):
     """The cells of the table: base and tuned, from noise and from the method's own start."""
     kind = "one clip" if trial.clips == 1 else "several clips"
     lines = train.BY_DATA.get((trial.method, kind), ""), train.TINY.get(trial.method, "")
-    recipe = METHODS[trial.method].but(*lines, *trial.settings)
+    recipe = METHODS[trial.method].override(*lines, *trial.settings)
     return FROM_NOISE + FROM_OWN * bool(recipe.noise_prior)
 
 
@@ -479,7 +483,7 @@ def main():
     add("--out", type=Path, default=ROOT / "out" / "benchmark", help="folder of new trials")
     add("--write", action="store_true", help="write docs/trials.json, results.json and results.md")
     args = parser.parse_args()
-    keep_memory()
+    tune_malloc()
     results, methods = Results(args.out / base_model()), {}
     motions = MOTIONS[: args.motions]
     for method in args.methods:
@@ -497,7 +501,7 @@ def main():
         results.write()
         write_json(ROOT / "docs" / "results.json", result)
         path = ROOT / "docs" / "results.md"
-        path.write_text(page(path.read_text(), result))
+        write_text(path, page(path.read_text(), result))
     for method, row in methods.items():
         for cell, metrics in row["cells"].items():
             print(f"{method}, {cell}: agreement {show(metrics['agreement'], 2)}, "

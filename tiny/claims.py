@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT)]
 
 import model  # noqa: E402
 from losses import debias  # noqa: E402
-from support.files import publish, write_json  # noqa: E402
-from support.machine import keep_memory, run  # noqa: E402
+from support.files import write_json, write_text  # noqa: E402
+from support.machine import run, tune_malloc  # noqa: E402
 from tiny import benchmark, claims_spec, world  # noqa: E402
 from tiny.benchmark import Cell, Results, interval  # noqa: E402
 from tiny.claims_spec import CLAIMS, Side, own, trials_of  # noqa: E402
@@ -352,7 +352,7 @@ def main():
     add("--seed", type=int, choices=claims_spec.SEEDS, help="only measure trials of this seed")
     add("--out", type=Path, default=ROOT / "out" / "benchmark", help="folder of new trials")
     args = parser.parse_args()
-    keep_memory()
+    tune_malloc()
     results, claims = Results(args.out / benchmark.base_model()), args.claims or list(CLAIMS)
     todo = plan(claims, chart=not args.claims)
     left = missing(todo, results, args.seed)
@@ -375,12 +375,8 @@ def write(result, results):
     """Write the records, the JSON, the page and the chart."""
     results.write()
     write_json(DOCS / "claims.json", result)
-    text = page((DOCS / "claims.md").read_text(), result)
-    files = {DOCS / "claims.md": text, ROOT / "assets" / "claims-methods.svg": chart(results)}
-    for path, content in files.items():
-        with publish(path) as part:
-            part.write_text(content)
-        print(path)
+    write_text(DOCS / "claims.md", page((DOCS / "claims.md").read_text(), result))
+    write_text(ROOT / "assets" / "claims-methods.svg", chart(results))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ STEPS, SAVE_EVERY = 200, 50  # of every arm with ten clips
 NM, CAV, MD = "newmove", "customize-a-video", "motiondirector"
 MD1 = "motiondirector, one clip"
 LONG = (f"steps={STEPS}",)
-PRIOR = (*LONG, "prior_clips=16")
-ABSORBED = ("steps=300", "first=100")
+PRIOR = (*LONG, "num_prior_clips=16")
+ABSORBED = ("steps=300", "absorber_steps=100")
+TOKEN = "appearance_word.num_vectors=4"
 SPATIAL_QKV = r"motion.layers=.*\.attentions\..*attn[12]\.to_[qkv]\.weight"
 
 
@@ -41,7 +42,7 @@ ARMS = {
     f"{NM}, no temporal layers": arm(NM, *PRIOR, "motion.layers=cross-attention-kv"),
     f"{NM}, temporal layers alone": arm(NM, *PRIOR, "motion.layers=temporal"),
     f"{NM}, all layers": arm(NM, *PRIOR, "motion.layers=all"),
-    f"{NM}, trained token": arm(NM, *PRIOR, "word.vectors=1"),
+    f"{NM}, trained token": arm(NM, *PRIOR, "word.num_vectors=1"),
     f"{NM}, α 0": arm(NM, *PRIOR, "alpha=0"),
     f"{NM}, α 1": arm(NM, *PRIOR, "alpha=1"),
     f"{NM}, other prior": arm(NM, *PRIOR, prior="in place"),
@@ -61,14 +62,14 @@ ARMS = {
     "vmc": arm("vmc", clips=1),
     "vmc, spatial q k v": arm("vmc", SPATIAL_QKV, clips=1),
     "vmc, l2": arm("vmc", "loss=residual-l2", clips=1),
-    "vmc, weighted l2": arm("vmc", "loss=residual-l2-weighted", "align=epsilon", clips=1),
+    "vmc, weighted l2": arm("vmc", "loss=residual-l2-weighted", "loss_space=epsilon", clips=1),
     "vmc, full captions": arm("vmc", clips=1, full_captions=True),
     "vmc, backward": arm("vmc", clips=1, backward=True),
     CAV: arm(CAV, *ABSORBED, clips=1, save_every=50),
-    f"{CAV}, no absorber": arm(CAV, *ABSORBED, "look.layers=none", clips=1, save_every=50),
-    f"{CAV}, token absorber": arm(CAV, *ABSORBED, "look.layers=none", "look_word.vectors=4",
-                                  clips=1, save_every=50),
-    f"{CAV}, both absorbers": arm(CAV, *ABSORBED, "look_word.vectors=4", clips=1, save_every=50),
+    f"{CAV}, no absorber": arm(CAV, *ABSORBED, "appearance.layers=none", clips=1, save_every=50),
+    f"{CAV}, token absorber": arm(CAV, *ABSORBED, "appearance.layers=none", TOKEN, clips=1,
+                                  save_every=50),
+    f"{CAV}, both absorbers": arm(CAV, *ABSORBED, TOKEN, clips=1, save_every=50),
     f"{CAV}, external absorber": arm(CAV, *ABSORBED, clips=1, save_every=50),  # see trials_of
     "posture, patches": arm(CAV, *ABSORBED, clips=1),
     "posture, whole frames": arm(CAV, *ABSORBED, clips=1, patch=(1.0, 1.0)),

@@ -18,10 +18,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import model  # noqa: E402
+from sampler import Sampling, sample_videos  # noqa: E402
 from support.files import write_json  # noqa: E402
-from support.machine import default_precision, keep_memory  # noqa: E402
+from support.machine import default_precision, tune_malloc  # noqa: E402
 from support.media import contact_sheet  # noqa: E402
-from support.videos import Sampling, make  # noqa: E402
 from tiny import measurements, world  # noqa: E402
 
 APPEARANCE = ("color", "shape", "background")
@@ -34,7 +34,8 @@ def sample(pipe, prompts, first_seed, args):
     s = Sampling(sampling_steps=args.steps, guidance=args.guidance)
     jobs = list(zip(prompts, range(first_seed, first_seed + len(prompts))))
     shape = pipe.unet.config.in_channels, world.FRAMES, 8, 8
-    return torch.stack([video for _, video in make(pipe, [], [], jobs, s, shape, batch=16)])
+    videos = sample_videos(pipe, [], [], jobs, s, shape, batch=16)
+    return torch.stack([video for _, video in videos])
 
 
 def percent(hits):
@@ -92,7 +93,7 @@ def measure_words(pipe, frames=world.FRAMES, clips=24, low=0.5):
         losses = []
         for motion in pair:
             scenes.motion = torch.full_like(scenes.motion, world.MOTIONS.index(motion))
-            text = pipe.read(world.captions(scenes))
+            text = pipe.encode_text(world.captions(scenes))
             losses.append((pipe.predict(x, t, text) - target).square().mean())
         result[f"{pair[0]}, not {pair[1]}"] = round(100 * (losses[1] / losses[0] - 1).item(), 1)
     return result
@@ -110,7 +111,7 @@ def main():
     add("--guidance", type=float, default=4.0, help="classifier-free guidance (default: 4)")
     add("--out", type=Path, default=Path("out/measure-base"), help="folder")
     args = parser.parse_args()
-    keep_memory()
+    tune_malloc()
     pipe = model.load(args.weights, precision=default_precision("cpu"))
     named, videos = measure_named(pipe, args)
     unnamed, moving = measure_unnamed(pipe, args)

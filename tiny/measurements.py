@@ -6,15 +6,12 @@ and the world's own trajectories, fitted to the measured one, identify the motio
 
 Axes: B clips, F frames, H W frame, K candidates.
 """
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from tiny import world  # noqa: E402
+from tiny import world
 
 COLORS = torch.tensor(list(world.COLORS.values())) / 255  # (8, 3)
 BACKGROUNDS = torch.tensor(list(world.BACKGROUNDS.values())) / 255  # (5, dark and light, 3)

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import open_clip
@@ -28,13 +28,13 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import model  # noqa: E402
-from sampler import Schedule  # noqa: E402
+from sampler import NoiseSchedule  # noqa: E402
 from support import hub, machine, tokenizer  # noqa: E402
 from tiny import world  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("vae", "clip", "images", "clips")
-STEPS = {"vae": 1800, "clip": 3000, "images": 1000, "clips": 13000}
+STEPS = {"vae": 4000, "clip": 3000, "images": 4000, "clips": 30000}
 BATCH = {"vae": 24, "clip": 128, "images": 96}
 LEARNING_RATE = {"vae": 3e-3, "clip": 1e-3, "images": 2e-3, "clips": 8e-4}
 
@@ -43,23 +43,29 @@ LEARNING_RATE = {"vae": 3e-3, "clip": 1e-3, "images": 2e-3, "clips": 8e-4}
 # frame and position: with any two of the three, the others average out, and the loss has no slope.
 # With one direction of each pair first, frame times position has a slope, and the resulting
 # features make the opposites easy. With unnamed motions and trajectory hints from the first step,
-# the words of motions had no effect; so both come later (docs/base.md). Motion is decided at high
-# noise. Four frames show a line as well as sixteen do, at a quarter of the cost; oscillations
-# would alias in four frames, so they come with eight.
+# the words of motions had no effect; with many unnamed motions before all named ones, circles,
+# swinging and bobbing failed for ten thousand steps more. So unnamed motions are few until all
+# words have an effect (docs/base.md). Motion is decided at high noise. Four frames show a line as
+# well as sixteen do, at a quarter of the cost; oscillations would alias in four frames, so they
+# come with eight. A spinning star aliases even in eight.
 ONE_DIRECTION = ("moving left", "moving up", "growing", "standing still",
                  "standing still while the camera pans")
 LINES = (*ONE_DIRECTION, "moving right", "moving down", "shrinking")
+HARD = ("spinning", "spinning", "shrinking", "moving in a circle", "standing still")
+WEIGHTED = (*world.BASE, *HARD)  # the hard motions are more frequent
 CURRICULUM = (
-    (1500, 4, 32, ONE_DIRECTION, 0.0, 300),
-    (2600, 4, 32, LINES, 0.2, 300),
-    (4400, 8, 20, world.BASE, 0.5, 150),
-    (math.inf, 16, 12, world.BASE, 0.4, 0),
+    (1200, 4, 32, ONE_DIRECTION, 0.0, 300),
+    (2100, 4, 32, LINES, 0.0, 300),
+    (5000, 8, 20, world.BASE, 0.1, 100),
+    (10000, 16, 16, WEIGHTED, 0.2, 0),
+    (math.inf, 16, 24, WEIGHTED, 0.4, 0),
 )
+PLAIN = 0.08  # share of additional white objects on grey, where no color marks the object
 IMAGES_EVERY = 6  # every sixth step of the clips stage is an image step, to maintain appearance
 WAVE_WEIGHT = 0.02  # weight of TrajectoryHint.wave_loss
 # Steps of the clips stage. Until the first, the frame hint has full strength and there is no
 # trajectory hint; at the second, the frame hint reaches zero.
-HINTS = (2600, 4400)
+HINTS = (2100, 5000)
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [32, 32, 64, 64],
@@ -103,6 +109,7 @@ SCHEDULE = {
     "set_alpha_to_one": False,
 }
 LATENT_STD = 0.5
+PRECISION = "bf16"  # five times as fast as fp32 on a recent CPU
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,12 +193,7 @@ def run(stage, module, loss_of, export, args, no_decay=()):
             torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict(),
                         "average": ema.state, "step": step + 1}, f"{path}.part")
             os.replace(f"{path}.part", path)
-            export(ema.state)
-
-
-def autocast(args):
-    """bf16 products: five times as fast as fp32 on a recent CPU."""
-    return torch.autocast(args.device, torch.bfloat16)
+            export(args, ema.state)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -214,14 +216,14 @@ def train_vae(args):
         g = generator("vae", step)
         scenes = world.sample_scenes(BATCH["vae"], g, world.MOTIONS)
         x = random_frames(scenes, g).to(args.device)
-        with autocast(args):
+        with machine.autocast(args.device, PRECISION):
             mean, std = vae.encode(x)
             out = vae.decode(mean + std * torch.randn(mean.shape, generator=g).to(mean))
         mean, std, out = mean.float(), std.float(), out.float()
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
         return (out - x).abs().mean() + 2 * ((out - x) ** 2).mean() + 1e-4 * kl
 
-    def export(state):
+    def export(args, state):
         g = generator("vae", 10**8)
         x = random_frames(world.sample_scenes(512, g, world.MOTIONS), g).to(args.device)
         current = {n: p.detach().clone() for n, p in vae.named_parameters()}
@@ -326,35 +328,32 @@ def train_clip(args):
         scenes = world.sample_scenes(BATCH["clip"] * (1 if with_images else 2), g)
         captions = world.captions(scenes, g)
         ids = tokenizer.tokenize(captions)[:, :24].to(args.device)  # causal: no effect of the rest
-        with autocast(args):
+        with machine.autocast(args.device, PRECISION):
             states, text = clip.encode_text(ids)
         ends = last_token(states, ids)
         loss = 10 * (clip.scene_loss(text, scenes) + clip.scene_loss(ends, scenes))
         loss = loss + clip.word_loss(states.float(), ids)
         if with_images:
-            with autocast(args):
+            with machine.autocast(args.device, PRECISION):
                 image = clip.clip.encode_image(random_frames(scenes, g).to(args.device))
             loss = loss + clip.contrastive_loss(image, text, captions)
         return loss
 
-    run("clip", clip, loss_of, export_clip(args), args, no_decay=("embedding",))
+    run("clip", clip, loss_of, export_clip, args, no_decay=("embedding",))
 
 
-def export_clip(args):
-    """A function that writes the text encoder, and the rest of CLIP: the last text layer, the
-    projections, the image encoder."""
-    def export(state):
-        state = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
-        last = f"transformer.resblocks.{CLIP_CONFIG['text_cfg']['layers'] - 1}."
-        stem = ("token_embedding", "positional_embedding", "transformer.", "ln_final")
-        text = {n: t for n, t in state.items() if n.startswith(stem) and not n.startswith(last)}
-        write_component(args.out, "text_encoder", TEXT_CONFIG, hub.text_to_hub(text),
-                        "model.safetensors")
-        rest = {n: t for n, t in state.items() if n not in text}
-        write_component(args.out, "clip", CLIP_CONFIG, rest, "model.safetensors",
-                        "open_clip_config.json")
-
-    return export
+def export_clip(args, state):
+    """Write the text encoder, and the rest of CLIP: the last text layer, the projections, the image
+    encoder."""
+    state = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
+    last = f"transformer.resblocks.{CLIP_CONFIG['text_cfg']['layers'] - 1}."
+    stem = ("token_embedding", "positional_embedding", "transformer.", "ln_final")
+    text = {n: t for n, t in state.items() if n.startswith(stem) and not n.startswith(last)}
+    write_component(args.out, "text_encoder", TEXT_CONFIG, hub.text_to_hub(text),
+                    "model.safetensors")
+    rest = {n: t for n, t in state.items() if n not in text}
+    write_component(args.out, "clip", CLIP_CONFIG, rest, "model.safetensors",
+                    "open_clip_config.json")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -430,17 +429,15 @@ class TrajectoryHint(nn.Module):
     """A hint that gives the temporal attentions control over motion. It is not part of the exported
     weights.
 
-    Without it, so small a network moves objects by its temporal convolutions, averages frames in
-    its attentions, and hardly encodes the frame index there. Then no change of queries, keys and
-    values moves anything. So, in the clips stage:
-      - Half of the clips come with their trajectory: the proximity of each column and row to the
-        object, frame by frame, enters the values of the first attention of each temporal
-        transformer except the earliest, through a linear map, at random subsets of these
-        attentions. The following layers are trained to draw an object of any appearance where the
-        values specify.
+    Without it, so small a network moves objects by its temporal convolutions and averages frames in
+    its attentions, so no change of queries, keys and values moves anything. In the clips stage:
+    - Half of the clips come with their trajectory: the proximity of each column and row to the
+      object, per frame, enters the values of the first attention of each temporal transformer
+      except the earliest, through a linear map, at random subsets of these attentions. The
+      following layers are trained to draw an object of any appearance there.
     - The tokens that these attentions read have a target along fixed directions: waves over frames,
-      over columns and over rows, and their products. A matrix, i.e. to_v, can compute the proximity
-      from these.
+      columns and rows, and their products. A matrix, i.e. to_v, can compute the proximity from
+      these.
     """
 
     FRAME_WAVES, SPACE_WAVES, SHARE, SUBSET, SCALE = 4, 2, 0.5, 0.6, 0.7
@@ -518,26 +515,33 @@ def unet_loss(unet, latents, text, g, args, temporal, skew, low=0):
     """Mean squared error of v at timesteps low + (T − low)·u^skew, u uniform: a skew of 1 is
     uniform, a lower one favors high noise. With this schedule an object's shape and color are
     decided below about t = 400, and its motion, which all frames show together, above."""
-    schedule = Schedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
+    schedule = NoiseSchedule(**{k: v for k, v in SCHEDULE.items() if k[0] != "_"})
     B, T = len(latents), schedule.num_train_timesteps
     t = (low + torch.rand(B, generator=g) ** skew * (T - low)).long()
     noise = torch.randn(latents.shape, generator=g).to(latents)
     x, target = schedule.add_noise(latents, noise, t), schedule.target(latents, noise, t)
-    with autocast(args):
+    with machine.autocast(args.device, PRECISION):
         out = unet(x, t.to(args.device), text, temporal=temporal)
     return ((out.float() - target) ** 2).mean()
 
 
-def export_unet(args):
-    """A function that writes the UNet's averaged weights, the schedule and the model index."""
-    def export(state):
-        write_component(args.out, "unet", UNET_CONFIG, state)
-        (args.out / "scheduler").mkdir(exist_ok=True)
-        schedule = json.dumps(SCHEDULE, indent=2) + "\n"
-        (args.out / "scheduler" / "scheduler_config.json").write_text(schedule)
-        (args.out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+def export_unet(args, state):
+    """Write the UNet's averaged weights, the schedule and the model index."""
+    write_component(args.out, "unet", UNET_CONFIG, state)
+    (args.out / "scheduler").mkdir(exist_ok=True)
+    schedule = json.dumps(SCHEDULE, indent=2) + "\n"
+    (args.out / "scheduler" / "scheduler_config.json").write_text(schedule)
+    (args.out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 
-    return export
+
+def plainer(scenes, g):
+    """The same scenes, a share PLAIN of them with a white object on grey. Scenes with a camera pan,
+    which a grey background would hide, do not change."""
+    pans = world.is_motion(scenes.motion, "standing still while the camera pans")
+    plain = (torch.rand(len(scenes), generator=g) < PLAIN) & ~pans
+    white, grey = list(world.COLORS).index("white"), list(world.BACKGROUNDS).index("grey")
+    return replace(scenes, color=torch.where(plain, white, scenes.color),
+                   background=torch.where(plain, grey, scenes.background))
 
 
 class LatentPool:
@@ -558,10 +562,11 @@ class LatentPool:
         """Render and encode pool number `number`."""
         self.number, latents = number, []
         g = generator("clips", 10**8 + self.key * 10**6 + number)
-        self.scenes = world.sample_scenes(self.size, g, self.motions, unnamed=self.unnamed)
+        scenes = world.sample_scenes(self.size, g, self.motions, unnamed=self.unnamed, brisk=True)
+        self.scenes = plainer(scenes, g)
         for rows in torch.arange(self.size).split(64):
             video = self.render(self.scenes[rows], g).to(self.args.device)
-            with torch.no_grad(), autocast(self.args):
+            with torch.no_grad(), machine.autocast(self.args.device, PRECISION):
                 latents.append(self.vae.encode_video(video).float())
         self.latents = torch.cat(latents)
 
@@ -570,7 +575,7 @@ class LatentPool:
         if step // self.steps != self.number:
             self.fill(step // self.steps)
         rows = torch.randint(self.size, (self.batch_size,), generator=g)
-        with torch.no_grad(), autocast(self.args):
+        with torch.no_grad(), machine.autocast(self.args.device, PRECISION):
             states = self.text(world.captions(self.scenes[rows], g, motion)).float()
         return self.latents[rows], states, self.scenes[rows]
 
@@ -590,7 +595,7 @@ def train_images(args):
         latents, states, _ = pool.batch(step, g, motion=False)
         return unet_loss(unet, latents, states, g, args, temporal=False, skew=1.5)
 
-    run("images", unet, loss_of, export_unet(args), args)
+    run("images", unet, loss_of, export_unet, args)
 
 
 def train_clips(args):
@@ -632,12 +637,12 @@ def train_clips(args):
             pools[part] = LatentPool(1 + part, size, batch, render, motions, args, unnamed)
         latents, states, scenes = pools[part].batch(step, g, True)
         trajectory_hint.set(world.trajectory(scenes, frames) if at >= HINTS[0] else None, g)
-        loss = unet_loss(unet, latents, states, g, args, True, args.skew, low)
+        loss = unet_loss(unet, latents, states, g, args, temporal=True, skew=0.8, low=low)
         return loss + WAVE_WEIGHT * trajectory_hint.wave_loss(len(latents))
 
-    def export(state):
+    def export(args, state):
         own = {n.removeprefix("unet."): p for n, p in state.items() if n.startswith("unet.")}
-        export_unet(args)(own)
+        export_unet(args, own)
 
     run("clips", modules, loss_of, export, args)
 
@@ -652,14 +657,12 @@ def main():
     add("--work", type=Path, default=HERE / "work", help="folder of the training state")
     add("--steps", type=int, help="last step of the stage (default: per stage)")
     add("--rate", type=float, help="peak learning rate (default: per stage)")
-    add("--skew", type=float, default=0.8, help="clips stage: timesteps are T·u^skew; below 1 "
-        "favors high noise (default: 0.8)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="device (default: cuda if there is one)")
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {', '.join(unknown)}; choose from {', '.join(STAGES)}")
-    machine.keep_memory()
+    machine.tune_malloc()
     for stage in args.stages or STAGES:
         globals()[f"train_{stage}"](args)
 

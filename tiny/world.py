@@ -81,9 +81,10 @@ class Scenes:
         return Scenes(*(v if v is None else v[rows] for v in vars(self).values()))
 
 
-def sample_scenes(n, generator, motions=BASE, speeds=True, unnamed=0.0):
+def sample_scenes(n, generator, motions=BASE, speeds=True, unnamed=0.0, brisk=False):
     """n random scenes. The motion is one of `motions`, or, with probability `unnamed`, a random one
-    without a name. The same generator state gives the same scenes."""
+    without a name, with sharper turns if `brisk`. The same generator state gives the same scenes.
+    """
     pick = lambda m: torch.randint(m, (n,), generator=generator)
     between = lambda a, b: a + (b - a) * torch.rand(n, generator=generator)
     indices = torch.tensor([MOTIONS.index(m) for m in motions])
@@ -109,7 +110,7 @@ def sample_scenes(n, generator, motions=BASE, speeds=True, unnamed=0.0):
     )
     if unnamed:
         rows = torch.rand(n, generator=generator) < unnamed
-        keyframes = torch.stack([random_keyframes(generator) for _ in range(n)])
+        keyframes = torch.stack([random_keyframes(generator, brisk) for _ in range(n)])
         scenes = with_keyframes(scenes, keyframes, rows)
     return scenes
 
@@ -149,25 +150,27 @@ def interpolate_corners(corners, smooth):
     return b + 0.5 * s * (c - a + s * (2 * a - 5 * b + 4 * c - d + s * (3 * (b - c) + d - a)))
 
 
-def random_path(g):
+def random_path(g, brisk=False):
     """A random path (2, POINTS) in units of the amplitude: 3 to 7 corners at even times, joined by
-    straight lines or smoothly, or a sum of two slow waves per axis."""
+    straight lines or smoothly, or a sum of two slow waves per axis. Brisk paths have straight lines
+    more often, up to 8 corners, and faster waves."""
     kind = torch.rand((), generator=g)
-    if kind < 0.65:
-        count = int(torch.randint(3, 8, (), generator=g))
+    straight, cornered, corners, fast = (0.5, 0.75, 8, 2.0) if brisk else (0.35, 0.65, 7, 1.5)
+    if kind < cornered:
+        count = int(torch.randint(3, corners + 1, (), generator=g))
         corners = 2.5 * torch.rand(2, count, generator=g) - 1.25
-        return interpolate_corners(corners, smooth=kind > 0.35).clamp(-1.4, 1.4)
+        return interpolate_corners(corners, smooth=kind > straight).clamp(-1.4, 1.4)
     cycles, phase, weight = torch.rand(3, 2, 2, 1, generator=g)  # two axes, two waves each
-    waves = torch.sin(2 * math.pi * ((0.5 + 1.5 * cycles) * torch.linspace(0, 1, POINTS) + phase))
+    waves = torch.sin(2 * math.pi * ((0.5 + fast * cycles) * torch.linspace(0, 1, POINTS) + phase))
     path = (weight * waves).sum(1)
     amplitude = 0.7 + 0.55 * torch.rand(2, 1, generator=g)
     return amplitude * path / path.abs().amax(1, keepdim=True)
 
 
-def random_keyframes(g):
+def random_keyframes(g, brisk=False):
     """A random unnamed motion (5, POINTS): x and y in units of the amplitude, size, angle in
     radians and width. One in six stays in place; most of the others only change position."""
-    path, rotation, scaling = random_path(g), random_path(g), random_path(g)
+    path, rotation, scaling = (random_path(g, brisk) for _ in range(3))
     stays, *chance = (torch.rand(4, generator=g) < torch.tensor([1 / 6, 0.2, 0.2, 0.15])).tolist()
     if stays and not any(chance):
         chance[int(torch.randint(3, (), generator=g))] = True
