@@ -1,5 +1,6 @@
 """Shared by the tests: paths, the tiny model, clips, optional packages, and ways to run a command.
 """
+import gc
 import os
 import re
 import signal
@@ -163,6 +164,7 @@ def run_training(*args):
 
 def prepare_run(method, video, parent, *more):
     """A Run that is ready for its first step, in a new folder inside `parent`."""
+    parent.mkdir(parents=True, exist_ok=True)
     out = tempfile.mkdtemp(dir=parent)
     return train.prepare(*train.parse(flags_of(method, video, out, *more)))
 
@@ -180,6 +182,7 @@ def expect_error(argv, message, capsys, main=train.main):
 def fork(action, stderr=os.devnull, **environment):
     """Fork this process and run `action` as a script would. Returns the process id. Unlike a new
     Python, a fork does not import torch again."""
+    gc.collect()  # a child cannot free a video frame, whose threads exist in the parent alone
     if pid := os.fork():
         return pid
     os.environ.update(environment)

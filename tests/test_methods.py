@@ -594,17 +594,19 @@ def test_attention_maps_are_captured_from_the_tuned_and_from_the_base_model(run)
 
 
 def test_captured_features_are_fp32_and_have_all_five_axes(hop, tmp_path):
-    """(B, C, F, h, w) in bf16 training too, where the UNet folds frames into the batch."""
+    """(B, C, F, h, w) where the output is an image, although the UNet works in bf16 and folds
+    frames into the batch. Other features keep their shape."""
     run = prepare_run("newmove", hop, tmp_path, "--precision", "bf16")
     ex, z = noisy_example(run)
-    ex.capture(r"down_blocks\.0\.(resnets|temp_attentions)\.0")
+    ex.capture(r"down_blocks\.0\.((resnets|temp_attentions)\.0|attentions\.0\..*attn1\.to_q)")
     ex.train("motion")
     ex.predict(z, ex.add_noise(ex.sample_prior()))
-    assert len(ex.captured) == 2
+    queries = [ex.captured.pop(name) for name in list(ex.captured) if "to_q" in name]
+    assert [q.dtype for q in queries] == [torch.float32] and len(ex.captured) == 2
     for features in ex.captured.values():
         assert features.dtype == torch.float32 and features.shape == (2, 64, 4, 8, 8)
     ex.predict(z)
-    assert {features.shape for features in ex.captured.values()} == {(1, 64, 4, 8, 8)}
+    assert {len(features) for features in ex.captured.values()} == {1, 4}  # 4 frames of queries
 
 
 def test_the_base_model_has_the_same_dropout_as_the_tuned_one(run):
@@ -684,9 +686,9 @@ def test_previews_start_as_the_method_does_and_leave_appearance_out(hop, tmp_pat
 def test_an_appearance_score_stops_the_run(hop, tmp_path, monkeypatch, tiny):
     """A cosine is at most 1, so the first preview stops the run, and hardly ever −1. The score uses
     appearance_prompt or, without it, the preview prompt."""
-    read, texts = [], clips.Clip.texts
-    monkeypatch.setattr(clips.Clip, "texts", lambda self, prompts: (
-        read.append(prompts), texts(self, prompts))[1])
+    read, features = [], clips.CLIP.text_features
+    monkeypatch.setattr(clips.CLIP, "text_features", lambda self, prompts: (
+        read.append(prompts), features(self, prompts))[1])
     train_until = lambda score, *more: run_training(
         "newmove", hop, tmp_path / str(score), "--prior", "none", "--preview-every", 1, "--steps",
         2, "--preview-prompt", "a red star hopping", f"appearance_stop={score}", *more)

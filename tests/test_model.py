@@ -318,13 +318,13 @@ def test_damaged_weights_are_refused_in_one_line(kind, message, tmp_path):
     ("unet", {"norm_num_groups": None}, "norm_num_groups"),
     ("unet", {"sample_size": [8, 12]}, "sample_size"),
     ("unet", {"block_out_channels": [64, 1e9]}, "block_out_channels"),
-    ("unet", {"block_out_channels": [64, 100]}, "does not fit its config.json"),
-    ("unet", {"down_block_types": ["DownBlock3D"] * 2}, "does not fit its config.json"),
+    ("unet", {"block_out_channels": [64, 100]}, "does not match its config.json"),
+    ("unet", {"down_block_types": ["DownBlock3D"] * 2}, "does not match its config.json"),
     ("unet", {"layers_per_block": True}, "layers_per_block"),
     ("unet", {"norm_eps": float("nan")}, "norm_eps"),
     ("vae", {"shift_factor": 0.1}, "shift_factor"),
     ("vae", {"scaling_factor": float("nan")}, "scaling_factor"),
-    ("vae", {"layers_per_block": 3}, "does not fit its config.json"),
+    ("vae", {"layers_per_block": 3}, "does not match its config.json"),
     ("text_encoder", {"hidden_act": "quick_gelu"}, "hidden_act"),
     ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ("text_encoder", {"num_attention_heads": 5}, "divisible"),
@@ -471,7 +471,7 @@ def test_a_modelscope_pth_loads_as_the_same_unet(tmp_path):
 
 def plain(monkeypatch):
     """Replace all fast functions of the UNet by torch's own."""
-    monkeypatch.setattr(fast, "sequential", lambda layers, x: fast._in_turn(x, *layers))
+    monkeypatch.setattr(fast, "sequential", lambda layers, x: fast._apply(x, *layers))
     monkeypatch.setattr(fast, "geglu", lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]))
     monkeypatch.setattr(fast, "scaled_dot_product_attention", F.scaled_dot_product_attention)
     conv3d = lambda m, x: F.conv3d(x[..., None], m.weight, m.bias, padding=(1, 0, 0))[..., 0]
@@ -552,12 +552,12 @@ def test_fused_attention_stays_within_cudas_grid(monkeypatch):
     """It is split, here into parts of two rows. The meta device stands in for a GPU."""
     seen, q = [], torch.randn(5, 3, 4, 8)
     want = F.scaled_dot_product_attention(q, q, q)
-    monkeypatch.setattr(fast, "MOST_BLOCKS", 6)
+    monkeypatch.setattr(fast, "MAX_GRID", 6)
     monkeypatch.setattr(fast.F, "scaled_dot_product_attention",
                         lambda q, k, v: seen.append(len(q)) or fast._plain_attention(q, k, v))
     assert fast.scaled_dot_product_attention(*[q.to("meta")] * 3).shape == q.shape
     assert seen == [2, 2, 1]
-    torch.testing.assert_close(fast._in_parts(q, q, q, 2), want)
+    torch.testing.assert_close(fast._batched_attention(q, q, q, 2), want)
 
 
 def test_attention_maps_are_the_weights_of_attention(ours):
