@@ -12,30 +12,20 @@ import torch
 import torch.nn.functional as F
 
 import sampler
-from support import machine
+from support import machine, media
 from support.files import BadInput, check_exists, log, read_text, write_text
-from support.media import (
-    VIDEOS,
-    find_images,
-    fit,
-    list_folder,
-    log_once,
-    read_image,
-    read_video,
-    write_video,
-)
 from support.tokenizer import has_word, words_to_ids
 
 # ------------------------------------------------------------------------------------------------
 # Captions
 
 
-MAX_TOKENS = 77  # of the text encoder, with start and end tokens
+MAX_TOKENS = 77  # limit of the text encoder, including start and end tokens
 
 
 def check_prompt(prompt, learned=None, source=None):
-    """The prompt itself. learned: {token: number of its vectors}; source: the file that holds the
-    prompt. Raises BadInput when it has too many tokens."""
+    """Return the prompt, or raise BadInput if it has too many tokens. learned: {token: number of
+    its vectors}; source: the prompt's file."""
     ids = {token: [0] * vectors for token, vectors in (learned or {}).items()}
     tokens = len(words_to_ids(prompt, ids)) + 2
     if tokens > MAX_TOKENS:
@@ -46,8 +36,8 @@ def check_prompt(prompt, learned=None, source=None):
 
 
 def find_caption(video, prompt=None):
-    """The caption of a clip and its origin: the prompt, else a .txt file with the clip's name (or
-    caption.txt inside a folder of images), else the clip's name. Raises BadInput."""
+    """The caption of a clip and its origin: the prompt, else the .txt file with the clip's name (or
+    caption.txt in a folder of images), else the clip's name. Raises BadInput."""
     video = Path(video)
     if prompt is not None:
         return check_prompt(prompt), "--prompt"
@@ -63,7 +53,7 @@ def find_caption(video, prompt=None):
 
 
 def read_prompts(path):
-    """The non-empty lines of a text file. Raises BadInput, also where there is none."""
+    """The non-empty lines of a text file. Raises BadInput if there are none."""
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise BadInput(f"{path} is empty; write one prompt per line.")
@@ -71,13 +61,12 @@ def read_prompts(path):
 
 
 def note_unknown_words(prompts, known=()):
-    """Print the words in prompts that the tiny model was never trained on. known: further texts
-    with known words."""
+    """Print words in prompts that the tiny model was not trained on, except those in `known`."""
     from tiny import world  # imported only where needed
 
     words = lambda texts: set(re.findall(r"[^\W_]+", " ".join(texts).lower()))
     if unknown := words(prompts) - words(known) - words(world.WORDS):
-        log(f"note: the tiny model was never trained on {', '.join(sorted(unknown))}; it knows "
+        log(f"note: the tiny model was not trained on {', '.join(sorted(unknown))}; it knows "
             f"{', '.join(sorted(words(world.WORDS)))} and the tokens of its adapters")
 
 
@@ -87,8 +76,8 @@ def note_unknown_words(prompts, known=()):
 
 @dataclass
 class Clip:
-    """A training clip with its caption: a video (3, F, H, W), or an image with F = 1; and its
-    scaled latents (1, C, F, h, w), once encoded."""
+    """A training clip: a video (3, F, H, W), or an image with F = 1; its caption; and, once
+    encoded, its scaled latents (1, C, F, h, w)."""
 
     video: torch.Tensor
     prompt: str
@@ -97,23 +86,22 @@ class Clip:
 
 
 def find_clips(paths):
-    """The clips that paths name: video files, folders of numbered images (one clip each), and
-    folders of these."""
+    """The clips at the paths: videos, folders of numbered images, and folders of both."""
     found = []
     for path in map(Path, paths):
-        inside = list_folder(path) if path.is_dir() else []
-        clips = [p for p in inside if p.suffix.lower() in VIDEOS or p.is_dir()]
+        inside = media.list_folder(path) if path.is_dir() else []
+        clips = [p for p in inside if p.suffix.lower() in media.VIDEOS or p.is_dir()]
         others = [p.name for p in inside if p not in clips and p.suffix != ".txt"]
         if clips and others:
-            log_once(f"note: {path} also holds files that are not clips and are not read: "
+            media.log_once(f"note: ignored files in {path} that are not clips: "
                      f"{', '.join(others[:3])}{' …' * (len(others) > 3)}")
         found += clips or [path]
     return found
 
 
 def check_clips(paths, prompts):
-    """The clips that paths name, without reading them. Raises BadInput for a missing clip, and
-    unless there is one caption for all, one per clip, or none."""
+    """The clips at the paths, not yet read. Raises BadInput for a missing clip, and unless there is
+    one caption for all, one per clip, or none."""
     clips = find_clips(paths)
     for clip in clips:
         check_exists(clip, "give a video file or a folder of images")
@@ -126,22 +114,20 @@ def check_clips(paths, prompts):
 
 def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, token=None,
                learned=None, learn=True, allow_damaged=False):
-    """The clips that paths name, with captions, and the origin of each caption.
-
-    prompts: one caption for all, one per clip, or None; token: appended to captions that lack it;
-    learned: {token: number of its vectors}; the rest as in `read_video`. Raises BadInput.
-    """
+    """The clips at the paths, with captions, and the origin of each caption. token: appended to
+    captions without it; learned: {token: number of its vectors}; for further arguments see
+    check_clips and read_video. Raises BadInput."""
     paths, prompts = check_clips(paths, prompts), prompts or [None]
     clips, sources, seen = [], [], set()
     for i, path in enumerate(paths):
         if path.resolve() in seen:
-            log(f"warning: {path} is given twice, and counts twice")
+            log(f"warning: {path} is given twice and will be used twice")
         seen.add(path.resolve())
         caption, source = find_caption(path, prompts[i % len(prompts)])
         if token and not has_word(caption, token):
             caption, source = f"{caption} {token}", f"{source}, and word.token"
         check_prompt(caption, learned, path)
-        video = read_video(path, frames, size, fps, start, learn, allow_damaged)
+        video = media.read_video(path, frames, size, fps, start, learn, allow_damaged)
         clips.append(Clip(video.flip(1) if reverse else video, caption, path))
         sources.append(source)
     if any(source.endswith("word.token") for source in sources):
@@ -151,53 +137,52 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, toke
 
 
 def load_images(paths, prompt, size, token=None, learned=None):
-    """The images that paths name, as clips of one frame. token: put before captions that lack it.
-    Raises BadInput."""
+    """The images at the paths, as clips of one frame. token: prepended to captions without it."""
     images = []
-    for path in find_images(paths):
+    for path in media.find_images(paths):
         caption, _ = find_caption(path, prompt)
         if token and not has_word(caption, token):
             caption = f"{token} {caption}"
         check_prompt(caption, learned, path)
-        images.append(Clip(fit(read_image(path), size)[:, None], caption, path))
+        images.append(Clip(media.fit(media.read_image(path), size)[:, None], caption, path))
     return images
 
 
 # ------------------------------------------------------------------------------------------------
-# Regularization clips, which keep the model from forgetting
+# Regularization clips
 
 
 def load_prior_clips(run):
-    """The regularization clips of a run; [] for none. Clips that are made go to out/…/prior/, each
-    determined by its number and the seed, so that --resume makes only the missing ones."""
+    """The regularization clips of a run, or []. Generated clips go to out/…/prior/. Each depends
+    only on its number and the seed, so --resume generates only the missing ones."""
     flags, makers = run.flags, {"world": render_clip, "generated": generate_clip}
     if flags.prior in (None, "none"):
         return []
     if flags.prior == "folder":
-        log(f"warning: no regularization clips, so {run.recipe.name} forgets more; give --prior "
+        log(f"warning: {run.recipe.name} forgets more without regularization clips; give --prior "
             "FOLDER with real clips of similar scenes, or --prior generated")
         return []
     folder = flags.out / "prior" if flags.prior in makers else flags.prior
     if flags.prior in makers and run.rank == 0:
         for number in range(run.recipe.num_prior_clips):
             path = folder / f"{number:03d}.mp4"
-            if not path.exists():  # written last
+            if not path.exists():
                 video, caption = makers[flags.prior](run, number)
                 write_text(path.with_suffix(".txt"), caption + "\n")
-                write_video(path, video, flags.fps)
+                media.write_video(path, video, flags.fps)  # written last: marks a complete clip
     machine.broadcast(None)  # the other processes wait for rank 0
     return load_clips([folder], None, flags.frames, flags.size, flags.fps, learn=False)[0]
 
 
 def render_clip(run, number):
-    """A clip (3, F, H, W) of the tiny world, and its caption."""
+    """A clip (3, F, H, W) of the tiny world, and its caption, which describes the same attributes
+    as the caption of the training clip. Otherwise caption length would distinguish them."""
     from tiny import world  # imported only where needed
 
     if run.flags.size != (world.SIZE, world.SIZE):
         raise BadInput(f"--prior world renders {world.SIZE}x{world.SIZE} pixels; drop --size.")
     g = sampler.generator(run.flags.seed, 1, 1)
     scene = world.sample_scenes(run.recipe.num_prior_clips, g)[torch.tensor([number])]
-    # Its caption mentions what the clip's caption mentions; else length alone would separate them.
     caption = run.clips[0].prompt
     name = lambda table, field: list(table)[getattr(scene, field)[0]]
     colored = any(word in caption.split() for word in world.COLORS)
@@ -209,15 +194,14 @@ def render_clip(run, number):
 
 @torch.no_grad()
 def generate_clip(run, number):
-    """A clip sampled from the base model with the caption without its token (DreamBooth), and that
-    caption."""
+    """A sample of the base model, and its caption: the training clip's without the token."""
     flags, recipe, pipe = run.flags, run.recipe, run.pipe
     token = recipe.parts["word"].token if "word" in recipe.parts else ""
     caption = " ".join(w for w in run.clips[0].prompt.split() if w != token)
     prompt = check_prompt(recipe.class_prompt or caption or "a video")
     factor, channels = pipe.vae.config.factor, pipe.unet.config.in_channels
     shape = (channels, run.clips[0].video.shape[1], *(side // factor for side in flags.size))
-    source = sampler.generator(flags.seed, number, 4)  # differs from every --seed of generate.py
+    source = sampler.generator(flags.seed, number, 4)  # not the noise of any generate.py --seed
     start = sampler.seeded_randn(shape, [source]).to(flags.device)
     return sampler.sample(pipe, [prompt], start, [number], flags.preview_steps, recipe.guidance,
                           progress=f"regularization clip {number}")[0], prompt
@@ -227,24 +211,23 @@ def generate_clip(run, number):
 # Augmentations of a video (3, F, H, W), with random draws from a generator g
 
 
-PATCH = (0.33, 0.67)  # Customize-A-Video's range of the patch's sides
+PATCH = (0.33, 0.67)  # range of a patch's sides, as shares of the frame's (Customize-A-Video)
 
 
 def random_patch(video, g):
-    """A random patch of one random frame, a third to two thirds of its sides, resized to (3, 1, H,
-    W): appearance without location (Customize-A-Video)."""
+    """A random patch of a random frame, resized to (3, 1, H, W) (Customize-A-Video)."""
     f = int(torch.randint(video.shape[1], (), generator=g))
     return random_resized_crop(video[:, f : f + 1], *PATCH, g)
 
 
 def augmented(video, g):
-    """A random resized crop and color jitter, the same for all frames (NewMove's supplement names
-    spatial and color augmentation, without strengths). No flips: they exchange left and right."""
+    """A random resized crop and color jitter, the same for all frames (NewMove's supplement). No
+    flips, since they exchange left and right."""
     return color_jitter(random_resized_crop(video, 0.8, 1.0, g), g)
 
 
 def recolored(video, g):
-    """Shuffled color channels, half of the time inverted, and color jitter, the same for all
+    """Shuffled color channels, inverted with probability 0.5, and color jitter, the same for all
     frames: the appearance changes at every step, the motion does not."""
     shuffled = video[torch.randperm(3, generator=g)]
     invert = torch.rand((), generator=g) < 0.5
@@ -263,7 +246,7 @@ def color_jitter(video, g):
 
 
 def random_resized_crop(video, low, high, g):
-    """A random crop of (3, F, H, W), low … high of its sides, resized to the video's size."""
+    """A random crop whose sides are low to high times the video's, resized to the video's size."""
     H, W = video.shape[-2:]
     share = low + (high - low) * torch.rand((), generator=g)
     h, w = max(1, round(H * share.item())), max(1, round(W * share.item()))

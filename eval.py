@@ -1,11 +1,11 @@
-"""Score videos: text alignment, copying and motion. Writes an HTML report.
+"""Score videos for text alignment, copying and motion. Writes an HTML report.
 
     python eval.py out/eight-vmc                    # a training run: base model, steps, result
     python eval.py out/generated                    # a folder that generate.py wrote
-    python eval.py out/a out/b --reference clip.mp4 # two runs, compared with one clip
+    python eval.py out/a out/b --reference clip.mp4 # two runs with the same reference clip
     python eval.py some/videos --reference other/videos --size 256
     python eval.py out/a out/b --user-study         # a page of blind pairs
-    python eval.py --votes votes.json               # the result of the study
+    python eval.py --votes votes.json               # the study's result
 
 A run is a folder that train.py or generate.py wrote, or any folder of videos with captions. Prints
 a table and writes metrics.json and page.html to --out.
@@ -46,7 +46,7 @@ def main(argv=None):
 
 
 def write(runs, table, notes, threshold, args):
-    """Write page.html, metrics.json and the user study, after all of them have been built."""
+    """Build page.html, metrics.json and the user study, then write them."""
     videos, references = [], {}
     for run in runs:
         references[run.name] = [r.path for r in run.references]
@@ -76,19 +76,19 @@ def parse(argv=None):
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="folders that train.py or generate.py wrote, or folders "
         "of videos")
-    add("--reference", nargs="+", type=Path, default=[], help="the training clips (default: those "
-        "of the run's adapter)")
-    add("--prompts", type=Path, help="file of prompts for training runs, one per line (default: "
-        "the run's preview prompt)")
+    add("--reference", nargs="+", type=Path, default=[], help="reference clips (default: the "
+        "training clips of the run's adapter)")
+    add("--prompts", type=Path, help="a text file with one prompt per line, for training runs "
+        "(default: the run's preview prompt)")
     add("--videos-per-prompt", type=int_in(1, 10**6), default=1, help="for training runs "
         "(default: 1)")
     add_scorer_flags(add)
-    # the input of all metrics
+    # input of all metrics
     add("--frames", type=int_in(4, 4096), help="frames per video (default: as generated, else 16)")
     add("--keyframes", nargs="+", type=int_in(0), help="score only these frames, numbered from 0")
     add("--fps", type=float_in(0.01, 1000), help="frame rate (default: as generated, else 8)")
     add("--size", type=int_in(32, 2048), default=256, help="height and width (default: 256)")
-    # the user study
+    # user study
     add("--user-study", action="store_true", help="also write study.html, a page of blind pairs")
     add("--ratings", action="store_true", help="also rate motion, appearance and text from 1 to 5")
     add("--question", type=str, help="the question of the study",
@@ -111,7 +111,7 @@ def add_scorer_flags(add):
     add("--sscd", type=Path, help="sscd_disc_mixup.torchscript.pt from facebookresearch/"
         "sscd-copy-detection, for the copy score (default: CLIP image features)")
     add("--copy-threshold", type=float_in(-1, 1), help="copy score above which a video counts as a "
-        "copy (default: 0.25 for SSCD, else the 99th percentile of the base model)")
+        "copy (default: 0.25 with SSCD, else the base model's 99th percentile)")
     add("--classifier", type=Path, help="a video classifier, (1, 3, F, H, W) to logits, for motion "
         "accuracy, saved by torch.jit.script(net).save(FILE)")
     add("--motion-class", type=int_in(0), help="the correct class (default: the references')")
@@ -120,8 +120,8 @@ def add_scorer_flags(add):
         "torch.jit.trace(lpips.LPIPS(), (a, a)).save(FILE)")
     add("--trust-scripts", action="store_true", help="allow --sscd, --classifier and --lpips: they "
         "are TorchScript, i.e. programs that run with your permissions")
-    add("--tracks", type=Path, help="tracks of another program, (P, F, 2) pixels per video in "
-        "FOLDER/<video's folder>/<video's name>.npy (default: tracked here)")
+    add("--tracks", type=Path, help="tracks from another program, (P, F, 2) pixels per video, in "
+        "FOLDER/<video's folder>/<video's name>.npy (default: computed here)")
     add("--world", action=argparse.BooleanOptionalAction, help="also measure the tiny world's "
         "appearance and motions (default: for videos of the tiny model)")
 
@@ -132,7 +132,7 @@ REQUIRES = {"clip": "clip_weights", "clip_weights": "clip", "motion_class": "cla
 
 
 def check(args):
-    """The flags. Raises BadInput for those that conflict, have no effect, or name missing files."""
+    """The flags. Raises BadInput for conflicts, missing files, and flags without effect."""
     if bool(args.runs) == bool(args.votes):
         raise BadInput("expected folders to score, or --votes FILE alone.")
     for name, other in REQUIRES.items():
@@ -158,7 +158,7 @@ def check(args):
 
 
 def explain(runs):
-    """The notes below the table."""
+    """Notes below the table."""
     notes = ["↑: higher is better, ↓: lower is better. Papers print cosines × 100. Do not judge by "
              "one metric: a broken video, or a copy of the clip, can have the best motion."]
     names = [run.name.rpartition(": ")[2] for run in runs]

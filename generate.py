@@ -1,8 +1,8 @@
-"""Generate videos from prompts, with adapters or without.
+"""Generate videos from prompts, with or without adapters.
 
     python generate.py --prompt "a red ring moving left on a grey background"
     python generate.py --adapter out/eight-vmc/vmc.safetensors --prompts assets/prompts.txt
-    python generate.py --adapter motion.safetensors look.safetensors --scale 1 0.7 --prompt "…"
+    python generate.py --adapter motion.safetensors style.safetensors --scale 1 0.7 --prompt "…"
     python generate.py --dmt clip.mp4 --prompt "a red star"     # motion transfer without training
     python generate.py --adapter motion.safetensors --save-merged merged
 
@@ -41,7 +41,7 @@ from support.flags import Parser, float_in, int_in, non_empty
 
 
 def main(argv=None):
-    """Prompts to videos, a contact sheet and settings.json, in --out."""
+    """Generate videos, a contact sheet and settings.json in --out."""
     args = parse(argv)
     prompts = check(args)
     machine.tune_malloc()
@@ -64,7 +64,7 @@ def main(argv=None):
             save_merged(args, loaded)
         rows = []
         for name, (job, video) in zip(names, generate(args, s, pipe, loaded, jobs, clip)):
-            if refiner:  # one at a time, since its frames are large
+            if refiner:  # one video at a time, since its frames are large
                 video = refine(args, refiner, video, *job)
             media.write_video(out / name, video, args.fps)
             rows.append(media.every_nth(video))
@@ -76,7 +76,7 @@ def main(argv=None):
 
 
 def save_merged(args, loaded):
-    """Save a merged model. It is loaded in fp32, since sampling in bf16 rounds frozen weights."""
+    """Save a merged model, for which the base model is loaded again, in fp32."""
     pipe = load(args.weights)
     adapters.apply_adapters(pipe, loaded, args.scale)
     save = export.save_pth if args.save_merged.suffix == ".pth" else export.save_hub
@@ -85,7 +85,7 @@ def save_merged(args, loaded):
 
 
 def generate(args, s, pipe, loaded, jobs, clip):
-    """Yields (job, video (3, F, H, W)) per job, a (prompt, seed)."""
+    """Yields (job, video (3, F, H, W)) per job (prompt, seed)."""
     if args.dmt:
         yield from transfer_motion(args, s, pipe, loaded, jobs, clip)
         return
@@ -100,7 +100,7 @@ def generate(args, s, pipe, loaded, jobs, clip):
 
 
 def parse(argv=None):
-    """The flags. None stands for the default of the adapter or the model."""
+    """The flags; None for those that default to the adapter's or the model's settings."""
     parser = Parser(description=__doc__)
     add_model_flags(parser.add_argument)
     add_sampling_flags(parser.add_argument)
@@ -111,27 +111,24 @@ def add_model_flags(add):
     """Flags for prompts, model, shape and output."""
     add("--prompt", type=non_empty, help="the prompt")
     add("--prompts", type=Path, help="a text file with one prompt per line, instead of --prompt")
-    add("--negative-prompt", type=str, help="(default: empty; with --dmt and real weights, that of "
-        "its published code)")
+    add("--negative-prompt", type=str, help="content to avoid (default: empty; with --dmt and real "
+        "weights, that of its published code)")
     add("--seed", type=int_in(0, 2**63), default=0, help="first seed (default: 0)")
     add("--videos-per-prompt", type=int_in(1, 10**6), default=1, help="videos per prompt, with "
         "consecutive seeds (default: 1)")
     add("--adapter", type=Path, nargs="+", default=[], help="adapters of train.py, or LoRAs of "
-        "other programs; the first with a clip provides clip and settings")
+        "other programs; the first one with a clip provides clip and settings")
     add("--scale", type=float_in(-100, 100), nargs="+", default=[1.0], help="scale of each "
         "adapter; 0 is the base model (default: 1)")
-    add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
-        "model)")
+    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
-    add("--frames", type=int_in(1, 1024), help="frames (default: the clip's, else 16; with --dmt "
-        "24)")
+    add("--frames", type=int_in(1, 1024), help="default: the clip's, else 16; with --dmt 24")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "
         "model's; with --dmt 576x320)")
     add("--fps", type=float_in(0.01, 1000), help="frames per second (default: the clip's, else 8)")
-    add("--save-merged", type=Path, help="save the merged model: a folder in the hub's layout, "
-        "or a .pth in ModelScope's")
+    add("--save-merged", type=Path, help="save the merged model as a hub-layout folder or a .pth")
     add("--out", type=Path, help="a new folder (default: out/generated, out/generated-2 …)")
 
 
@@ -148,21 +145,18 @@ def add_sampling_flags(add):
     add("--guidance", type=float_in(0, 1000), help="classifier-free guidance scale (default: the "
         "method's, else 9, with --dmt 10; tiny model: 4)")
     add("--batch", type=int_in(1), default=1, help="videos per batch on a GPU (default: 1)")
-    add("--dmt", type=Path, help="transfer the motion of this clip by Diffusion Motion Transfer, "
-        "without training")
-    add("--checkpointing", choices=("on", "off"), help="gradient checkpointing with --dmt "
-        "(default: on with --weights)")
-    add("--refine", type=Path, help="a second model, a folder in the hub's layout, that refines "
-        "each video, e.g. ZeroScope XL")
+    add("--dmt", type=Path, help="Diffusion Motion Transfer from this clip, without training")
+    add("--checkpointing", choices=("on", "off"), help="for --dmt (default: on with --weights)")
+    add("--refine", type=Path, help="a model to refine each video, e.g. ZeroScope XL's folder")
     add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the video's)")
     add("--refine-steps", type=int_in(1), default=50, help="sampling steps (default: 50)")
     add("--refine-guidance", type=float_in(0, 1000), help="default: 15; tiny model: 4")
-    add("--strength", type=float_in(0, 1), default=0.6, help="noise level of the refining, 0 to 1 "
+    add("--strength", type=float_in(0, 1), default=0.6, help="noise level of --refine, 0 to 1 "
         "(default: 0.6)")
 
 
 def check(args):
-    """The prompts. Raises BadInput for flags that conflict, and for missing files."""
+    """The prompts. Raises BadInput for conflicting flags and missing files."""
     if bool(args.prompt) == bool(args.prompts) and not (args.save_merged and not args.prompt):
         raise BadInput("give --prompt \"…\" or --prompts FILE.")
     if args.dmt and (args.noise_prior or args.init_video or args.sampler):
@@ -183,12 +177,12 @@ def check(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# Settings: the defaults of the pipe, then the adapter's, then DMT's, then the flags
+# Settings: the model's defaults, then the adapter's, then DMT's, then the flags
 
 
 def resolve_settings(args, pipe, loaded):
-    """The Sampling, and the adapter whose clip and settings count, or None. Fills in the flags that
-    were not given. Raises BadInput where an adapter's clip is missing or does not fit."""
+    """The Sampling, and the adapter that provides clip and settings, or None. Fills in missing
+    flags. Raises BadInput if an adapter's clip is missing or does not fit."""
     tiny, factor = is_tiny(args.weights), pipe.vae.config.factor
     s = Sampling(guidance=4.0 if tiny else 9.0)
     shape = {"frames": 16, "size": (pipe.unet.config.sample_size * factor,) * 2, "fps": 8.0,
@@ -204,7 +198,7 @@ def resolve_settings(args, pipe, loaded):
         sampling, own_shape = dmt_defaults(pipe.schedule.num_train_timesteps, tiny)
         s, shape = replace(s, **sampling), shape | own_shape
     if args.sampling_steps and not args.inversion_steps:
-        args.inversion_steps = 0  # the adapter's belong to its own sampling steps
+        args.inversion_steps = 0  # as many as sampling steps, not the adapter's
     if args.init_video and args.noise_prior is None:
         args.noise_prior = s.noise_prior or 1.0
     given = {f.name: getattr(args, f.name, None) for f in fields(Sampling)}
@@ -217,7 +211,7 @@ def resolve_settings(args, pipe, loaded):
 
 
 def check_clip(args, source, factor):
-    """Raises BadInput where sampling starts from a clip that is missing or has another shape."""
+    """Raises BadInput if sampling starts from a clip that is missing or has another shape."""
     if source is None or source.latents is None:
         raise BadInput(f"{source.path if source else '--noise-prior'}: sampling starts from a "
                        "clip, and none is given; give --init-video CLIP, or --noise-prior 0.")
@@ -238,7 +232,7 @@ def check_sampling(args, prompts, pipe, loaded, s):
         raise BadInput(f"--size: expected multiples of {pipe.vae.config.factor} pixels.")
     if args.save_merged and any(a.more for a in loaded):
         raise BadInput("--save-merged: an adapter changes more than weights, which a merged model "
-                       "cannot hold; keep using the adapter.")
+                       "cannot hold; use the adapter itself.")
     learned = {word: len(v) for a in loaded for word, v in a.words.items()}
     for prompt in (*prompts, args.negative_prompt):
         data.check_prompt(prompt, learned)
@@ -247,8 +241,8 @@ def check_sampling(args, prompts, pipe, loaded, s):
         data.note_unknown_words(prompts, known)
     if loaded and all(a.meta.get("part") == "appearance" for a in loaded):
         log("note: the adapter holds appearance only; the motion is in another file")
-    if torch.device(pipe.device).type == "cpu":  # a batch is no faster there, and its rows would
-        args.batch = 1  # depend on each other in their last bits
+    if torch.device(pipe.device).type == "cpu":  # batches are no faster, and change the last bits
+        args.batch = 1
 
 
 def starting_clip(args, pipe, s, source):
@@ -282,10 +276,8 @@ def load_refiner(args, pipe):
 
 @torch.no_grad()
 def refine(args, pipe, video, prompt, seed):
-    """Video to video (SDEdit, Meng et al. 2021): resize, encode a sample of the posterior as in
-    diffusers' pipeline, add noise up to `strength`, and denoise with the same prompt. The card of
-    ZeroScope XL uses DPM-Solver++ and a strength of 0.66 to 0.85. (3, F, H, W) -> (3, F, H', W').
-    """
+    """Video to video (SDEdit, Meng et al. 2021): resize, sample the VAE's posterior as diffusers
+    does, add noise up to --strength, denoise. (3, F, H, W) -> (3, F, H', W')."""
     frames = F.interpolate(video.transpose(0, 1), args.refine_size, mode="bicubic",
                            antialias=True).clamp(-1, 1)
     x0 = pipe.encode(frames.transpose(0, 1)[None], sampler.generator(seed, 2))
@@ -303,25 +295,24 @@ def refine(args, pipe, video, prompt, seed):
 # ------------------------------------------------------------------------------------------------
 # Diffusion Motion Transfer (Yatim et al. 2023): motion transfer without training. The clip is
 # inverted. A new video starts from the low frequencies of that noise; during sampling its latents
-# are optimized so that features of the UNet change over time as the clip's do. Settings, layers and
-# the order of steps follow the published code. Differences: latents are fp32; the loss leaves out
-# the anchor frame's difference to itself, which is 0; the step up is the exact inverse of the step
-# down, where that code is one timestep off; frames are chosen by time, not the first 24, and are
-# cropped, not stretched; prompts are not prefixed with "Amazing quality, masterpiece".
+# are optimized so that features of the UNet change over time like the clip's. Settings, layers and
+# the order of steps follow the published code. Differences not in docs/methods.md: latents are
+# fp32; the loss omits each frame's difference to itself, which is 0; the step up is the exact
+# inverse of the step down, where that code is one timestep off.
 
 
 NEGATIVE = "bad quality, distortions, unrealistic, distorted image, watermark, signature"
 
-# The second up block: the second resnet before its skip, the temporal convolution after it, and the
-# upsampler, which a network whose last block this is does not have.
+# In the second up block: the second resnet before its skip, the temporal convolution after it, and
+# the upsampler, if there is one.
 LAYERS = r"up_blocks\.1\.(resnets\.1\.conv2|temp_convs\.1|upsamplers\.0)"
-GUIDED_SHARE = 0.4  # the first steps, in which latents are optimized
-ADAM_STEPS, ADAM_RATES = 10, (0.007, 0.004)  # per guided step; rates from the first to the last
+GUIDED_SHARE = 0.4  # share of steps, from the first, in which latents are optimized
+ADAM_STEPS, ADAM_RATES = 10, (0.007, 0.004)  # per guided step; learning rates of first and last
 
 
 def dmt_defaults(timesteps, tiny):
     """Sampling settings and shape. Real models are inverted with one step per timestep; the tiny
-    one with as many steps as it samples with (0), since 700 take half a minute on a CPU."""
+    one with as many as sampling steps, since 700 steps take half a minute on a CPU."""
     if tiny:
         return {"guidance": 4.0}, {}
     return {"guidance": 10.0, "inversion_steps": timesteps - 1}, {
@@ -333,8 +324,7 @@ class StopForward(Exception):
 
 
 def frame_features(pipe, x, t, text):
-    """Spatially averaged outputs [(B, F, C)] of LAYERS. Later layers are not computed. Raises
-    BadInput for a network without such layers."""
+    """Spatially averaged outputs [(B, F, C)] of LAYERS. Later layers are not computed."""
     layers = [m for name, m in pipe.unet.named_modules() if re.fullmatch(LAYERS, name)]
     if not layers:
         raise BadInput(f"--dmt needs the layers {LAYERS}, which this model does not have.")
@@ -357,8 +347,8 @@ def frame_features(pipe, x, t, text):
 
 
 def pairwise_differences_loss(features, target):
-    """1 − cosine between the differences of each frame to every anchor frame, for features (B, F,
-    C): components shared by all frames cancel."""
+    """1 − cosine of the differences between all pairs of frames, for features (B, F, C).
+    Components shared by all frames cancel."""
     difference = lambda f: f[:, :, None] - f[:, None]  # (B, F, F, C)
     frames = features.shape[1]
     others = 1 - torch.eye(frames, device=features.device)  # indexing would synchronize
@@ -367,7 +357,7 @@ def pairwise_differences_loss(features, target):
 
 
 def low_frequencies(x, factor=4):
-    """(B, C, F, h, w) without spatial detail finer than `factor` latents."""
+    """(B, C, F, h, w) downsampled in space by `factor`, and upsampled again."""
     h, w = x.shape[-2:]
     resize = lambda x, size: F.interpolate(x, size, mode="bilinear", align_corners=True,
                                            antialias=True)
@@ -386,13 +376,6 @@ def guided_timesteps(s, pipe):
     return pipe.schedule.timesteps(s.sampling_steps)[:count]
 
 
-def inversion_levels(s, pipe):
-    """The timesteps of the inversion that are needed: the last, and those nearest to guided
-    ones."""
-    times = pipe.schedule.timesteps(s.inversion_steps or s.sampling_steps)
-    return {times[0]} | {nearest(times, t) for t in guided_timesteps(s, pipe)}
-
-
 def optimize_latents(pipe, x, t, text, target, rate):
     """The latents x after some Adam steps toward the target features."""
     latents = x.detach().clone().requires_grad_()
@@ -407,8 +390,8 @@ def optimize_latents(pipe, x, t, text, target, rate):
 
 
 def step_down_and_up(S, predict, x, t, steps, g):
-    """One DDIM step down from t and, with new noise from g, up again (Xu et al. 2023), which brings
-    optimized latents back to the network's distribution."""
+    """One DDIM step down from t and, with new noise from g, up again (Xu et al. 2023), which
+    returns optimized latents to the network's input distribution."""
     a, b = S.alpha_bar_at(t, x), S.alpha_bar_prev(t - S.num_train_timesteps // steps)
     x0, eps = S.to_x0_eps(predict(x, t), x, a)
     below = b**0.5 * x0 + (1 - b) ** 0.5 * eps
@@ -418,20 +401,25 @@ def step_down_and_up(S, predict, x, t, steps, g):
 
 @torch.no_grad()
 def transfer_motion(args, s, pipe, loaded, jobs, clip):
-    """Yields (job, video (3, F, H, W)) per job, a (prompt, seed): videos with the motion of the
-    clean latents clip (1, C, F, h, w), which are inverted once."""
+    """Yields (job, video (3, F, H, W)) per job, with the motion of clip (1, C, F, h, w)."""
     pipe.unet.checkpointing = args.checkpointing == "on"
     adapters.apply_adapters(pipe, loaded, args.scale)
-    inverted, levels = {}, inversion_levels(s, pipe)
-    keep = lambda t, x: inverted.update({t: x} if t in levels else {})
-    sampler.invert(pipe, clip, s.inversion_steps or s.sampling_steps, args.caption, keep,
-                   "inverting")
+    steps = s.inversion_steps or s.sampling_steps
+    times = pipe.schedule.timesteps(steps)
+    levels = {times[0]} | {nearest(times, t) for t in guided_timesteps(s, pipe)}
+    inverted = {}
+
+    def keep(t, x):
+        if t in levels:
+            inverted[t] = x
+
+    sampler.invert(pipe, clip, steps, args.caption, keep, "inverting")
     for job in jobs:
         yield job, transfer_one(args, s, pipe, clip, inverted, *job)
 
 
 def transfer_one(args, s, pipe, clip, inverted, prompt, seed):
-    """A video (3, F, H, W) of the prompt. inverted: {timestep: latents of the inverted clip}."""
+    """A video (3, F, H, W) of the prompt. inverted: {timestep: latents of the clip's inversion}."""
     S, times = pipe.schedule, pipe.schedule.timesteps(s.sampling_steps)
     guided = guided_timesteps(s, pipe)
     rates = torch.linspace(*ADAM_RATES, len(guided)).tolist()
@@ -447,7 +435,7 @@ def transfer_one(args, s, pipe, clip, inverted, prompt, seed):
             x = optimize_latents(pipe, x, t, text, target, rates[guided.index(t)])
         return x if t == times[-1] else step_down_and_up(S, predict, x, t, s.sampling_steps, g)
 
-    # The noise found by the inversion, at the level of the first step, with new fine detail.
+    # The inversion's noise, moved to the first step's level, with new high frequencies.
     top, noise = max(inverted), sampler.seeded_randn(clip.shape[1:], [seed]).to(clip)
     a = S.alpha_bar_at(top, clip)
     found = (inverted[top] - a**0.5 * clip) / (1 - a) ** 0.5

@@ -2,13 +2,14 @@
 
     python -c "import lora; print(*lora.LAYERS, sep='\\n')"
 
-A layer set is a pattern over parameter names. A method's `Trainable` sets which layers are trained
-and how: fully, or with a LoRA (Hu et al. 2021), W·x + s·B·A·x with low-rank A and B. A
-`PlaceholderToken` is trained in the text encoder. `build` makes the object with the parameters;
-support/adapters.py saves it.
+A layer set is a pattern over parameter names. A method's `Trainable` specifies which layers are
+trained and how: fully, or with a LoRA (Hu et al. 2021), W·x + s·B·A·x with low-rank A and B. A
+`PlaceholderToken` is trained in the text encoder. Their `build` makes the object that holds the
+parameters; support/adapters.py saves it.
 """
 import re
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,37 +28,36 @@ _FF = r"ff\.net\.(0\.proj|2)"
 
 # {name: pattern}; a parameter belongs to a set if its full name matches.
 LAYERS = {
-    # VMC App. D: q, k, v of the temporal attentions. Both attentions of a temporal transformer are
-    # over time; the published code leaves transformer_in out.
+    # VMC App. D: q, k, v of both attentions over time, without transformer_in as in its code.
     "temporal-attention-qkv": r".*temp_attentions\..*\.attn[12]\.to_[qkv]\.weight",
-    # MotionDirector Sec. 3.2: self-attention and feed-forward layers, not cross-attention.
+    # MotionDirector Sec. 3.2.
     "spatial-self-attention-ff": rf"{_SPATIAL}.*({_LINEARS.format(1)}|{_FF})\.weight",
     "temporal-attention-ff": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight",
-    # Customize-A-Video: its text names q, k, v; its parameter counts include the output projection.
+    # Customize-A-Video, with the output projection, which its parameter counts include.
     "spatial-attention": rf"{_SPATIAL}.*{_LINEARS.format('[12]')}\.weight",
     "temporal-attention": rf"{_TEMPORAL}.*{_LINEARS.format('[12]')}\.weight",
     "cross-attention-kv": rf"{_SPATIAL}.*attn2\.to_[kv]\.weight",  # Custom Diffusion
-    # Tune-A-Video: the spatial queries and the temporal attention.
+    # Tune-A-Video Sec. 4.2.
     "tune-a-video": rf"{_SPATIAL}.*attn[12]\.to_q\.weight|{_TEMPORAL}.*attn[12]\..*",
     "temporal": r"transformer_in\..*|.*temp_(attentions|convs)\..*",
     "temporal-convs": r".*temp_convs\..*",
     "spatial": r"(?!transformer_in|.*temp_(attentions|convs)).*",
-    # For LoRA, chosen here: the linear layers of the temporal blocks, and the convolutions.
+    # Chosen here, for LoRA.
     "temporal-linears-convs": rf"{_TEMPORAL}.*({_LINEARS.format('[12]')}|{_FF})\.weight"
                               r"|.*temp_convs\..*\.[23]\.weight",
     "all": r".*",
 }
 LAYERS |= {  # unions of two sets
-    # NewMove Sec. 3.2: all temporal layers, and the cross-attention's keys and values.
+    # NewMove Sec. 3.2.
     "temporal-and-cross-kv": f"{LAYERS['temporal']}|{LAYERS['cross-attention-kv']}",
-    # MotionDirector's baseline, and the same with temporal convolutions.
+    # MotionDirector's baseline, without and with temporal convolutions.
     "coupled": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-attention-ff']}",
     "coupled-convs": f"{LAYERS['spatial-self-attention-ff']}|{LAYERS['temporal-linears-convs']}",
 }
 
 
 def select(unet, layers):
-    """{name: parameter} of a layer set, or of a pattern. Raises BadInput if none matches."""
+    """{name: parameter} of a layer set or a pattern. Raises BadInput if none matches."""
     pattern, sets = pattern_of(layers, unet), layer_sets(unet)
     chosen = {n: p for n, p in unet.named_parameters() if pattern.fullmatch(n)}
     if not chosen:
@@ -67,12 +67,12 @@ def select(unet, layers):
 
 
 def layer_sets(network=None):
-    """The named layer sets of a network: LAYERS, unless it has its own."""
+    """The layer sets of a network: LAYERS, unless it has its own."""
     return getattr(network, "layer_sets", LAYERS)
 
 
 def pattern_of(layers, network=None):
-    """The compiled pattern of a layer set, or of a user's pattern. Raises BadInput."""
+    """The compiled pattern of a layer set, or a user's pattern. Raises BadInput."""
     sets = layer_sets(network)
     return re.compile(sets[layers]) if layers in sets else read_pattern(layers)
 
@@ -100,7 +100,7 @@ class FinetunedNames:
 
 
 def lora_targets(unet, layers):
-    """{module name: linear layer or temporal convolution} with a weight in a layer set."""
+    """{module name: module} of the linear layers and temporal convolutions in a layer set."""
     found = {}
     for name in select(unet, layers):
         module = unet.get_submodule(name.rpartition(".")[0])
@@ -113,20 +113,19 @@ def lora_targets(unet, layers):
 
 
 # ------------------------------------------------------------------------------------------------
-# The parts of a method, as settings. `build(pipe, seed, clip)` makes the object that is trained.
+# The parts of a method, as settings. `build(pipe, seed, clip)` makes the object to train.
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """Layers trained fully (rank 0) or with a LoRA; or, with load_from, frozen weights of another
-    program."""
+    """Layers trained fully (rank 0) or with a LoRA, or frozen weights of another program."""
 
-    layers: str  # one of LAYERS, a pattern, or none
+    layers: str  # a key of LAYERS, a pattern, or none
     rank: int = 0
     scale: float = 1.0  # LoRA scale
     dropout: float = 0.0  # of the LoRA output
     per_video: bool = False  # one LoRA per clip
-    load_from: str = ""
+    load_from: str = ""  # file of another program
     lr: float = 1e-4
     weight_decay: float = 0.01
     lr_multipliers: str = ""  # for some layers: pattern:factor,pattern:factor
@@ -155,12 +154,12 @@ class Trainable:
 
 @dataclass(frozen=True)
 class PlaceholderToken:
-    """A token in captions that stands for the motion or the appearance. With num_vectors, its
-    embedding is trained (Textual Inversion)."""
+    """A token in captions that stands for the motion, the subject or the appearance. With
+    num_vectors > 0, its embedding is trained (Textual Inversion)."""
 
     token: str
     num_vectors: int = 0
-    initializer_token: str = ""  # a known word to initialize it from
+    initializer_token: str = ""  # a word in the vocabulary
     lr: float = 1e-4
     weight_decay: float = 0.01
     lr_multipliers: str = field(default="", repr=False)
@@ -189,7 +188,7 @@ class PlaceholderToken:
 
 
 class Trained:
-    """The base class. `active` switches it on and off; its names are part of adapter files."""
+    """The base class. `active` enables and disables it; its names are part of adapter files."""
 
     active = True
 
@@ -198,7 +197,7 @@ class Trained:
         return {}
 
     def tensors(self):
-        """{name in an adapter file: tensor}, for adapters.apply_adapters."""
+        """{name in an adapter file: tensor}."""
         return self.parameters()
 
 
@@ -218,10 +217,10 @@ class FullFinetune(Trained):
 class LoRA(Trained):
     """y = W·x + s·B·A·x on every linear layer and temporal convolution of a layer set.
 
-    A (r, in) is initialized from N(0, 1/r²), B (out, r) with zeros, so a new LoRA changes nothing.
-    The rank is at most the layer's width. Dropout applies to the LoRA output, as in MotionDirector.
-    Forward hooks add the LoRA: the UNet's modules and parameter names do not change. For sampling,
-    adapters.apply_adapters merges it into W.
+    A (r, in) is initialized from N(0, 1/r²) and B (out, r) with zeros, so a new LoRA changes
+    nothing. The rank is at most the layer's width. Dropout applies to the LoRA output, as in
+    MotionDirector's code. Forward hooks add that output, so the UNet's modules and parameter names
+    do not change. For sampling, adapters.apply_adapters merges the LoRA into W.
     """
 
     def __init__(self, unet, layers, rank, scale=1.0, dropout=0.0, seed=0):
@@ -233,21 +232,17 @@ class LoRA(Trained):
             A = torch.empty(r, c_in, *kernel).normal_(0, 1 / r, generator=g)
             B = torch.zeros(c_out, r, *[1] * len(kernel))
             self.pairs[name] = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
-            layer.register_forward_hook(self.hook(*self.pairs[name]))
+            layer.register_forward_hook(partial(self.hook, *self.pairs[name]))
 
-    def hook(self, A, B):
+    def hook(self, A, B, layer, inputs, out):
         """The forward hook of one layer."""
-        def add(layer, inputs, out):
-            if not self.active:
-                return out
-            if A.dim() == 2:
-                low = F.linear(F.linear(inputs[0], A), B)
-            else:  # a temporal convolution: A is 3 frames wide, B pointwise
-                low = F.conv2d(inputs[0], A.squeeze(-1), padding=(1, 0))
-                low = F.conv2d(low, B.squeeze(-1))
-            return out.add(fast.dropout(low, self.dropout, layer.training), alpha=self.scale)
-
-        return add
+        if not self.active:
+            return out
+        if A.dim() == 2:
+            low = F.linear(F.linear(inputs[0], A), B)
+        else:  # a temporal convolution: A is 3 frames wide, B pointwise
+            low = F.conv2d(F.conv2d(inputs[0], A.squeeze(-1), padding=(1, 0)), B.squeeze(-1))
+        return out.add(fast.dropout(low, self.dropout, layer.training), alpha=self.scale)
 
     def parameters(self):
         """{name: parameter} with peft's names: <module>.lora_A.weight and .lora_B.weight."""
@@ -257,20 +252,18 @@ class LoRA(Trained):
         return found
 
     def tensors(self):
-        """The scale is multiplied into B, so that every peft-compatible loader applies the same
-        update."""
+        """With the scale multiplied into B, so peft-compatible loaders apply the same update."""
         return formats.to_peft({name: (A, B * self.scale) for name, (A, B) in self.pairs.items()})
 
 
 class TokenEmbedding(Trained):
-    """Trainable vectors of a token in the text encoder. They apply wherever a caption has the
-    token. """
+    """Trainable vectors of a token in the text encoder, used wherever a caption has the token."""
 
     def __init__(self, text_encoder, token, count, initializer, seed):
         if not token.strip():
-            raise BadInput("a trainable token requires a text: word.token=sks.")
+            raise BadInput("a trainable token must not be empty: word.token=sks.")
         table, ids = text_encoder.token_table, text_encoder.words_to_ids(token)
-        # A single-token word starts from its own vector; a new word from the initializer or
+        # A word of the vocabulary starts from its own vector, any other from the initializer or
         # "thing". Noise makes several vectors differ.
         if len(ids) > 1 or initializer:
             ids = text_encoder.words_to_ids(initializer.strip() or "thing")[:1]
@@ -284,14 +277,14 @@ class TokenEmbedding(Trained):
 
 
 class ExternalWeights(Trained):
-    """Frozen weights of another program: a LoRA file, or an image UNet. They replace the model's
-    weights while active."""
+    """Frozen weights of another program, a LoRA or an image UNet. While active, they replace the
+    model's weights."""
 
     def __init__(self, pipe, path):
         adapter = adapters.read_adapter(path, pipe, whole=True)
         if adapter.words:
             raise BadInput(f"{path} holds learned tokens ({', '.join(adapter.words)}), which no "
-                           "caption has; train the absorber here, or give a LoRA.")
+                           "caption contains; train the absorber here, or give a LoRA.")
         self.named, self.swapped_in = dict(pipe.unet.named_parameters()), False
         self.other = {n: t.float() for n, t in adapter.tensors.items()}
         for layer, (A, B) in adapter.pairs.items():
@@ -313,8 +306,7 @@ class ExternalWeights(Trained):
 
 
 def build_trainables(parts, pipe, clips, seed):
-    """{part: [trainable]}, with one trainable per clip where the part has per_video. Parts without
-    trainable or loaded weights are left out."""
+    """{part: [one trainable, or one per clip]}, without parts that have no weights."""
     trainables = {}
     for number, (name, part) in enumerate(parts.items()):
         built = []
@@ -326,8 +318,8 @@ def build_trainables(parts, pipe, clips, seed):
 
 
 def named(trainables):
-    """{unique name: parameter} over all trainables, in a fixed order. A parameter that two parts
-    fine-tune appears once."""
+    """{unique name: parameter} over all trainables, in a fixed order. A parameter fine-tuned by two
+    parts appears once."""
     out = {}
     for part, built in trainables.items():
         for i, one in enumerate(built):
@@ -339,8 +331,8 @@ def named(trainables):
 
 def set_trainable(trainables, train=(), frozen=(), clip=0):
     """Train the parts in `train`, keep those in `frozen` active but fixed, disable the rest. If
-    each clip has its own, only this clip's is active. Returns the active tokens of appearance
-    parts, with which captions end."""
+    each clip has its own trainable, this selects one by index. Returns the active tokens of
+    appearance parts, for the end of captions."""
     for built in trainables.values():
         for one in built:
             one.active = False

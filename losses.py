@@ -9,7 +9,7 @@ allows clean latents too. Further inputs are keywords, and each loss declares th
 between the two frames of a residual; `anchor` and `beta` belong to the appearance-debiased loss.
 Through LOSSES, a loss also accepts the keywords of the other losses.
 
-Axes: B clips, C channels, F frames, h w latent; n counts frames, c is the frame stride.
+Axes: B clips, C channels, F frames, h w latent; n frame index, c frame stride.
 """
 import functools
 import inspect
@@ -19,10 +19,7 @@ import torch.nn.functional as F
 
 
 def residual(x, stride=1):
-    """δxⁿ = xⁿ⁺ᶜ − xⁿ along time (VMC Eq. 9): (B, C, F, h, w) -> (B, C, F − c, h, w).
-
-    Raises ValueError when x is not a video, or too short for the stride.
-    """
+    """δxⁿ = xⁿ⁺ᶜ − xⁿ along time (VMC Eq. 9): (B, C, F, h, w) -> (B, C, F − c, h, w)."""
     if x.dim() != 5 or not 0 < stride < x.shape[2]:
         raise ValueError(f"frame stride {stride} needs (B, C, F, h, w) with more than {stride} "
                          f"frames, got {tuple(x.shape)}")
@@ -30,7 +27,7 @@ def residual(x, stride=1):
 
 
 def mse(pred, target):
-    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; MotionDirector Eq. 1; VMC Eq. 8, there without square)."""
+    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; MotionDirector Eq. 1; VMC Eq. 8 without the square)."""
     return F.mse_loss(pred, target)
 
 
@@ -56,10 +53,9 @@ def residual_l2(pred, target, *, stride=1):
 
 
 def residual_l2_weighted(pred, target, *, alpha_bar, stride=1):
-    """(1 − ᾱ)/ᾱ · ‖δε − δε̂‖² (VMC Eq. 16): the residuals of x̂0, by Tweedie's formula. It holds for
-    ε only; for a network that predicts v, give loss_space=epsilon.
-
-    On ZeroScope's schedule the weight reaches 214, and 63 % of it lies at t ≥ 900.
+    """(1 − ᾱ)/ᾱ · ‖δε − δε̂‖² (VMC Eq. 16): the residuals of x̂0, by Tweedie's formula. The weight
+    holds for ε only; for a network that predicts v, give loss_space=epsilon. On ZeroScope's
+    schedule it reaches 214 at t = T − 1.
     """
     error = residual(pred, stride) - residual(target, stride)
     return ((1 - alpha_bar) / alpha_bar * error**2).mean()
@@ -74,9 +70,8 @@ def residual_cosine_official(pred, target, *, stride=1):
 
 @torch.no_grad()
 def unseen_by_cosine(pred, target):
-    """What the residual cosine cannot see, for the log: the prediction's scale std(ε̂)/std(ε), and
-    the error of its mean over time, per channel and pixel. Both can drift at no cost."""
-    pred, target = pred.detach().float(), target.float()
+    """Two quantities that the residual cosine ignores, for the log: the prediction's scale
+    std(ε̂)/std(ε), and the error of its mean over time, per channel and pixel."""
     scale = pred.std() / target.std()
     offset = (pred.mean(2) - target.mean(2)).square().mean().sqrt()
     return {"scale": scale, "offset": offset}
@@ -88,9 +83,7 @@ def unseen_by_cosine(pred, target):
 
 def debias(eps, anchor=0, beta=1.0):
     """φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor (MotionDirector Eq. 5). A component shared by all frames,
-    such as appearance, is scaled by √(β² + 1) − β. Where frames share noise as
-    ε = (β·ε^anchor + n)/√(β² + 1), φ returns n; for independent frames the variance becomes
-    2β² + 1."""
+    such as appearance, is scaled by √(β² + 1) − β."""
     return (beta**2 + 1) ** 0.5 * eps - beta * eps[:, :, anchor : anchor + 1]
 
 
@@ -117,8 +110,8 @@ LOSSES = {
 
 
 def with_all_keywords(loss, known):
-    """A loss that also accepts the keywords of other losses, `known`. It raises TypeError for any
-    other keyword."""
+    """The loss, which then ignores keywords of other losses. Raises TypeError for a keyword that is
+    not in `known`."""
     declared = inspect.signature(loss).parameters
 
     @functools.wraps(loss)

@@ -2,10 +2,10 @@
 
     python -c "import model; print(model.load().unet.config)"
 
-Parameters have the names of the released files, so state dicts load with strict=True and without a
-name table. The one exception is the text encoder, which is open_clip's (support/hub.py). The same
-classes build the full-size model (1.41 B parameters) and the tiny one; only config.json differs.
-Functions of `fast` give the same results as the torch functions they replace (support/fast.py).
+Parameters have the names of the released files, so state dicts load with strict=True, except for
+the text encoder, which is open_clip's (support/hub.py). The same classes build the full-size model
+(1.41 B parameters) and the tiny one; only config.json differs. Functions in support/fast.py give
+the same results as the torch functions that they replace.
 
 Axes: B prompts or clips, F frames, C channels, H W pixels, h w latent (H/8, W/8), N text tokens,
 D text width. "Folded" tensors are (B·F, C, h, w): spatial layers treat each frame as an image.
@@ -32,7 +32,7 @@ TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 
 
 def is_tiny(weights):
-    """True if --weights is the tiny model: None, or its folder."""
+    """True if `weights` is the tiny model: None, or its folder."""
     return weights is None or Path(weights).resolve() == TINY.resolve()
 
 
@@ -41,7 +41,7 @@ def is_tiny(weights):
 
 
 def fold_frames(video):
-    """(B, C, F, h, w) -> (B·F, C, h, w) in channels-last memory, so `to_tokens` copies nothing."""
+    """(B, C, F, h, w) -> (B·F, C, h, w) in channels-last memory, so `to_tokens` needs no copy."""
     B, C, frames, h, w = video.shape
     folded = video.transpose(1, 2).reshape(B * frames, C, h, w)
     return folded.contiguous(memory_format=torch.channels_last)
@@ -103,7 +103,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size):
-        # To the size of the skip, not ×2, since downsampling rounds odd sizes up.
+        # The size of the skip, not ×2, since downsampling rounds odd sizes up.
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
@@ -143,8 +143,7 @@ class Attention(nn.Module):
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def maps(self, x, context=None):
-        """Attention maps softmax(q·kᵀ/√d), (B, heads, N, M) for M context tokens. A forward hook
-        can compute them from the layer's inputs."""
+        """Attention maps softmax(q·kᵀ/√d), (B, heads, N, M) for M context tokens."""
         q, k = self.split(self.to_q(x)), self.split(self.to_k(x if context is None else context))
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
@@ -169,7 +168,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        # The identity replaces a dropout of 0 in the released code, so the layer numbers match.
+        # The identity stands for a dropout of 0 in the released code, so the layer numbers match.
         self.net = nn.Sequential(GEGLU(dim), nn.Identity(), nn.Linear(dim * 4, dim))
 
     def forward(self, x):
@@ -193,7 +192,7 @@ class TransformerBlock(nn.Module):
         if text is None:
             x = self.attn2(self.norm2(x)) + x
         else:
-            # The frames of a clip share a prompt. With all their queries in one row, keys and
+            # The frames of a clip share a prompt. With all their queries in one sequence, keys and
             # values are computed once per prompt, not once per frame.
             queries = self.norm2(x).reshape(text.shape[0], -1, x.shape[-1])
             x = self.attn2(queries, text).view(x.shape) + x
@@ -208,16 +207,12 @@ class Transformer(nn.Module):
         inner = heads * head_dim
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner)
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(inner, heads, head_dim, context_dim)]
-        )
+        block = TransformerBlock(inner, heads, head_dim, context_dim)
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Linear(inner, channels)
 
     def blocks(self, tokens, text=None):
-        tokens = self.proj_in(tokens)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, text)
-        return self.proj_out(tokens)
+        return self.proj_out(self.transformer_blocks[0](self.proj_in(tokens), text))
 
 
 class SpatialTransformer(Transformer):
@@ -229,8 +224,8 @@ class SpatialTransformer(Transformer):
 
 
 class TemporalTransformer(Transformer):
-    """Each pixel attention over time, without text, mask or position embedding. Frame order enters
-    only through the zero padding of the temporal convolutions."""
+    """Each pixel attends over time, without text, mask or position embedding. Only the temporal
+    convolutions depend on the order of frames."""
 
     def forward(self, x, frames):
         h, w = x.shape[-2:]
@@ -242,15 +237,14 @@ class TemporalTransformer(Transformer):
 
 
 class TemporalConvLayer(nn.Module):
-    """Four convolutions along time. The last is zero-initialized: the layer starts as the identity.
-    """
+    """Four convolutions along time, the last zero-initialized; the layer starts as the identity."""
 
-    def __init__(self, channels, groups, dropout=0.1):
+    def __init__(self, channels, groups):
         super().__init__()
         norm = lambda: nn.GroupNorm(groups, channels)
         self.conv1 = nn.Sequential(norm(), nn.SiLU(), TemporalConv1d(channels))
         for i in (2, 3, 4):
-            layers = nn.Sequential(norm(), nn.SiLU(), Dropout(dropout), TemporalConv1d(channels))
+            layers = nn.Sequential(norm(), nn.SiLU(), Dropout(0.1), TemporalConv1d(channels))
             setattr(self, f"conv{i}", layers)
         nn.init.zeros_(self.conv4[-1].weight)
         nn.init.zeros_(self.conv4[-1].bias)
@@ -282,9 +276,8 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """One level of the UNet. Each layer is a resnet and a temporal convolution; the first
-    `transformers` of them add a spatial and a temporal transformer. skips: skip channels per layer.
-    """
+    """One level of the UNet. Each layer has a resnet and a temporal convolution; the first
+    `transformers` layers add a spatial and a temporal transformer. skips: channels per layer."""
 
     def __init__(self, config, c_in, c_out, layers, transformers, skips=None):
         super().__init__()
@@ -302,8 +295,7 @@ class Block(nn.Module):
             self.temp_attentions.append(TemporalTransformer(*sizes))
 
     def layer(self, i, x, time, text, frames):
-        """Apply layer i to folded x. frames = None bypasses the temporal layers. With gradient
-        checkpointing, the backward pass recomputes the activations."""
+        """Apply layer i to folded x. frames = None bypasses the temporal layers."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._layer, i, x, time, text, frames, use_reentrant=False)
         return self._layer(i, x, time, text, frames)
@@ -361,7 +353,7 @@ class UpBlock(Block):
             self.upsamplers = nn.ModuleList([Upsample(c_out)])
 
     def forward(self, x, skips, *inputs):
-        """Folded x -> (B·F, C, 2h, 2w). The last level keeps the size. Pops the skips it uses."""
+        """Folded x -> (B·F, C, 2h, 2w). The last level keeps the size. Pops its skips."""
         for i in range(len(self.resnets)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), *inputs)
         return x if self.last else self.upsamplers[0](x, skips[-1].shape[-2:])
@@ -372,7 +364,7 @@ class UpBlock(Block):
 
 
 class UNet(nn.Module):
-    """UNet3DConditionModel of ModelScope and ZeroScope (graph: Wang et al. 2023, Fig. 2)."""
+    """UNet3DConditionModel of ModelScope and ZeroScope (Wang et al. 2023, Fig. 2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -380,7 +372,7 @@ class UNet(nn.Module):
         width, groups, layers = c.block_out_channels, c.norm_num_groups, c.layers_per_block
         first, last = width[0], width[-1]
         self.conv_in = nn.Conv2d(c.in_channels, first, 3, padding=1)
-        # Eight heads for any number of channels.
+        # Always eight heads, as in the released code.
         self.transformer_in = TemporalTransformer(first, 8, c.attention_head_dim, groups)
         self.time_embedding = TimeEmbedding(first, c.time_dim)
 
@@ -409,8 +401,8 @@ class UNet(nn.Module):
         latents (B, C, F, h, w), timesteps (B,) or a number, text (B, N, D) -> (B, C, F, h, w).
         With k·B texts, ordered as k batches of B, -> (k·B, C, F, h, w): classifier-free guidance
         passes k = 2, and the layers before the first cross-attention run once.
-        temporal=False bypasses all temporal layers, including the mid-block's: an image model on F
-        independent frames. Raises ValueError unless the number of texts is a multiple of B.
+        temporal=False bypasses all temporal layers: an image model on F independent frames. Raises
+        ValueError unless the number of texts is a multiple of B.
         """
         B, _, length, h, w = latents.shape
         if len(text) % B:
@@ -456,7 +448,7 @@ class UNet(nn.Module):
 
 
 VAE_EPS = 1e-6
-VAE_BATCH_PIXELS = 2**18  # 64 frames of 64×64 pixels, or one of 576×320
+VAE_BATCH_PIXELS = 2**18  # per forward pass: 64 frames of 64×64 pixels, or one of 576×320
 
 
 class VAEAttention(Attention):
@@ -577,8 +569,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def moments(self, video):
-        """(B, 3, F, H, W) in [-1, 1] -> posterior mean and standard deviation, unscaled, each
-        (B, C, F, h, w). Encodes a few frames at a time."""
+        """(B, 3, F, H, W) in [-1, 1] -> unscaled mean and standard deviation (B, C, F, h, w)."""
         batch = max(1, VAE_BATCH_PIXELS // (video.shape[-2] * video.shape[-1]))
         moments = [torch.cat(self.encode(f), 1) for f in fold_frames(video).split(batch)]
         return unfold_frames(torch.cat(moments), video.shape[2]).chunk(2, dim=1)
@@ -588,7 +579,7 @@ class VAE(nn.Module):
         return self.moments(video)[0] * self.config.scaling_factor
 
     def decode_video(self, latents):
-        """Scaled latents (B, C, F, h, w) -> (B, 3, F, H, W) in [-1, 1], a few frames at a time."""
+        """Scaled latents (B, C, F, h, w) -> (B, 3, F, H, W) in [-1, 1]."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2
         batch = max(1, VAE_BATCH_PIXELS // pixels)
         folded = fold_frames(latents / self.config.scaling_factor)
@@ -606,7 +597,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        from open_clip.transformer import TextTransformer  # here, since the import takes seconds
+        from open_clip.transformer import TextTransformer  # imported here, since it takes seconds
 
         self.tower = TextTransformer(
             context_length=c.max_position_embeddings, vocab_size=c.vocab_size, width=c.hidden_size,
@@ -614,7 +605,7 @@ class TextEncoder(nn.Module):
             mlp_ratio=c.intermediate_size / c.hidden_size,
             norm_layer=lambda width: nn.LayerNorm(width, eps=c.layer_norm_eps),
         )
-        self.tower.attn_mask = None  # `embed` builds a mask of the right length
+        self.tower.attn_mask = None  # `embed` builds one of the right length
         self.learned = {}  # learned token -> vectors (n, D), in addition to the embedding table
         self.words_to_ids = words_to_ids
 
@@ -626,7 +617,7 @@ class TextEncoder(nn.Module):
     def forward(self, prompts):
         """List of B prompts -> (B, 77, D). Padding tokens are not masked."""
         ids, first = {}, self.config.vocab_size
-        for token, vectors in self.learned.items():  # their ids follow the vocabulary
+        for token, vectors in self.learned.items():  # with ids that follow the vocabulary's
             ids[token] = list(range(first, first := first + len(vectors)))
         device = self.tower.positional_embedding.device
         ids = tokenize(prompts, self.config.max_position_embeddings, ids)
@@ -698,7 +689,7 @@ class Pipeline:
             return self.text_cache[prompt]
 
     def store_frozen(self, keep=()):
-        """In bf16 or fp16, store the UNet in that type, except the parameters in `keep`."""
+        """With precision bf16 or fp16, convert the UNet to it, except the parameters in `keep`."""
         if self.precision != "fp32":
             fast.to_half(self.unet, DTYPES[self.precision], keep)
 
@@ -714,9 +705,9 @@ class Pipeline:
 def load(folder=None, device="cpu", precision="fp32", keep=None):
     """The Pipeline of a hub-layout folder (ZeroScope, ModelScope; None: the tiny model).
 
-    With precision bf16 and a collection of names `keep` (() for none), all other parameters of the
-    UNet are converted to bf16 one by one, so that they are never all in memory in fp32. Raises
-    BadInput when a file is missing, damaged, or does not match its config.json.
+    keep: None, or the names of UNet parameters to keep in fp32. All others are then converted to
+    bf16 or fp16 one by one, so that they are never all in memory in fp32. Raises BadInput when a
+    file is missing, damaged, or does not match its config.json.
     """
     folder = TINY if folder is None else Path(folder)
     if not folder.is_dir():
@@ -734,8 +725,7 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
 
 
 def other_backbone(folder):
-    """The module that loads another network than the UNet: <name>/load.py, where model_index.json
-    names the pipeline <Name>Pipeline. None for the UNet."""
+    """The module <name>/load.py for the <Name>Pipeline of model_index.json. None for the UNet."""
     path = folder / "model_index.json"
     index = read_json(path) if path.is_file() else {}
     name = str(index.get("_class_name")).removesuffix("Pipeline").lower()
@@ -744,8 +734,7 @@ def other_backbone(folder):
 
 
 def load_unet(folder, device="cpu", dtype=torch.float32):
-    """The UNet of a hub-layout folder, or of a ModelScope .pth with a config.json in the same
-    folder; frozen and in eval mode. Raises BadInput."""
+    """The UNet of a hub-layout folder, or of a .pth next to its config.json. Raises BadInput."""
     convert = lambda state, unet: hub.unet_from_pth(state, unet)
     return _load(UNet, UNetConfig, Path(folder) / "unet", device, dtype, convert)
 
@@ -777,7 +766,7 @@ def _load(cls, config, folder, device, dtype, convert):
     with reading(path, "take the config.json released with the weights"), torch.device("meta"):
         module = cls(read_fields(config, read_json(path), path))
     state = convert(hub.read_weights(folder), module)
-    for name in state:  # converted one at a time, which frees the original tensors
+    for name in state:  # one at a time, which frees the original tensors
         if state[name].is_floating_point():
             state[name] = state[name].to(dtype_of(name))
     hub.load_strictly(module, state, folder)

@@ -7,7 +7,7 @@ timestep. `NoiseSchedule.to_x0_eps` converts that prediction, ε or v, to clean 
 All samplers share the signature (schedule, predict, x, steps, seeds, on_step), plus options of
 their own.
 
-Symbols: ᾱ alpha_bar, the share of signal at a timestep; x latents (B, C, F, h, w); t in 0..T-1.
+Symbols: ᾱ alpha_bar, the signal power at a timestep; x latents (B, C, F, h, w); t in 0..T-1.
 """
 import math
 from contextlib import contextmanager
@@ -30,18 +30,14 @@ from support.files import (
     reading,
 )
 
-# Defaults of diffusers' DDIMScheduler, for names that a file lacks.
+# Defaults of diffusers' DDIMScheduler, for fields missing in a file.
 DIFFUSERS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0,
              "set_alpha_to_one": True, "clip_sample": True}
 
 
 @dataclass
 class NoiseSchedule:
-    """The noise schedule. Defaults are ZeroScope's; `read` takes a scheduler_config.json.
-
-    alpha_bar (T,) is kept in fp64. timestep_spacing is 'leading', 'trailing' or 'linspace';
-    prediction_type 'epsilon' or 'v_prediction'. Raises BadInput for anything else.
-    """
+    """The noise schedule, by default ZeroScope's, with alpha_bar (T,) in fp64. Raises BadInput."""
 
     num_train_timesteps: int = number(2, 100_000, 1000)
     beta_start: float = number(1e-9, 0.999, 0.00085)
@@ -55,13 +51,13 @@ class NoiseSchedule:
     thresholding: bool = one_of(False)
     trained_betas: list[float] | None = one_of(None)
     rescale_betas_zero_snr: bool = one_of(False)
-    # DPM-Solver's own default spacing differs, where the file states none.
+    # If the file gives no spacing, DPM-Solver's default is another one.
     dpm_spacing: str = one_of("", "leading", "trailing", "linspace")
     alpha_bar: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, path):
-        """From a scheduler_config.json. Raises BadInput."""
+        """Read a scheduler_config.json. Raises BadInput."""
         values = read_json(path)
         spacing = values.get("timestep_spacing", "linspace")
         values = DIFFUSERS | values | {"dpm_spacing": spacing}
@@ -79,22 +75,20 @@ class NoiseSchedule:
             self.alpha_bar = torch.cumprod(1 - roots ** (1 / power), dim=0)
 
     def alpha_bar_at(self, t, like):
-        """ᾱ_t: a number for an int t; for t (B,) a tensor shaped to multiply `like` (B, …), in fp64
-        on the CPU."""
+        """ᾱ_t: a number for an int t; for t (B,) an fp64 CPU tensor that broadcasts with `like`."""
         if isinstance(t, int):
             return self.alpha_bar[t].item()
         a = self.alpha_bar[torch.as_tensor(t, device="cpu").long()]
         return a.reshape(-1, *[1] * (like.dim() - 1))
 
     def alpha_bar_prev(self, t):
-        """ᾱ at t, the previous timestep of a sampling step, an int that may be negative."""
+        """ᾱ at t, the timestep that a sampling step leads to, which may be negative."""
         if t >= 0:
             return self.alpha_bar[t].item()
         return 1.0 if self.set_alpha_to_one else self.alpha_bar[0].item()
 
     def add_noise(self, x0, noise, t):
-        """The forward process, x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε (Ho et al. 2020, Eq. 4). t: int or (B,).
-        """
+        """The forward process x_t = √ᾱ·x0 + √(1−ᾱ)·ε (Ho et al. 2020, Eq. 4); t: int or (B,)."""
         signal, sigma = sqrt_alphas(self.alpha_bar_at(t, x0), x0)
         return signal * x0 + sigma * noise
 
@@ -115,10 +109,7 @@ class NoiseSchedule:
 
     def timesteps(self, steps):
         """The descending timesteps of a sampler; leading: 981, 961, …, 1 for 50 steps. NumPy rounds
-        as in diffusers.
-
-        Raises ValueError when steps is not within 1..T.
-        """
+        as in diffusers. Raises ValueError unless 1 ≤ steps ≤ T."""
         T = self.num_train_timesteps
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps; choose 1 to {T}")
@@ -138,8 +129,7 @@ def sqrt_alphas(a, like):
 
 
 def check_steps(schedule, steps, name="--steps"):
-    """Raises BadInput for a number of sampling steps that the schedule does not have. Warns where
-    the first timestep is far from pure noise."""
+    """Raises BadInput unless 1 ≤ steps < T. Warns if the first timestep is far from pure noise."""
     T = schedule.num_train_timesteps
     if not 1 <= steps < T:
         raise BadInput(f"{name} {steps}: expected 1 to {T - 1}.")
@@ -149,10 +139,10 @@ def check_steps(schedule, steps, name="--steps"):
 
 
 def check_return(schedule, method, steps):
-    """Raises BadInput for a sampler that would not return to an inverted clip."""
+    """Raises BadInput for a sampler that does not reconstruct an inverted clip."""
     if method == "dpm" and dpm_timesteps(schedule, steps) != schedule.timesteps(steps):
-        raise BadInput("sampler dpm has other timesteps than the inversion, so it would not return "
-                       "to the clip; choose ddim, or a noise prior of 0.")
+        raise BadInput("sampler dpm and the inversion have different timesteps, so the clip would "
+                       "not be reconstructed; choose ddim, or a noise prior of 0.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -160,8 +150,7 @@ def check_return(schedule, method, steps):
 
 
 def generator(*key):
-    """A CPU generator for a key of ints ≥ 0, e.g. (seed, step). Distinct keys give independent
-    streams."""
+    """A CPU generator for a key of ints ≥ 0. Distinct keys give independent streams."""
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
@@ -177,10 +166,8 @@ def seeded_randn(shape, seeds):
 
 
 def timestep_weights(T, alpha=0.5):
-    """Probabilities (T,) of the training timesteps, f(t) = (1 − α·cos(πt/T))/T, which prefer high
-    noise, where motion is decided (NewMove Sec. 3.2; α = 0.5: three times as likely at T as at 0).
-    α = 0 is uniform.
-    """
+    """Probabilities (T,) of the training timesteps, f(t) = (1 − α·cos(πt/T))/T (NewMove Sec. 3.2).
+    They favor high noise, which determines the motion: by 3 to 1 for α = 0.5. α = 0 is uniform."""
     t = torch.arange(T, dtype=torch.float64)
     weights = 1 - alpha * torch.cos(torch.pi * t / T)
     return weights / weights.sum()
@@ -197,10 +184,8 @@ def sample_timesteps(weights, n, generator):
 
 def classifier_free_guidance(network, text, empty=None, scale=1.0):
     """predict(x, t) from network(x, t, text) with classifier-free guidance: u + g·(c − u) (Ho &
-    Salimans 2022, Eq. 6).
-
-    text and empty (B, N, D); both form one batch. Scale 1, or no `empty`, needs no second half.
-    """
+    Salimans 2022, Eq. 6), in one batch. text, empty: (B, N, D). With scale 1, or without `empty`,
+    only the conditional half is computed."""
     if empty is None or scale == 1.0:
         return lambda x, t: network(x, t, text)
     both = torch.cat([empty, text])
@@ -213,10 +198,10 @@ def classifier_free_guidance(network, text, empty=None, scale=1.0):
 
 
 def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0, edit=None):
-    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds noise from `seeds`, one per sample. `skip`
-    leaves out the first steps, with x at the noise level of the first remaining one. edit(x, t) may
-    change the latents before a step."""
-    S, generators = schedule, step_generators(seeds, eta > 0)
+    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds noise from `seeds`, one per sample. The first
+    `skip` steps are omitted, with x at the noise level of the next one. edit(x, t) may change the
+    latents before a step."""
+    S, generators = schedule, step_generators(seeds) if eta > 0 else None
     for t in S.timesteps(steps)[skip:]:
         x = edit(x, t) if edit else x
         a, b = S.alpha_bar[t].item(), S.alpha_bar_prev(t - S.num_train_timesteps // steps)
@@ -232,7 +217,7 @@ def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0,
 
 def ddpm(schedule, predict, x, steps, seeds=None, on_step=None):
     """Ancestral sampling (Ho et al. 2020, Eq. 6 and 7), with the smaller of the two variances."""
-    S, generators = schedule, step_generators(seeds, True)
+    S, generators = schedule, step_generators(seeds)
     for t in S.timesteps(steps):
         a, s = S.alpha_bar[t].item(), t - S.num_train_timesteps // steps
         b = S.alpha_bar[s].item() if s >= 0 else 1.0
@@ -247,11 +232,8 @@ def ddpm(schedule, predict, x, steps, seeds=None, on_step=None):
 
 
 def dpm_timesteps(schedule, steps):
-    """The timesteps of DPM-Solver. 'leading' and 'linspace' divide into steps + 1 intervals and
-    drop the last.
-
-    Raises ValueError when steps is not within 1..T − 1.
-    """
+    """The descending timesteps of DPM-Solver. 'leading' and 'linspace' divide into steps + 1
+    intervals and drop the last. Raises ValueError unless 1 ≤ steps < T."""
     S, T = schedule, schedule.num_train_timesteps
     if not 1 <= steps < T:
         raise ValueError(f"{steps} sampling steps; choose 1 to {T - 1}")
@@ -265,8 +247,7 @@ def dpm_timesteps(schedule, steps):
 
 
 def dpm_solver(schedule, predict, x, steps, seeds=None, on_step=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2). The first and the last step are first order.
-    """
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2). The first and last step are first order."""
     S, old, h_old = schedule, None, None
     times = dpm_timesteps(S, steps)
     levels = [S.alpha_bar[t].item() for t in times] + [1.0]
@@ -288,7 +269,7 @@ def dpm_solver(schedule, predict, x, steps, seeds=None, on_step=None):
 
 def ddim_inversion(schedule, predict, x, steps, seeds=None, on_step=None):
     """Noise that `ddim` with the same number of steps maps back to x (Song et al. 2021, Sec. 4.3).
-    Each step goes from level t − T/steps up to t, with the prediction at t."""
+    Each step leads from t − T/steps up to t, with the prediction at t."""
     S = schedule
     for t in reversed(S.timesteps(steps)):
         a, b = S.alpha_bar_prev(t - S.num_train_timesteps // steps), S.alpha_bar[t].item()
@@ -304,10 +285,8 @@ def blend_noise(inverted, noise, p):
     return p**0.5 * inverted + (1 - p) ** 0.5 * noise
 
 
-def step_generators(seeds, needed=True):
+def step_generators(seeds):
     """One generator per sample, independent of the one for its starting noise."""
-    if not needed:
-        return None
     if seeds is None:
         raise ValueError("this sampler adds noise at every step; give it one seed per sample")
     return [generator(seed, 1) for seed in seeds]
@@ -323,7 +302,7 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm_solver}
 @torch.no_grad()
 def invert(pipe, latents, steps, prompt="", on_step=None, progress=None):
     """DDIM inversion of clean latents (B, C, F, h, w) (VMC Sec. 3.3), without guidance and, as in
-    the published code, with an empty prompt. Returns latents of the same shape."""
+    the published code, with an empty prompt."""
     text = pipe.encode_text([prompt]).expand(len(latents), -1, -1)
     predict = classifier_free_guidance(pipe.predict, text)
     with progress_bar(progress, steps, on_step) as step:
@@ -335,8 +314,8 @@ def sample(pipe, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", n
            on_step=None, progress=None, **options):
     """B prompts and starting latents (B, C, F, h, w) -> videos (B, 3, F, H, W) on the CPU.
 
-    seeds: one per video, for noise added during sampling. options: the sampler's own. progress: the
-    title of a progress bar. Raises BadInput when the latents become NaN.
+    seeds: one per video, for noise added during sampling. options: those of one sampler. progress:
+    the title of a progress bar. Raises BadInput when the latents become NaN.
     """
     text = pipe.encode_text(prompts)
     empty = pipe.encode_text([negative]).expand(len(prompts), -1, -1)
@@ -353,8 +332,7 @@ def sample(pipe, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", n
 
 @contextmanager
 def progress_bar(title, count, on_step):
-    """on_step, wrapped to advance a progress bar of `count` steps where there is a title. The bar
-    appears after two seconds and disappears at the end."""
+    """on_step, wrapped to advance a progress bar of `count` steps if there is a title."""
     if title is None:
         yield on_step
         return
@@ -369,8 +347,7 @@ def progress_bar(title, count, on_step):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings; an adapter's metadata holds them. The starting latents are
-    √p·inverted + √(1−p)·noise with p = noise_prior."""
+    """Sampling settings, stored in an adapter's metadata. See blend_noise for noise_prior."""
 
     sampler: str = one_of(*SAMPLERS)
     sampling_steps: int = number(1, 10**4, 50)
@@ -398,16 +375,14 @@ def sample_videos(pipe, loaded, scales, jobs, s, shape, clip=None, negative="", 
     latents; clip: clean latents (1, C, F, h, w), required where s.noise_prior > 0. Raises BadInput.
     """
     pipe.encode_text(["", negative, *[prompt for prompt, _ in jobs]])  # once, as in train.py
-
-    def inverted_clip():
-        steps = s.inversion_steps or s.sampling_steps
-        return invert(pipe, clip, steps, progress=progress and "inverting")
-
-    inverted = inverted_clip() if s.noise_prior and s.inversion_model == "base" else None
+    steps = s.inversion_steps or s.sampling_steps
+    invert_clip = lambda: invert(pipe, clip, steps, progress=progress and "inverting")
+    inverted = invert_clip() if s.noise_prior and s.inversion_model == "base" else None
     for path, count, change in adapters.apply_adapters(pipe, loaded, scales):
         print_line(f"{path}: {count} layers changed, ‖ΔW‖/‖W‖ = {change:.3g}")
     pipe.store_frozen({name for adapter in loaded for name in adapter.tensors})
-    inverted = inverted_clip() if s.noise_prior and inverted is None else inverted
+    if s.noise_prior and inverted is None:
+        inverted = invert_clip()
     total = len(jobs) * s.sampling_steps
     with tqdm(total=total, desc=progress, delay=2, disable=progress is None) as bar:
         for i in range(0, len(jobs), batch):

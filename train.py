@@ -1,11 +1,13 @@
 """Fine-tune the model on the motion of one or more clips.
 
-    python train.py --method vmc --video clip.mp4
-    python train.py --method motiondirector --help          # a method and its settings
+    python train.py --method vmc --video assets/eight.mp4
+    python train.py --method motiondirector --video clips/ --weights zeroscope_v2_576w
+    python train.py --method newmove --video clip.mp4 --prompt "a dog doing the sks" alpha=0
+    python train.py --method newmove --help                 # the method's settings, name=value
 
-Read it downward: the command line, preparation, the training loop, the nine methods side by side,
-and the Example that their code uses. Writes out/<clip>-<method>/: run.json, log.jsonl, adapters,
-samples/step-000000.mp4 … (reference | base model | current), and state.safetensors for --resume.
+In this order: the command line, preparation, the training loop, the nine methods, the Example that
+they use, previews. Writes out/<clip>-<method>/: run.json, log.jsonl, adapters, state.safetensors
+(for --resume), samples/step-000000.mp4 … (reference | base model | current).
 
 Axes: B clips, C channels, F frames, h w latent, N text tokens, D text width.
 """
@@ -14,6 +16,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,15 +36,6 @@ from support.flags import Parser, float_in, int_in, non_empty
 from support.recipe import CHOICES, METHODS, Recipe, method, split_settings
 
 CHOICES |= {"loss": LOSSES, "sampler": sampler.SAMPLERS, "augment": data.AUGMENTATIONS}
-
-EXAMPLES = """Settings of a method follow the flags as name=value; --method NAME --help lists them.
-
-examples:
-  python train.py --method vmc --video assets/eight.mp4
-  python train.py --method motiondirector --video clips/ --prompt "a person is riding a bicycle" \\
-      --weights zeroscope_v2_576w
-  python train.py --method newmove --video clip.mp4 --prompt "a dog doing the sks" alpha=0
-"""
 
 
 def main(argv=None):
@@ -69,29 +63,28 @@ def main(argv=None):
 def parse(argv):
     """The flags, and the recipe with all its settings. Raises BadInput."""
     argv, settings = split_settings(argv)
-    parser = Parser(description=__doc__, epilog=EXAMPLES, add_help=False)
+    parser = Parser(description=__doc__, add_help=False)
     add_data_flags(parser.add_argument)
     add_training_flags(parser.add_argument)
     flags = parser.parse_args(argv)
     if flags.help:
         method_given = any(a.startswith("--method") for a in argv)
         page = METHODS[flags.method].parser()
-        page.epilog = "\n".join(f"{when}: {line}" for when, line in overrides(flags.method))
+        page.epilog = "\n".join(overrides(flags.method))
         print((page if method_given else parser).format_help())
         sys.exit()
     return flags, resolve_settings(flags, settings)
 
 
 def add_data_flags(add):
-    """Flags for the method and its data. Default shapes are the method's; the tiny model's are 16
-    frames of 64x64 at 8 fps."""
+    """Flags for the method and its data."""
     add("--method", default="vmc", choices=METHODS, metavar="NAME", help="training method: "
         f"{', '.join(METHODS)} (default: vmc)")
     add("--video", type=Path, nargs="+", default=[], help="training clips: video files, folders of "
         "numbered images, or folders of clips")
     add("--prompt", type=non_empty, nargs="+", default=[], help="one caption for all clips, or one "
-        "per clip. Describe the motion: 'a bird is flying', or use the method's token: 'a bird "
-        "doing the sks' (default: the clip's .txt file, else its name)")
+        "per clip. Describe the motion, 'a bird is flying', or use the token, 'a bird doing the "
+        "sks' (default: the clip's .txt file, else its name)")
     add("--images", type=Path, nargs="+", default=[], help="images of a subject (newmove), or "
         "images alone (motiondirector)")
     add("--image-prompt", type=non_empty, help="caption of the images: 'a X* dog' (default: each "
@@ -99,53 +92,52 @@ def add_data_flags(add):
     add("--prior", help="regularization clips: a folder, 'generated' by the base model, 'world' "
         "(the tiny model's), or 'none' (default: the method's)")
     add("--reverse", action="store_true", help="train on the reversed clips")
-    add("--frames", type=int_in(4, 1024), help="number of frames")
-    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT")
-    add("--fps", type=float_in(0.01, 1000), help="frames per second: every n-th frame "
-        "of the clip, or by time stamp (default: the method's; tiny model: 8)")
+    add("--frames", type=int_in(4, 1024), help="frames (default: the method's; tiny model: 16)")
+    add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the method's; tiny model: "
+        "64x64)")
+    add("--fps", type=float_in(0.01, 1000), help="frames per second: every n-th frame, or by time "
+        "stamp (default: the method's; tiny model: 8)")
     add("--start", type=float_in(0), default=0.0, help="seconds to skip (default: 0)")
-    add("--allow-damaged", action="store_true", help="train on frames that the decoder reports as "
-        "damaged")
+    add("--allow-damaged", action="store_true", help="also train on damaged frames")
 
 
 def add_training_flags(add):
     """Flags for training, previews and output."""
     add("--steps", type=int_in(1, 10**7), help="training steps (default: the method's)")
     add("--seed", type=int_in(0, 2**31), default=0, help="random seed (default: 0)")
-    add("--batch", type=int_in(1, 4096), help="batch size over all processes (default: one example "
-        "per process)")
-    add("--weights", type=Path, help="base model, a folder in the hub's layout (default: the tiny "
-        "model)")
+    add("--batch", type=int_in(1, 4096), help="total batch size (default: one per process)")
+    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
     add("--checkpointing", choices=("auto", "on", "off"), default="auto", help="gradient "
-        "checkpointing: less memory, a third more time (default: auto, on when memory runs out)")
+        "checkpointing: less memory, a third more time (default: auto, on if memory runs out)")
     add("--preview-prompt", type=non_empty, help="prompt of the previews (default: the caption)")
     add("--preview-every", type=int_in(0), default=100, help="steps between previews; 0 for none "
         "(default: 100)")
-    add("--preview-steps", type=int_in(1, 1000), default=30, help="sampling steps of a preview "
-        "(default: 30)")
+    add("--preview-steps", type=int_in(1, 1000), default=30, help="sampling steps (default: 30)")
     add("--save-every", type=int_in(0), default=0, help="also save the adapter every N steps")
     add("--out", type=Path, help="a new folder (default: out/<clip>-<method>, then -2, -3 …)")
     add("--resume", action="store_true", help="continue from the last saved state in the folder")
-    add("-h", "--help", action="store_true", help="this page; with --method, its settings")
+    add("-h", "--help", action="store_true", help="print this help; with --method, its settings")
 
 
 def overrides(name):
-    """[(condition, settings)] under which a method's defaults differ from its decorator."""
-    rows = [(f"with {kind}", line) for (method, kind), line in BY_DATA.items() if method == name]
-    return rows + [("with the tiny model (default)", TINY[name])] * (name in TINY)
+    """["condition: settings"] under which a method's defaults differ from its decorator."""
+    rows = [f"with {kind}: {line}" for (method, kind), line in BY_DATA.items() if method == name]
+    if name in TINY:
+        rows.append(f"with the tiny model (default): {TINY[name]}")
+    return rows
 
 
 def resolve_settings(flags, settings):
-    """The recipe for the flags: the paper's, then the changes for the data and the base model, then
-    the user's settings. Fills in the flags that depend on the recipe. Raises BadInput."""
+    """The recipe: the method's defaults, changed for the data, for the base model and by the user.
+    Fills in the flags that depend on it. Raises BadInput."""
     if not flags.video and not flags.images:
         raise BadInput("no training data; give --video clip.mp4, or --images FOLDER.")
     check_weights(flags.weights)
     recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
-    images = data.find_images(flags.images)
+    images = media.find_images(flags.images)
     kind = data_kind(clips, images)
     by_data = BY_DATA.get((flags.method, kind))
     by_model = None if flags.weights else TINY.get(flags.method)
@@ -163,14 +155,14 @@ def resolve_settings(flags, settings):
 
 
 def data_kind(clips, images):
-    """The kind of training data, a key of BY_DATA."""
+    """The kind of training data, as in BY_DATA."""
     if not clips:
         return "one image" if len(images) == 1 else "images"
     return ("one clip" if len(clips) == 1 else "several clips") + " and a subject" * bool(images)
 
 
 def check_data(flags, recipe, kind):
-    """Raises BadInput for data that the method cannot use, and for settings that cannot work."""
+    """Raises BadInput for data that the method cannot use, and for settings that conflict."""
     if flags.images and (flags.method, kind) not in BY_DATA:
         raise BadInput(f"{flags.method} cannot be trained on {kind}; motiondirector trains on "
                        "images alone, newmove on images of a subject with clips of a motion.")
@@ -213,8 +205,8 @@ class Run:
     trainables: dict = field(default_factory=dict)  # part -> [one trainable, or one per clip]
     trained: dict = field(default_factory=dict)  # name -> parameter, over all trainables
     base: model.Pipeline = None  # the frozen base model, loaded on first use
-    inverted: torch.Tensor = None  # the first clip's inversion, for previews
-    scorer: object = None  # the CLIP of appearance_stop
+    inverted: torch.Tensor = None  # the first clip's inverted latents, for previews
+    scorer: object = None  # the CLIP model for appearance_stop
     scaler: torch.amp.GradScaler = None  # loss scaling for fp16
     rank: int = 0
     world_size: int = 1
@@ -223,11 +215,12 @@ class Run:
 
 def prepare(flags, recipe, rank=0, world_size=1):
     """Load model and data; precompute everything that is constant across steps. Raises BadInput."""
-    flags.device = device = machine.find_device(flags.device)
+    flags.device = machine.find_device(flags.device)
     flags.out = flags.out or flags.default_out
-    precision = flags.precision or machine.default_precision(device)
-    pipe = model.load(flags.weights, device, precision, keep=lora.FinetunedNames(recipe.parts))
-    flags.device, flags.precision = device, pipe.precision
+    precision = flags.precision or machine.default_precision(flags.device)
+    keep = lora.FinetunedNames(recipe.parts)
+    pipe = model.load(flags.weights, flags.device, precision, keep)
+    flags.precision = pipe.precision
     check_schedule(recipe, pipe.schedule, flags.preview_steps)
     if any(side % pipe.vae.config.factor for side in flags.size):
         raise BadInput(f"--size: expected multiples of {pipe.vae.config.factor} pixels.")
@@ -254,7 +247,7 @@ def prepare(flags, recipe, rank=0, world_size=1):
     if recipe.own.get("appearance_stop"):
         from scores.clip import load_clip  # imported only where needed
 
-        run.scorer = load_clip(recipe.own["clip"], recipe.own["clip_weights"], device)
+        run.scorer = load_clip(recipe.own["clip"], recipe.own["clip_weights"], flags.device)
     runs.claim(run)
     prepare_training(run)
     return run
@@ -265,14 +258,14 @@ def prepare_training(run):
     flags, recipe, pipe = run.flags, run.recipe, run.pipe
     run.prior = data.load_prior_clips(run)
     for number, clip in enumerate((*run.clips, *run.images, *run.prior)):
-        # The published codes with a VAE sample its posterior, once.
+        # A posterior sample, drawn once, as in the published code.
         g = sampler.generator(flags.seed, number, 0, 7)
         clip.latents = pipe.encode(clip.video[None], g)
     clips = run.clips or run.images
     run.trainables = lora.build_trainables(recipe.parts, pipe, clips, flags.seed)
     run.trained = lora.named(run.trainables)
     pipe.unet.checkpointing = flags.checkpointing == "on"
-    # Encoded together, once: a large text encoder leaves memory between calls.
+    # All in one call, since a large text encoder leaves GPU memory after each.
     captions = [clip.prompt for clip in (*run.clips, *run.images, *run.prior)]
     appearance = recipe.own.get("appearance_prompt") or ""
     pipe.encode_text(["", flags.preview_prompt, appearance, *captions])
@@ -300,13 +293,11 @@ def check_schedule(recipe, schedule, preview_steps):
 
 
 # ------------------------------------------------------------------------------------------------
-# The training loop. It is the same for all methods: a method yields losses, and each loss is one
-# backward pass.
+# The training loop, the same for all methods: a method yields losses, each for one backward pass
 
 
 def train(run, folder, optimizer, before):
-    """Train until the recipe's last step, a signal, or the appearance stop. Returns the last step
-    and the signal."""
+    """Train to the last step, a signal, or the appearance stop. Returns the step and the signal."""
     flags, recipe, stop = run.flags, run.recipe, machine.Stop()
     first, parameters = folder.first, list(run.trained.values())
     every = 100 if sum(p.nbytes for p in parameters) < 2**28 else 1000  # steps between saves
@@ -328,7 +319,7 @@ def train(run, folder, optimizer, before):
             machine.all_reduce_gradients(parameters)
             run.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-            # The only GPU synchronization of a step.
+            # the only GPU synchronization of a step
             record = runs.step_record(step, losses, norm, seen, run, started)
             check_finite(record, folder, run.scaler)
             run.scaler.step(optimizer)  # skips a step with overflow in fp16
@@ -340,8 +331,7 @@ def train(run, folder, optimizer, before):
 
 
 def one_step(run, step):
-    """Accumulate the gradients of this process's examples. Returns losses, and records for the log.
-    """
+    """Accumulate the gradients of this process's examples. Returns losses and log records."""
     losses, seen, batch = [], [], run.batch
     set_train_mode(run.pipe.unet, run.recipe)
     for number in range(run.rank, batch, run.world_size):
@@ -354,15 +344,15 @@ def one_step(run, step):
 
 
 def fitting_step(run, step, optimizer):
-    """one_step. With --checkpointing auto, running out of GPU memory turns gradient checkpointing
-    on and repeats the step: its random draws depend on the step alone."""
+    """one_step, repeated with gradient checkpointing and the same random draws if GPU memory runs
+    out (--checkpointing auto)."""
     unet = run.pipe.unet
     try:
         return one_step(run, step)
     except torch.OutOfMemoryError:
         if run.flags.checkpointing != "auto" or unet.checkpointing:
             raise
-    log("note: out of GPU memory, so gradient checkpointing is on from now on")
+    log("note: out of GPU memory; gradient checkpointing is now on")
     optimizer.zero_grad(set_to_none=True)  # partial gradients
     torch.cuda.empty_cache()
     unet.checkpointing = True
@@ -370,7 +360,7 @@ def fitting_step(run, step, optimizer):
 
 
 def set_train_mode(unet, recipe):
-    """Train mode, with the UNet's own dropout as the recipe sets it. LoRA dropout is always on."""
+    """Train mode, with the UNet's own dropout only if the recipe has it."""
     unet.train()
     for layer in unet.modules():
         if isinstance(layer, nn.Dropout):
@@ -378,8 +368,7 @@ def set_train_mode(unet, recipe):
 
 
 def check_finite(record, folder, scaler):
-    """Raises BadInput where the loss or the gradient norm is NaN or infinite, unless a smaller loss
-    scale may help."""
+    """Raises BadInput for a loss or gradient norm that is not finite, unless fp16 overflowed."""
     if math.isfinite(record["loss"] + record["grad"]):
         return
     if scaler.is_enabled() and scaler.get_scale() > 1:
@@ -392,10 +381,9 @@ def check_finite(record, folder, scaler):
 
 
 # ------------------------------------------------------------------------------------------------
-# The methods. The decorator holds the settings of the paper or, where it gives none, of its code:
-# `Trainable` layers, `PlaceholderToken`s, training and sampling. The function is the paper's
-# algorithm; its keywords are what the paper varies; `ex` is one training example (see Example).
-# docs/methods.md has a table of the differences between paper, published code and this code.
+# The methods. The decorator has the settings of the paper or, if it gives none, of its code. The
+# function is the algorithm, with the settings that the paper varies as keywords; `ex` is one
+# training example (see Example). docs/methods.md compares paper, published code and this code.
 
 
 @method("VMC, Eq. 17 and App. D; clipping and sampling from its code", shape=(8, 320, 576),
@@ -403,12 +391,9 @@ def check_finite(record, folder, scaler):
         motion=Trainable("temporal-attention-qkv", lr=1e-4))
 def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
     """Video Motion Customization (Jeong et al. 2023, Algorithm 1). Trains q, k and v of the
-    temporal attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of residuals between frames;
-    appearance shared by all frames cancels. Captions describe the motion and leave out appearance
-    (Sec. 3.2): "a bird is flying". Sampling starts from the inverted clip.
-
-    The published code uses another loss, blind to sign (loss=residual-cosine-official), on Show-1's
-    8 key frames at 2 fps; here frames are ZeroScope's latents at 8 fps.
+    temporal attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of residuals between frames, in
+    which appearance shared by all frames cancels. Captions describe the motion but not the
+    appearance (Sec. 3.2): "a bird is flying". Sampling starts from the inverted clip.
 
     loss: one of losses.LOSSES
     loss_space: the tensors that the loss compares: output (the network's ε or v), epsilon, or x0
@@ -430,9 +415,8 @@ def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
 def motiondirector(ex, beta=1.0, spatial_prob=0.8):
     """MotionDirector (Zhao et al. 2023, Sec. 3.2 and 3.3). Two paths share noise and timestep. A
     spatial LoRA per clip is trained on the appearance of one frame, with temporal layers bypassed.
-    With it frozen, a temporal LoRA is trained on the motion; its second loss debiases appearance by
-    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. As in the published code, a fifth of the spatial paths is
-    skipped and sampling starts half from the inverted clip; the paper samples from noise.
+    With it frozen, a temporal LoRA is trained on the motion; its second loss removes appearance by
+    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor.
 
     beta: strength β of the debiasing (Eq. 5); 0 counts the plain loss twice
     spatial_prob: probability of the spatial path; otherwise the spatial LoRA is disabled
@@ -458,20 +442,16 @@ def motiondirector(ex, beta=1.0, spatial_prob=0.8):
 def newmove(ex, alpha=0.5, loss="mse", augment="augmented", prior_loss_weight=0.5,
             subject_start=3000):
     """NewMove (Materzyńska et al. 2023, Sec. 3) binds a motion to a rare token. Temporal layers and
-    cross-attention keys and values are fully fine-tuned, mostly at high noise, where motion is
-    decided (Sec. 3.2). Regularization clips, at half the weight, prevent forgetting (Eq. 3). Both
-    clips form one batch. With --images, a subject joins after the motion: "a X* man doing the V*
-    sign"; each example is then drawn from either (supplement, Sec. 2).
-
-    Rate, weight, clipping, 24 fps and no dropout follow the published code; augmentation is in the
-    paper alone. The paper stops where a CLIP appearance score over 300 videos falls to 0.265;
-    appearance_stop=0.265 tests the one preview.
+    cross-attention keys and values are fully fine-tuned, mostly at high noise, which determines
+    the motion (Sec. 3.2). Regularization clips, at half the weight, prevent forgetting (Eq. 3).
+    With --images, a subject is trained after the motion, "a X* man doing the V* sign": each step
+    then draws an example of either (supplement, Sec. 2).
 
     alpha: α of Sec. 3.2, the preference for high noise; 0 is uniform
     loss: one of losses.LOSSES
     augment: augmentation of the clips: augmented (resized crop, color jitter), recolored or none
     prior_loss_weight: weight of the regularization clips' loss
-    subject_start: step at which the subject joins
+    subject_start: step at which training of the subject begins
     appearance_prompt: the appearance in --preview-prompt, for appearance_stop; empty for all of it
     """
     if ex.run.images and ex.step >= subject_start and ex.rand() < 0.5:
@@ -480,14 +460,12 @@ def newmove(ex, alpha=0.5, loss="mse", augment="augmented", prior_loss_weight=0.
         return
     z = ex.add_noise(ex.next_clip(), data.AUGMENTATIONS[augment], alpha)
     ex.train("motion", "word")
-    if not ex.run.prior:
+    if ex.run.prior:  # both clips form one batch
+        (pred, target), prior = ex.predict(z, ex.add_noise(ex.sample_prior(), alpha=alpha))
+    else:
         pred, target = ex.predict(z)
-        yield LOSSES[loss](pred, target, anchor=ex.random_frame(z), alpha_bar=ex.alpha_bar(z))
-        return
-    prior = ex.add_noise(ex.sample_prior(), alpha=alpha)
-    (pred, target), regularization = ex.predict(z, prior)
     new = LOSSES[loss](pred, target, anchor=ex.random_frame(z), alpha_bar=ex.alpha_bar(z))
-    yield new + prior_loss_weight * mse(*regularization)
+    yield new + prior_loss_weight * mse(*prior) if ex.run.prior else new
 
 
 @method("Customize-A-Video, supplement; steps chosen here", shape=(16, 256, 256), steps=600,
@@ -497,13 +475,9 @@ def newmove(ex, alpha=0.5, loss="mse", augment="augmented", prior_loss_weight=0.
 def customize_a_video(ex, absorber_steps=200):
     """Customize-A-Video (Ren et al. 2024). First an appearance absorber, a spatial LoRA, is trained
     on patches of single frames, with temporal layers bypassed. Then, with it frozen, a temporal
-    LoRA is trained on whole clips; only this one is used for sampling. The absorber may be a LoRA
-    (default), a token (appearance.layers=none appearance_word.num_vectors=4), both, or another
-    program's (appearance.load_from=…).
-
-    Layers, ranks, scales and rates follow the supplement, whose parameter counts include the output
-    projection; the rest is chosen here. The absorber's caption is the appearance part of the prompt
-    (supplement, B.2): give appearance_prompt.
+    LoRA is trained on whole clips; only the temporal one is used for sampling. The absorber may
+    also be a token (appearance.layers=none appearance_word.num_vectors=4), both, or weights of
+    another program (appearance.load_from=…).
 
     absorber_steps: steps of the first stage
     appearance_prompt: caption of the absorber's frames, without the motion; empty for the caption
@@ -524,8 +498,7 @@ def customize_a_video(ex, absorber_steps=200):
         max_grad_norm=math.inf, noise_prior=0.5, inversion_model="base", inversion_steps=50,
         sampling_steps=30, guidance=12.0, motion=Trainable("coupled", 32, dropout=0.1, lr=5e-4))
 def coupled(ex, loss="mse"):
-    """MotionDirector's baseline (Table 1): one LoRA on spatial and temporal layers, trained with
-    the plain loss. Its layers, rank and steps are not published; here they are MotionDirector's.
+    """One LoRA on spatial and temporal layers, trained with the plain loss (Table 1).
 
     loss: one of losses.LOSSES
     """
@@ -540,7 +513,7 @@ def coupled(ex, loss="mse"):
         motion=Trainable("spatial", lr=5e-6), word=PlaceholderToken("sks", lr=5e-6))
 def dreambooth(ex, prior_loss_weight=1.0):
     """Full fine-tuning of all spatial layers, with regularization clips generated by the base model
-    (NewMove, Sec. 4.1). There is no official code; rate and steps are those of diffusers' example.
+    (NewMove, Sec. 4.1).
 
     prior_loss_weight: weight of the regularization clips' loss
     """
@@ -557,10 +530,7 @@ def dreambooth(ex, prior_loss_weight=1.0):
         fps=24.0, steps=500, prior="folder", num_prior_clips=64, class_prompt="",
         motion=Trainable("cross-attention-kv", lr=1e-5), word=PlaceholderToken("sks", 1, lr=1e-5))
 def custom_diffusion(ex, prior_loss_weight=1.0):
-    """Cross-attention keys and values and one token vector, with real regularization clips. The
-    step is DreamBooth's. Unlike the published code: 500 steps of batch 1 on one GPU without rate
-    scaling, no flips, no resized views with captions, and the start token's k and v are not
-    detached.
+    """DreamBooth's loss on cross-attention keys and values and one token vector.
 
     prior_loss_weight: weight of the regularization clips' loss
     """
@@ -570,8 +540,7 @@ def custom_diffusion(ex, prior_loss_weight=1.0):
 @method("Textual Inversion (Gal et al. 2022), as NewMove adapts it", shape=(16, 384, 384),
         fps=24.0, steps=3000, word=PlaceholderToken("sks", 1, lr=5e-3))
 def textual_inversion(ex):
-    """One token vector, nothing else. The published code trains 6,100 steps with a rate of 5e-3
-    times batch size and GPUs; 3,000 steps is diffusers' example."""
+    """Trains one token vector and nothing else."""
     z = ex.add_noise(ex.next_clip())
     ex.train("word")
     yield mse(*ex.predict(z))
@@ -580,10 +549,7 @@ def textual_inversion(ex):
 @method("Tune-A-Video (Wu et al. 2022, Sec. 4.2)", shape=(16, 384, 384), steps=500,
         noise_prior=1.0, guidance=12.5, motion=Trainable("tune-a-video", lr=3e-5))
 def tune_a_video(ex):
-    """Spatial queries and temporal attention; sampling starts from the inverted clip. Rate and
-    steps follow the paper. The original inflates an image model: its temporal attention starts at
-    zero, and each frame attends to the first and the previous one. A video model is an easier
-    start."""
+    """Trains spatial queries and temporal attention. Sampling starts from the inverted clip."""
     z = ex.add_noise(ex.next_clip())
     ex.train("motion")
     yield mse(*ex.predict(z))
@@ -604,8 +570,7 @@ BY_DATA = {
     ("newmove", "several clips and a subject"): "steps=6000 subject.layers=spatial "
                                                 "subject_word.num_vectors=1",
 }
-# Settings for the tiny model. It is hundreds of times smaller, so it needs higher learning rates
-# and fewer steps.
+# Settings for the tiny model, which needs higher learning rates and fewer steps.
 TINY = {
     "vmc": "steps=300 motion.lr=1e-3 sampling_steps=20 guidance=4",
     "motiondirector": "motion.lr=3e-3 appearance.lr=3e-3 inversion_steps=0 guidance=4",
@@ -627,26 +592,23 @@ TINY = {
 
 @dataclass
 class NoisySample:
-    """A noised clip: x0, its noise and x_t, each (1, C, F, h, w); its timestep t, its caption, and
-    whether the temporal layers see it."""
+    """A noised clip. Tensors are (1, C, F, h, w)."""
 
     x0: torch.Tensor
     noise: torch.Tensor
     t: int
-    x: torch.Tensor
+    x: torch.Tensor  # x_t
     caption: str
     clip: data.Clip
-    temporal: bool = True
+    temporal: bool = True  # False bypasses the temporal layers
 
 
 class Example:
-    """One training example of one step, `ex` in the methods.
+    """One training example of one step, `ex` in the methods. trainables: {part: trainables}.
 
-    All random draws come from one generator seeded by (seed, step, example), in the order in which
-    the method makes them: augmentation, timestep and noise in add_noise; the dropout seed in
-    predict; rand, random_frame and sample_… where they are called. So --resume and several
-    processes repeat them. `trainables` holds {part: trainables} of all parts that are trained or
-    loaded. """
+    All random draws come from one generator seeded by (seed, step, example), in the order of the
+    method's calls, so --resume and several processes give the same numbers.
+    """
 
     def __init__(self, run, step, number):
         self.run, self.pipe, self.step, self.number = run, run.pipe, step, number
@@ -670,9 +632,8 @@ class Example:
         return self.run.images[torch.randint(len(self.run.images), (), generator=self.g)]
 
     def sample_prior(self):
-        """A random regularization clip, or None where there is none."""
-        clips = self.run.prior
-        return clips[torch.randint(len(clips), (), generator=self.g)] if clips else None
+        """A random regularization clip."""
+        return self.run.prior[torch.randint(len(self.run.prior), (), generator=self.g)]
 
     def rand(self):
         """A random number in [0, 1)."""
@@ -683,8 +644,8 @@ class Example:
         return int(torch.randint(z.x0.shape[2], (), generator=self.g))
 
     def add_noise(self, clip, augment=None, alpha=0.0, caption="", t=None):
-        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, a NoisySample. The timestep t is drawn uniformly, or with a
-        preference alpha for high noise (NewMove Sec. 3.2). augment: a function of data.py."""
+        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, a NoisySample, at a random timestep unless t is given. augment: a
+        function of data.py; alpha: NewMove's preference for high noise."""
         S, x0 = self.pipe.schedule, clip.latents
         if augment:
             x0 = self.pipe.encode(augment(clip.video, self.g)[None], self.g)
@@ -703,7 +664,7 @@ class Example:
         return NoisySample(x0, noise, z.t, x, z.caption, z.clip, temporal=False)
 
     def alpha_bar(self, z):
-        """ᾱ at the timestep of z, a number."""
+        """ᾱ at the timestep of z."""
         return self.pipe.schedule.alpha_bar[z.t].item()
 
     # Training and prediction
@@ -713,25 +674,24 @@ class Example:
         return any(one.parameters() for one in self.trainables.get(part, ()))
 
     def train(self, *parts, frozen=()):
-        """Train `parts`, keep `frozen` active but fixed, disable the rest, until the next call. If
-        each clip has its own LoRA, this selects the one of next_clip(). It is no context manager,
-        since gradient checkpointing repeats the forward pass later."""
+        """From now on, train `parts`, keep `frozen` active but fixed, disable the rest. If each
+        clip has its own LoRA, this selects the LoRA of the last next_clip()."""
         if not any(map(self.is_trainable, parts)):
             raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, "
-                           f"but step {self.step} trains it; choose its layers.")
+                           f"but step {self.step} trains them; choose layers.")
         per_video = [p for p in (*parts, *frozen) if len(self.trainables.get(p, ())) > 1]
         if per_video and self.index is None:
             raise BadInput(f"train: {per_video[0]} has one LoRA per clip; call next_clip first.")
         self.words = lora.set_trainable(self.trainables, parts, frozen, self.index or 0)
 
     def predict(self, *noisy, loss_space="output"):
-        """(prediction, target) for each NoisySample, each (1, C, F, h, w) in fp32: the network's
-        output (ε or v), or `epsilon` or `x0` derived from it. Several samples form one batch."""
+        """(prediction, target) per NoisySample, each (1, C, F, h, w) in fp32: the network's output
+        (ε or v), or `epsilon` or `x0` derived from it. Several samples form one batch."""
         self.dropout_seed = int(torch.randint(2**62, (), generator=self.g))
         pairs, S = [], self.pipe.schedule
         for z, output in zip(noisy, self.forward(self.pipe, noisy)):
             target = S.target(z.x0, z.noise, z.t)
-            # The plain error can be compared between losses, so the log keeps it.
+            # Logged for all losses, so that they can be compared.
             error = F.mse_loss(output.detach(), target)
             self.records.append({"t": z.t, "clip": str(z.clip.path), "mse": error})
             if loss_space != "output":
@@ -742,8 +702,8 @@ class Example:
 
     @torch.no_grad()
     def base(self, *noisy):
-        """The frozen base model's output for each NoisySample, without gradients. Called after
-        predict, it uses the same dropout masks."""
+        """The frozen base model's output per NoisySample, without gradients. Called after predict,
+        it uses the same dropout masks."""
         run = self.run
         if run.base is None:
             run.base = model.load(run.flags.weights, run.flags.device, run.flags.precision, keep=())
@@ -752,7 +712,7 @@ class Example:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def forward(self, pipe, noisy):
-        """The outputs of a model for noisy samples, a list. Fills `captured`."""
+        """A list of a model's outputs for noisy samples. Fills `captured`."""
         if len({z.temporal for z in noisy}) > 1:
             raise BadInput("predict: a single frame and a clip in one call; call it once for each.")
         if self.pattern and pipe.unet not in self.hooked:
@@ -760,11 +720,11 @@ class Example:
         if self.words is None:
             raise BadInput("predict: call train first, to choose the trainable parts.")
         torch.manual_seed(self.dropout_seed)
-        # Active appearance tokens stand at the end of captions.
+        # Active appearance tokens are appended to captions.
         text = pipe.encode_text([" ".join([z.caption, *self.words]) for z in noisy])
         t = torch.cat([torch.full((1,), z.t, device=pipe.device) for z in noisy])
         latents = [z.x for z in noisy]
-        # One at a time if memory is short or lengths differ. Captured features need one batch.
+        # One at a time if memory is short or lengths differ. Captured features require a batch.
         lengths = {x.shape for x in latents}
         if pipe.unet.checkpointing and not self.pattern or len(lengths) > 1:
             batches = zip(latents, t.split(1), text.split(1))
@@ -780,32 +740,30 @@ class Example:
     # Inspection
 
     def capture(self, pattern):
-        """From now on `captured` holds {name: output}, after each prediction, of the modules whose
-        full name matches: attention maps (B, heads, N, M) of an attention, features in fp32 of
-        other modules, (B, C, F, h, w) where their output is an image."""
+        """From now on, each prediction sets `captured`, {name: output in fp32} of the modules whose
+        full name matches: maps (B, heads, N, M) of attentions, features of other modules,
+        (B, C, F, h, w) if their output is an image."""
         self.pattern, self.hooked = pattern, []
 
     def add_hooks(self, unet):
-        """Forward hooks for `capture`. They stay until the last backward pass, since gradient
-        checkpointing must repeat the same forward pass."""
-        def hook(name):
-            def keep(module, inputs, out):
-                if not self.capturing:
-                    return
-                if isinstance(module, model.Attention):
-                    out = module.maps(*inputs)
-                elif out.dim() == 4 and len(out) == self.clips * self.frames:
-                    out = model.unfold_frames(out.float(), self.frames)
-                self.captured[name] = out.float()
-
-            return keep
-
+        """Add the forward hooks of `capture`. They are kept for the backward pass, since gradient
+        checkpointing repeats the forward pass."""
         self.hooked.append(unet)
         found = {n: m for n, m in unet.named_modules() if re.fullmatch(self.pattern, n)}
         if not found:
             raise BadInput(f"capture: no module is called {self.pattern!r}.")
         for name, module in found.items():
-            self.hooks.append(module.register_forward_hook(hook(name)))
+            self.hooks.append(module.register_forward_hook(partial(self.hook, name)))
+
+    def hook(self, name, module, inputs, out):
+        """Fill `captured` during predictions."""
+        if not self.capturing:
+            return
+        if isinstance(module, model.Attention):
+            out = module.maps(*inputs)
+        elif out.dim() == 4 and len(out) == self.clips * self.frames:
+            out = model.unfold_frames(out.float(), self.frames)
+        self.captured[name] = out.float()
 
     def log(self, values):
         """Add {name: number or scalar tensor} to the record of the last prediction."""
@@ -814,8 +772,7 @@ class Example:
         self.records[-1] |= values
 
     def close(self):
-        """Remove the hooks after the last backward pass. Returns the records, one dict per
-        prediction."""
+        """Remove the hooks, after the last backward pass. Returns one record per prediction."""
         for hook in self.hooks:
             hook.remove()
         return self.records
@@ -826,9 +783,8 @@ class Example:
 
 
 def appearance_is_lost(run, step, video):
-    """True if the appearance score of a preview, whose prompt asks for another appearance than the
-    clip's, has fallen to appearance_stop (NewMove's supplement, Sec. 4). From there on the model
-    memorizes the clip."""
+    """True if the score of a preview and its appearance_prompt has fallen to appearance_stop, i.e.
+    the model begins to memorize the clip (NewMove's supplement, Sec. 4)."""
     if not run.scorer or not step:
         return False
     from scores.clip import text_alignment
@@ -842,9 +798,8 @@ def appearance_is_lost(run, step, video):
 
 @torch.no_grad()
 def preview(run):
-    """A sample (3, F, H, W) of the preview prompt, from the method's starting latents. All parts
-    are active except appearance, which is trained to be left out, unless nothing else is trained.
-    """
+    """A sample (3, F, H, W) of the preview prompt, from the method's starting latents. Appearance
+    parts are active only if nothing else is trained."""
     flags, recipe, pipe = run.flags, run.recipe, run.pipe
     pipe.unet.eval()
     progress = lambda text: None if run.rank else text
@@ -855,7 +810,7 @@ def preview(run):
     start = sampler.seeded_randn(shape, [flags.seed]).to(flags.device)
     tuned = recipe.inversion_model == "tuned"
     if recipe.noise_prior and run.clips and (run.inverted is None or tuned):
-        # With the base model, once, before the first step.
+        # The base model inverts once, before the first step.
         lora.set_trainable(run.trainables, (), names if tuned else ())
         steps = recipe.inversion_steps or flags.preview_steps
         run.inverted = sampler.invert(pipe, latents, steps, progress=progress("preview: inverting"))
