@@ -11,7 +11,7 @@ from tqdm import tqdm
 import data
 from scores import samples
 from support import media
-from support.files import BadInput, log, number, read_fields, read_json, reading, slug
+from support.files import BadInput, escaped, log, number, read_fields, read_json, reading, slug
 
 
 @dataclass
@@ -146,7 +146,7 @@ def read_run(name, folder, args):
     for file in [] if files else list_videos(folder):
         files.append((file, data.find_caption(file)[0], len(files)))  # captions may repeat
     videos = []
-    for file, prompt, seed in tqdm(files, desc=f"reading {name}", delay=2):
+    for file, prompt, seed in tqdm(files, desc=escaped(f"reading {name}"), delay=2):
         videos.append(Sample(read(file, args, frames, fps), prompt, seed, file, fps))
     references = [Sample(read(file, args, frames, fps), "", 0, file, fps)
                   for file in data.find_clips(args.reference)]
