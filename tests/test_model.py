@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import shutil
+from functools import reduce
 
 import pytest
 import torch
@@ -471,7 +472,7 @@ def test_a_modelscope_pth_loads_as_the_same_unet(tmp_path):
 
 def plain(monkeypatch):
     """Replace all fast functions of the UNet by torch's own."""
-    monkeypatch.setattr(fast, "sequential", lambda layers, x: fast._in_turn(x, *layers))
+    monkeypatch.setattr(fast, "sequential", lambda layers, x: reduce(lambda x, f: f(x), layers, x))
     monkeypatch.setattr(fast, "geglu", lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]))
     monkeypatch.setattr(fast, "scaled_dot_product_attention", F.scaled_dot_product_attention)
     conv3d = lambda m, x: F.conv3d(x[..., None], m.weight, m.bias, padding=(1, 0, 0))[..., 0]
@@ -552,12 +553,12 @@ def test_fused_attention_stays_within_cudas_grid(monkeypatch):
     """It is split, here into parts of two rows. The meta device stands in for a GPU."""
     seen, q = [], torch.randn(5, 3, 4, 8)
     want = F.scaled_dot_product_attention(q, q, q)
-    monkeypatch.setattr(fast, "MOST_BLOCKS", 6)
+    monkeypatch.setattr(fast, "MAX_GRID", 6)
     monkeypatch.setattr(fast.F, "scaled_dot_product_attention",
                         lambda q, k, v: seen.append(len(q)) or fast._plain_attention(q, k, v))
     assert fast.scaled_dot_product_attention(*[q.to("meta")] * 3).shape == q.shape
     assert seen == [2, 2, 1]
-    torch.testing.assert_close(fast._in_parts(q, q, q, 2), want)
+    torch.testing.assert_close(fast._batched_attention(q, q, q, 2), want)
 
 
 def test_attention_maps_are_the_weights_of_attention(ours):
