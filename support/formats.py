@@ -208,8 +208,8 @@ def read_motiondirector(state, parameters, path, clip):
     if clip >= clips:
         raise ValueError(f"it has no clip {clip}, only #0 to #{clips - 1}")
     if clips > 1:
-        log(f"{path}: reading clip {clip} of {clips}, counted from 0; {path.name}#{clips - 1} is the "
-            "last one")
+        log(f"{path}: reading clip {clip} of {clips}, counted from 0; {path.name}#{clips - 1} "
+            "selects the last one")
     return {layer: build_pair(layer, {"A": down, "B": up}, shapes[layer])
             for layer, up, down in zip(layers, ups[clip::clips], downs[clip::clips])}
 
