@@ -160,7 +160,7 @@ def find_scale(layer, found, settings, meta):
     if "alpha" in found:
         scales.append(fit(found["alpha"], (), f"{layer}.alpha").item() / rank)
     elif "ss_network_alpha" in meta:
-        raise ValueError(f"its metadata has a network alpha, but {layer} has no alpha tensor")
+        raise ValueError(f"its metadata has an alpha, but {layer} has no alpha tensor")
     if settings:
         r = match_pattern(settings["rank_pattern"], layer, settings["r"])
         alpha = match_pattern(settings["alpha_pattern"], layer, settings["lora_alpha"])
