@@ -74,21 +74,6 @@ def _batched_attention(q, k, v, batch):
     return torch.cat([F.scaled_dot_product_attention(*chunk) for chunk in chunks])
 
 
-class _Masked(torch.autograd.Function):
-    """x·keep·scale. Saves one byte per element for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, keep, scale):
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return x * keep.to(x.dtype).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, g):
-        keep, = ctx.saved_tensors
-        return g * keep.to(g.dtype).mul_(ctx.scale), None, None
-
-
 def dropout(x, p, training):
     """F.dropout(x, p, training). On a CPU, 16 random bits per element are compared with p, rounded
     to 1/65536. That takes a quarter of the time of Bernoulli sampling."""
@@ -98,8 +83,6 @@ def dropout(x, p, training):
     like = torch.empty_like(x)  # for its strides: the mask gets the memory layout of x
     bits = words.view(torch.int16)[: x.numel()].as_strided(like.shape, like.stride())
     keep = (bits >= round(p * 2**16) - 2**15).view(torch.uint8)  # bool tensors convert slowly
-    if x.numel() >= LARGE:
-        return _Masked.apply(x, keep, 1 / (1 - p))
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
