@@ -29,7 +29,7 @@ def main(argv=None):
         return study.count_votes(args.votes, args.key)
     machine.tune_malloc()
     args.device = machine.find_device(args.device)
-    scorers = metrics.load_scorers(args)
+    scorers = metrics.Scorers(args)
     with output_folder(args.out, Path("out/evaluation")) as args.out:
         runs = read_runs(args)
         notes = metrics.choose_shared(runs)
@@ -80,7 +80,7 @@ def parse(argv=None):
         "of the run's adapter)")
     add("--prompts", type=Path, help="file of prompts for training runs, one per line (default: "
         "the run's preview prompt)")
-    add("--seeds", type=int_in(1, 10**6), default=1, help="videos per prompt for training runs "
+    add("--videos-per-prompt", type=int_in(1, 10**6), default=1, help="for training runs "
         "(default: 1)")
     add_scorer_flags(add)
     # the input of all metrics
@@ -141,8 +141,9 @@ def check(args):
     if args.keyframes and len(args.keyframes) < 2:
         raise BadInput("--keyframes: expected two or more frame numbers.")
     trained = [path for path in args.runs if (path / "run.json").is_file()]
-    if (args.prompts or args.seeds > 1) and not trained:
-        raise BadInput("--prompts and --seeds apply to folders that train.py wrote; none is given.")
+    if (args.prompts or args.videos_per_prompt > 1) and not trained:
+        raise BadInput("--prompts and --videos-per-prompt apply to folders of train.py; none is "
+                       "given.")
     if args.prompts:
         check_exists(args.prompts, "give a text file with one prompt per line")
     for path in args.runs:

@@ -7,189 +7,155 @@
 
 Both sides have the same weights, inputs, precision and threads. On a CPU they take turns, so that
 other jobs slow both down; the speedup is the median over the turns. On a GPU each side has the
-memory for itself. An error ends one side of one row. Results are written after every row.
+memory for itself. Results are written after every row.
 """
 import argparse
-import contextlib
 import gc
 import re
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import sides
 import torch
-from PIL import Image
-from sides import PROMPT, ROOT, Loop, load, load_unet, model, our_step, prepare, sample
+from sides import ROOT, model
 
-from support import machine
+from support import machine, media
 from support.files import read_json, write_json
 
 PRECISIONS = ("bf16", "fp32", "fp16")  # the most important one first
 SHAPES = {"vmc": (8, 320, 576), "motiondirector": (16, 384, 384), "newmove": (16, 384, 384),
-          "customize-a-video": (16, 256, 256), "generate": (24, 320, 576)}  # F, H, W
+          "customize-a-video": (16, 256, 256), "": (24, 320, 576)}  # F, H, W; "": of sampling
+LATENTS = "Sampled latents"  # the case of their error
+GROWTH = {  # time over the number of frames and the rank, each with its train.py settings
+    "Step time of vmc": {f"{n} frames": f"--method vmc --frames {n}" for n in (8, 16, 24, 32)},
+    "Step time of motiondirector": {
+        f"rank {n}": f"--method motiondirector motion.rank={n} appearance.rank={n}"
+        for n in (4, 32, 128)}}
 SMALL = {"cpu": (16, 64, 64), "dry": (4, 64, 64)}  # shape of all rows of these commands
 WARM, SIDE_SECONDS = 2, 20  # untimed steps; seconds after which one timed step is enough
 
 
 # ------------------------------------------------------------------------------------------------
-# Rows. Each measures {side: function that builds a step}.
+# Rows
 
 
-def training(here, row, method, checkpointing="off"):
-    """The training step of a method, next to the official loop."""
-    flags, made = ("--precision", row["precision"], "--checkpointing", checkpointing), []
+def list_rows(command):
+    """The rows of the table, the most important first. The case of a row is the command that it
+    measures."""
+    methods, rows = [f"train.py --method {name}" for name in SHAPES if name], []
+    shape = SMALL.get(command)
 
-    def ours():
-        made.append(prepare(here, method, row["shape"], flags))
-        return our_step(made[0])
+    def add(precision, *cases):
+        for case in cases:
+            own = next(shape for name, shape in SHAPES.items() if name in case)
+            steps = 1 if case.startswith("train.py") else 2 if shape else 5
+            rows.append({"case": case, "precision": precision, "shape": shape or own,
+                         "steps": steps, "seconds": {}, "peak": {}, "relative": {}, "errors": {}})
 
-    def theirs():
-        run = made.pop() if here.alone else made[0]
-        parts, clips = run.recipe.parts, [run.clips[0], *run.prior[:1]]
-        pipe, run = replace(run.pipe, unet=None), None
-        autocast = partial(machine.autocast, here.device, row["precision"])
-        unet = load_unet(model.load(None, here.device).unet)
-        return Loop(method, unet, parts, clips, pipe, autocast).step
-
-    compared = hasattr(Loop, method) and checkpointing == "off"
-    measure(here, row, {"ours": ours} | ({"diffusers": theirs} if compared else {}))
-
-
-def sampling(here, row, steps):
-    """Guided sampling to latents, next to the loop of the diffusers pipeline."""
-    row["steps"], precision, made = steps, row["precision"], []
-
-    def ours():
-        made.extend(load(here, row, precision))
-        return partial(sample, *made, steps)
-
-    def theirs():
-        pipe, inputs = made
-        pipe.unet = None if here.alone else pipe.unet
-        dtype = machine.DTYPES[precision if here.alone else "fp32"]
-        unet = load_unet(model.load(None, here.device).unet, dtype)
-        autocast = partial(machine.autocast, here.device, precision)
-        return partial(sides.official_sample, unet, pipe.schedule, *inputs, steps, autocast)
-
-    measure(here, row, {"ours": ours, "diffusers": theirs})
+    add("bf16", *methods, "generate.py", LATENTS)
+    add("bf16", *[f"{case} --checkpointing on" for case in methods])
+    add("fp32", *methods, "generate.py")
+    if command != "cpu":  # fp16 is slow on CPUs
+        add("fp16", *methods, "generate.py")
+        return rows
+    add("bf16", *GROWTH)
+    return rows
 
 
-def accuracy(here, row, steps):
+def measure(here, row):
+    """Times, peak memory and the outputs' difference of the sides."""
+    if row["case"] == LATENTS:
+        return accuracy(here, row)
+    if row["case"] in GROWTH:
+        return growth(here, row)
+    builders, outputs = {"ours": sides.sample_ours, "diffusers": sides.sample_official}, {}
+    if row["case"].startswith("train.py"):
+        builders = {"ours": sides.train_ours}
+        if hasattr(sides.OfficialLoop, row["case"].rpartition(" ")[2]):
+            builders["diffusers"] = lambda *args: sides.OfficialLoop(*args).step
+    groups = [builders] if here.device == "cpu" else [{n: b} for n, b in builders.items()]
+    for group in groups:
+        try:
+            outputs |= take_turns(here, row, group)
+        except torch.OutOfMemoryError:
+            row["errors"] |= dict.fromkeys(group, "out of memory")
+    if row["case"] == "generate.py" and len(outputs) == 2:
+        ours, official = outputs.values()
+        row["difference"] = relative_error(ours, official)
+
+
+def accuracy(here, row):
     """The relative error of sampled latents by precision. The reference is fp32 without
     TensorFloat-32, which cuDNN's convolutions use by default."""
     torch.backends.cudnn.allow_tf32 = False
-    reference = sample(*load(here, row, "fp32"), steps)
+    reference = sides.sample_ours(here, row | {"precision": "fp32"})()
     torch.backends.cudnn.allow_tf32 = True
     for precision in PRECISIONS:
-        with recorded(row, precision):
-            error = (sample(*load(here, row, precision), steps) - reference).norm()
-            row["relative"][f"error in {precision}"] = (error / reference.norm()).item()
+        sampled = sides.sample_ours(here, row | {"precision": precision})()
+        row["relative"][f"error in {precision}"] = relative_error(sampled, reference)
 
 
-def growth(here, row, settings):
-    """The training step of one method by settings, {name: (method, frames, flags ...)}."""
-    def build(method, frames, *flags):
-        return our_step(prepare(here, method, (frames, 64, 64), flags))
-
-    measure(here, row, {name: partial(build, *values) for name, values in settings.items()})
-    times = {name: statistics.median(several) for name, several in row["seconds"].items()}
-    row["relative"] = {name: t / next(iter(times.values())) for name, t in times.items()}
-
-
-def rows(here):
-    """[(case, precision, key of SHAPES, function, its arguments ...)], the most important first."""
-    steps, methods, first = 5 if here.command == "gpu" else 2, list(SHAPES)[:4], PRECISIONS[0]
-
-    def block(precision):
-        trained = [(f"train.py --method {m}", precision, m, training, m) for m in methods]
-        return [*trained[:2], ("generate.py", precision, "generate", sampling, steps), *trained[2:]]
-
-    found = block(first) + [("Sampled latents", first, "generate", accuracy, steps)]
-    found += [(f"train.py --method {m} --checkpointing on", first, m, training, m, "on")
-              for m in methods]
-    for precision in PRECISIONS[1 : 2 if here.command == "cpu" else None]:  # slow fp16 on CPUs
-        found += block(precision)
-    if here.command == "cpu":
-        frames = {f"{n} frames": ("vmc", n) for n in (8, 16, 24, 32)}
-        ranks = {f"rank {n}": ("motiondirector", 16, f"motion.rank={n}", f"appearance.rank={n}")
-                 for n in (4, 32, 128)}
-        found.append(("Step time of vmc", first, "vmc", growth, frames))
-        found.append(("Step time of motiondirector", first, "motiondirector", growth, ranks))
-    return found
+def growth(here, row):
+    """The time of a training step by settings, relative to the first."""
+    builders = {}
+    for name, settings in GROWTH[row["case"]].items():
+        case = row | {"case": f"train.py {settings}"}
+        builders[name] = lambda here, row, case=case: sides.train_ours(here, case)
+    take_turns(here, row, builders)
+    times = [statistics.median(seconds) for seconds in row["seconds"].values()]
+    row["relative"] = {name: time / times[0] for name, time in zip(builders, times)}
 
 
-# ------------------------------------------------------------------------------------------------
-# Measuring
+def relative_error(x, reference):
+    """‖x − reference‖ / ‖reference‖."""
+    return ((x - reference).norm() / reference.norm()).item()
 
 
-@contextlib.contextmanager
-def recorded(row, side):
-    """An error in the block becomes an entry of the row."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        row["errors"][side] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def measure(here, row, builders):
-    """Times, peak memory and the outputs' difference of sides."""
-    outputs = []
-    groups = [{name: build} for name, build in builders.items()] if here.alone else [builders]
-    for group in groups:
-        with recorded(row, "+".join(group)):
-            outputs += take_turns(here, row, group)
-    if len(outputs) == 2 and torch.is_tensor(outputs[0]):
-        ours, theirs = outputs
-        row["difference"] = ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def take_turns(here, row, group):
-    """Build the sides, warm them up, and time their steps in turn; the last step's outputs."""
+def take_turns(here, row, builders):
+    """Build the sides, warm them up, and time their steps in turn. Returns the last outputs."""
     gc.collect()
     torch.cuda.empty_cache()
-    cuda, steps = here.device != "cpu", {name: build() for name, build in group.items()}
-    outputs, times, began = {}, {name: [] for name in steps}, time.perf_counter()
+    cuda, steps = here.device != "cpu", {side: build(here, row) for side, build in builders.items()}
+    outputs, times, began = {}, {side: [] for side in steps}, time.perf_counter()
     for turn in range(WARM + here.repeats):
         if cuda and turn == WARM:
             torch.cuda.reset_peak_memory_stats()
-        for name, step in steps.items():
+        for side, step in steps.items():
             started = time.perf_counter()
-            outputs[name] = step()
+            outputs[side] = step()
             if cuda:
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
+            times[side].append(time.perf_counter() - started)
         if turn >= WARM and time.perf_counter() - began > SIDE_SECONDS:
             break
-    row["seconds"] |= {name: several[WARM:] for name, several in times.items()}
-    if cuda:
-        row["peak"] |= {name: torch.cuda.max_memory_allocated() for name in steps}
-    return outputs.values()
+    for side in steps:
+        row["seconds"][side] = times[side][WARM:]
+        if cuda:
+            row["peak"][side] = torch.cuda.max_memory_allocated()
+    return outputs
 
 
 def run(here):
     """Measure rows while there is time, and write the results after each."""
     card = torch.cuda.get_device_name() if here.device != "cpu" else "CPU"
-    machine_text = f"{card}, {torch.get_num_threads()} CPU thread(s)"
-    result = {"command": here.command, "machine": machine_text,
-              "torch": torch.__version__, "diffusers": sides.diffusers.__version__,
-              "rows": []}
+    result = {"command": here.command,
+              "machine": f"{card}, {torch.get_num_threads()} CPU thread(s)",
+              "torch": torch.__version__, "diffusers": sides.diffusers.__version__, "rows": []}
     began = time.perf_counter()
-    chosen = [row for row in rows(here) if re.search(here.only, ", ".join(row[:2]))]
-    for case, precision, name, fill, *arguments in chosen:
-        row = {"case": case, "precision": precision, "steps": 1, "seconds": {}, "peak": {},
-               "shape": SMALL.get(here.command, SHAPES[name]), "relative": {}, "errors": {}}
-        if time.perf_counter() - began > here.seconds:
-            print(f"left out: {case}, {precision}")
+    for row in list_rows(here.command):
+        name = f"{row['case']}, {row['precision']}"
+        if not re.search(here.only, name):
             continue
-        with recorded(row, "row"):
-            fill(here, row, *arguments)
+        if time.perf_counter() - began > here.seconds:
+            print(f"left out: {name}")
+            continue
+        measure(here, row)
         result["rows"].append(row)
         write_json(here.out, result)
-        print(f"{time.perf_counter() - began:4.0f} s  {line_of(row)}", *row["errors"].items())
+        print(f"{time.perf_counter() - began:4.0f} s  {line_of(row)}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,20 +168,20 @@ def line_of(row):
     if row["relative"]:
         values = [f"{name} {value:.3g}" for name, value in row["relative"].items()]
         return f"{row['case']}, relative: {', '.join(values)}."
-    found = [row["case"], row["precision"], "×".join(map(str, row["shape"]))]
+    cells = [row["case"], row["precision"], "×".join(map(str, row["shape"]))]
     for side in ("ours", "diffusers"):
-        error = next((text for name, text in row["errors"].items() if side in name), "")
-        times, peak = row["seconds"].get(side), row["peak"].get(side)
-        failed = "out of memory" if error.startswith("OutOfMemory") else error[:20]
-        ms = f"{1e3 * statistics.median(times) / row['steps']:.0f}" if times else failed
-        found.append(f"{ms}, {peak / 1e9:.1f} GB" if peak else ms)
+        cell = row["errors"].get(side, "")
+        if side in row["seconds"]:
+            cell = f"{1e3 * statistics.median(row['seconds'][side]) / row['steps']:.0f}"
+        if side in row["peak"]:
+            cell += f", {row['peak'][side] / 1e9:.1f} GB"
+        cells.append(cell)
+    speedup = ""
     if len(row["seconds"]) == 2:
-        ratios = torch.tensor([b / a for a, b in zip(*row["seconds"].values())])
-        low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        found.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")
-    else:
-        found.append("")
-    return f"| {' | '.join(found)} |"
+        ratios = [b / a for a, b in zip(row["seconds"]["ours"], row["seconds"]["diffusers"])]
+        low, middle, high = torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        speedup = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    return f"| {' | '.join([*cells, speedup])} |"
 
 
 def page(files):
@@ -251,17 +217,13 @@ def main():
         return page(here.files)
     machine.tune_malloc()
     here.out = here.out or Path(f"out/bench-{here.command}.json")
-    here.device, here.alone = "cuda" if here.command == "gpu" else "cpu", here.command != "cpu"
-    if here.alone:
+    here.device = "cuda" if here.command == "gpu" else "cpu"
+    if here.command in sides.SIZES:
         model.load = partial(sides.random_model, sides.SIZES[here.command])
     with tempfile.TemporaryDirectory() as scratch:
         here.scratch = Path(scratch)
-        clip = here.scratch / "clips" / "0"
-        clip.mkdir(parents=True)
-        (clip / "caption.txt").write_text(PROMPT)
-        for i in range(32):
-            pixels = torch.randint(256, (256, 256, 3), dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(clip / f"{i:02d}.png")
+        noise = torch.rand(3, 32, 256, 256) * 2 - 1
+        media.write_video(here.scratch / "clips" / f"{sides.PROMPT}.mp4", noise, 8)
         run(here)
 
 

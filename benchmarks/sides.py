@@ -6,9 +6,11 @@ before its two backward passes, and NewMove batches the clip with the regulariza
 sides latents are cached.
 """
 import contextlib
+import itertools
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +26,7 @@ import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
+from support import machine  # noqa: E402
 from support.hub import TextConfig, UNetConfig, VAEConfig  # noqa: E402
 
 PROMPT, GUIDANCE = "a ball doing the sks", 9.0
@@ -56,28 +59,30 @@ def random_model(size, folder, device, precision="fp32", keep=None):
     return pipe
 
 
-def prepare(here, method, shape, flags=()):
-    """A run of train.py before its first step, on a clip of noise."""
-    frames, height, width = shape
-    argv = ["--method", method, "--video", here.scratch / "clips" / "0", "--prompt", PROMPT,
-            "--device", here.device, "--frames", frames, "--size", f"{width}x{height}", "--fps", 8,
-            "--preview-every", 0, "--out", tempfile.mkdtemp(dir=here.scratch), *flags]
-    argv += EQUAL.get(method, ())
-    argv += ["--prior", here.scratch / "clips"] if method == "newmove" else []
-    argv += ["--weights", here.scratch] if here.alone else []
+def prepare(here, row):
+    """The run of a row's train.py command before its first step, on a clip of noise."""
+    case, (frames, height, width) = row["case"].split()[1:], row["shape"]
+    clips, out = here.scratch / "clips", tempfile.mkdtemp(dir=here.scratch)
+    argv = ["--video", clips, "--prompt", PROMPT, "--device", here.device, "--frames", frames,
+            "--size", f"{width}x{height}", "--fps", 8, "--precision", row["precision"],
+            "--checkpointing", "off", "--preview-every", 0, "--out", out, *case]
+    argv += ["--prior", clips] if "newmove" in case else []
+    argv += ["--weights", here.scratch] if here.command in SIZES else []
+    argv += EQUAL.get(case[1], ())
     with contextlib.redirect_stdout(None):
         return train.prepare(*train.parse([str(arg) for arg in argv]))
 
 
-def our_step(run):
+def train_ours(here, row):
     """The training step of train.py."""
-    parameters, count = list(run.trained.values()), iter(range(10**6))
+    run, count = prepare(here, row), itertools.count()
+    parameters = list(run.trained.values())
     optimizer = lora.build_optimizer(run.recipe.parts, run.trainables)
 
     def step():
         train.one_step(run, next(count))
         run.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, run.recipe.max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, run.recipe.max_grad_norm)
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -85,9 +90,9 @@ def our_step(run):
     return step
 
 
-def load(here, row, precision):
-    """A model, and (prompt states, empty states, start) for sampling."""
-    pipe = model.load(None, here.device, precision, keep=())
+def sampling_inputs(here, row):
+    """A model, and (prompt states, empty states, starting latents)."""
+    pipe = model.load(None, here.device, row["precision"], keep=())
     frames, *sides = row["shape"]
     shape = [pipe.unet.config.in_channels, frames, *(n // pipe.vae.config.factor for n in sides)]
     with torch.no_grad():
@@ -95,12 +100,16 @@ def load(here, row, precision):
         return pipe, (pipe.encode_text([PROMPT]), pipe.encode_text([""]), start)
 
 
-@torch.no_grad()
-def sample(pipe, inputs, steps):
-    """Latents by guided DDIM."""
-    text, empty, start = inputs
-    predict = sampler.classifier_free_guidance(pipe.predict, text, empty, GUIDANCE)
-    return sampler.ddim(pipe.schedule, predict, start, steps)
+def sample_ours(here, row):
+    """Guided DDIM to latents."""
+    pipe, (text, empty, start) = sampling_inputs(here, row)
+
+    @torch.no_grad()
+    def step():
+        predict = sampler.classifier_free_guidance(pipe.predict, text, empty, GUIDANCE)
+        return sampler.ddim(pipe.schedule, predict, start, row["steps"])
+
+    return step
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,12 +129,9 @@ class WrappedLinear(nn.Module):
 
     def __init__(self, linear, rank, dropout):
         super().__init__()
-        rank = min(rank, linear.in_features, linear.out_features)
-        device = linear.weight.device
-        self.linear = linear
-        self.down = nn.Linear(linear.in_features, rank, bias=False, device=device)
-        self.up = nn.Linear(rank, linear.out_features, bias=False, device=device)
-        self.dropout, self.scale = nn.Dropout(dropout), 1.0
+        new = partial(nn.Linear, bias=False, device=linear.weight.device)
+        self.linear, self.dropout, self.scale = linear, nn.Dropout(dropout), 1.0
+        self.down, self.up = new(linear.in_features, rank), new(rank, linear.out_features)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x):
@@ -135,30 +141,35 @@ class WrappedLinear(nn.Module):
 def bypass_temporal_layers(unet):
     """Skip the temporal layers for a single frame, as the official UNet does."""
     for name, module in unet.named_modules():
-        kind = name.split(".")[-2:-1]
-        if name == "transformer_in" or kind in (["temp_attentions"], ["temp_convs"]):
-            def skip(x, *args, num_frames, forward=module.forward, kind=kind, **more):
-                if num_frames > 1:
-                    return forward(x, *args, num_frames=num_frames, **more)
-                return x if kind == ["temp_convs"] else (x,)
-
-            module.forward = skip
+        if name == "transformer_in" or name.split(".")[-2:-1] == ["temp_attentions"]:
+            module.forward = partial(skip_single_frame, module.forward, lambda x: (x,))
+        elif name.split(".")[-2:-1] == ["temp_convs"]:
+            module.forward = partial(skip_single_frame, module.forward, lambda x: x)
 
 
-class Loop:
-    """An official training loop. parts: the product's recipe.parts; pipe: without its UNet."""
+def skip_single_frame(forward, skip, x, *args, num_frames, **more):
+    return forward(x, *args, num_frames=num_frames, **more) if num_frames > 1 else skip(x)
 
-    def __init__(self, method, unet, parts, clips, pipe, autocast):
-        self.clips, self.pipe, self.autocast, self.unet = clips, pipe, autocast, unet
-        self.backward, self.lora = getattr(self, method), {}
-        bypass_temporal_layers(unet.train())
-        self.groups = {name: self.trainable(name, part) for name, part in parts.items()
-                       if isinstance(part, lora.Trainable) and part.trainable}
-        self.optimizers = {name: torch.optim.AdamW(group, parts[name].lr)
-                           for name, group in self.groups.items()}
-        self.encoded_once = self.encode(clips[0].prompt) if method == "vmc" else None
 
-    def trainable(self, name, part):
+class OfficialLoop:
+    """The official training loop of a row's method."""
+
+    def __init__(self, here, row):
+        run = prepare(here, row)
+        self.clips, self.pipe = [run.clips[0], *run.prior[:1]], replace(run.pipe, unet=None)
+        self.autocast = partial(machine.autocast, here.device, row["precision"])
+        self.unet = load_unet(model.load(None, here.device).unet).train()
+        bypass_temporal_layers(self.unet)
+        self.lora, self.trained, groups = {}, {}, []
+        for name, part in run.recipe.parts.items():
+            if isinstance(part, lora.Trainable) and part.trainable:
+                self.trained[name] = self.add(name, part)
+                groups.append({"params": self.trained[name], "lr": part.lr})
+        self.backward, self.optimizer = getattr(self, run.recipe.name), torch.optim.AdamW(groups)
+        if run.recipe.name == "vmc":
+            self.encode = cache(self.encode)
+
+    def add(self, name, part):
         """The parameters of a part: its LoRA or, for rank 0, those of the UNet."""
         if not part.rank:
             return [p.requires_grad_() for p in lora.select(self.unet, part.layers).values()]
@@ -171,9 +182,8 @@ class Loop:
 
     def step(self):
         self.backward()
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def predict(self, x, t, text):
         with self.autocast():
@@ -189,24 +199,22 @@ class Loop:
         S, latents = self.pipe.schedule, torch.cat([clip.latents for clip in self.clips])
         noise = torch.randn_like(latents)
         t = torch.randint(S.num_train_timesteps, (len(latents),))
-        text = self.encoded_once
-        if text is None:
-            text = torch.cat([self.encode(clip.prompt) for clip in self.clips])
+        text = torch.cat([self.encode(clip.prompt) for clip in self.clips])
         return S.target(latents, noise, t), (S.add_noise(latents, noise, t), t, text)
 
     def vmc(self):
         target, inputs = self.noised()
         out = self.predict(*inputs)
         difference = lambda v: (v[:, :, 1:] - v[:, :, :-1]).abs()
-        loss = 1 - F.cosine_similarity(difference(out), difference(target), dim=2)
-        loss.mean().backward()
-        nn.utils.clip_grad_norm_(self.groups["motion"], 1.0)
+        cosine = F.cosine_similarity(difference(out), difference(target), dim=2)
+        (1 - cosine).mean().backward()
+        nn.utils.clip_grad_norm_(self.trained["motion"], 1.0)
 
     def newmove(self):
         target, inputs = self.noised()
         out = self.predict(*inputs)
         (F.mse_loss(out[:1], target[:1]) + 0.5 * F.mse_loss(out[1:], target[1:])).backward()
-        nn.utils.clip_grad_norm_(self.groups["motion"], 1.0)
+        nn.utils.clip_grad_norm_(self.trained["motion"], 1.0)
 
     def motiondirector(self):
         target, (x, t, text) = self.noised()
@@ -219,23 +227,28 @@ class Loop:
         out = self.predict(x, t, text)
         debiased = lambda v: 2**0.5 * v - v[:, :, i : i + 1]
         F.mse_loss(frame, target[:, :, i : i + 1]).backward()
-        kept = [p.grad for p in self.groups["appearance"]]
-        self.optimizers["appearance"].zero_grad(set_to_none=True)
+        kept = [p.grad.clone() for p in self.trained["appearance"]]
         (F.mse_loss(out, target) + F.mse_loss(debiased(out), debiased(target))).backward()
-        for p, grad in zip(self.groups["appearance"], kept):  # the second gradient is discarded
+        for p, grad in zip(self.trained["appearance"], kept):  # the second gradient is discarded
             p.grad = grad
 
 
-@torch.no_grad()
-def official_sample(unet, schedule, text, empty, start, steps, autocast):
-    """Latents by the loop of diffusers' TextToVideoSDPipeline, with its DDIM scheduler."""
-    config = vars(schedule).copy()
+def sample_official(here, row):
+    """Guided DDIM by the pipeline of diffusers, to latents."""
+    pipe, (text, empty, start) = sampling_inputs(here, row)
+    unet = load_unet(model.load(None, here.device).unet, machine.DTYPES[row["precision"]])
+    config = vars(pipe.schedule).copy()
     del config["alpha_bar"], config["dpm_spacing"]
-    scheduler = diffusers.DDIMScheduler.from_config(config)
-    scheduler.set_timesteps(steps, device=start.device)
-    both, x = torch.cat([empty, text]), start
-    for t in scheduler.timesteps:
-        with autocast():
-            plain, prompted = unet(torch.cat([x, x]), t, both).sample.chunk(2)
-        x = scheduler.step(plain + GUIDANCE * (prompted - plain), t, x).prev_sample
-    return x
+    official = diffusers.TextToVideoSDPipeline(
+        None, None, None, unet, diffusers.DDIMScheduler.from_config(config))
+    official.set_progress_bar_config(disable=True)
+    frames, height, width = row["shape"]
+
+    def step():
+        with machine.autocast(here.device, row["precision"]):
+            return official(height=height, width=width, num_frames=frames, latents=start,
+                            num_inference_steps=row["steps"], guidance_scale=GUIDANCE,
+                            prompt_embeds=text, negative_prompt_embeds=empty,
+                            output_type="latent").frames
+
+    return step

@@ -15,9 +15,6 @@ from support import tokenizer
 from support.files import BadInput, read_json, read_tensors
 from support.hub import clip_from_hub, load_strictly, read_weights, text_from_hub
 
-# ------------------------------------------------------------------------------------------------
-# Networks
-
 
 class CLIP:
     """An image tower and a text tower with unit features. `name` labels its rows in the table."""
@@ -64,14 +61,12 @@ def load_clip(name=None, weights=None, device="cpu"):
     the tiny CLIP. Raises BadInput."""
     if not name and not weights:
         return tiny_clip(device=device)
-    if not name:
-        raise BadInput(f"--clip-weights {weights}: the model is missing; give --clip (train.py: "
-                       "clip=), e.g. ViT-L-14-quickgelu.")
     import open_clip
 
-    if not weights or not Path(weights).is_file():
-        raise BadInput(f"--clip {name}: expected a local weights file, found {weights}; give "
-                       "--clip-weights FILE (train.py: clip_weights=FILE).")
+    if not (name and weights and Path(weights).is_file()):
+        raise BadInput(f"--clip {name}, --clip-weights {weights}: expected a model of open_clip, "
+                       "e.g. ViT-L-14-quickgelu, and its local weights file (train.py: clip=, "
+                       "clip_weights=).")
     if name not in open_clip.list_models():
         raise BadInput(f"--clip {name!r}: expected an open_clip model, e.g. ViT-L-14 or ViT-H-14.")
     net = open_clip.create_model(name, pretrained=None, load_weights=False)
@@ -113,10 +108,6 @@ class SSCD:
         standard deviation."""
         frames = preprocess(video, 288, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         return F.normalize(self.net(frames.to(self.device)), dim=-1).cpu()
-
-
-# ------------------------------------------------------------------------------------------------
-# Metrics on unit features: frames (F, D), a text (1, D)
 
 
 def alignment(frames, text):

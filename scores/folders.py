@@ -2,6 +2,7 @@
 
 Axes: F frames, H W pixels.
 """
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,21 +117,21 @@ def find_training(generated):
 
 
 def read_runs(args):
-    """All runs. Folders of train.py are sampled first. Raises BadInput."""
-    folders, paths = [], list(dict.fromkeys(path.resolve() for path in args.runs))
-    trained = [path for path in paths if (path / "run.json").is_file()]
+    """All runs, named by their path below their common folder. Folders of train.py are sampled
+    first. Raises BadInput."""
+    paths = list(dict.fromkeys(path.resolve() for path in args.runs))
+    common, folders = os.path.commonpath([path.parent for path in paths]), {}
+    several = sum((path / "run.json").is_file() for path in paths) > 1
     for path in paths:
-        if path not in trained:
-            folders.append((path.name, path))
+        name = str(path.relative_to(common))
+        if not (path / "run.json").is_file():
+            folders[name] = path
             continue
-        same_name = sum(other.name == path.name for other in trained) > 1
-        out = args.out / "samples" / (slug(str(path), 999)[-60:] if same_name else path.name)
-        for name, folder in samples.sample_folder(path, read_training(path), out, args).items():
-            prefix = f"{path.name}: " if len(trained) > 1 and name != path.name else ""
-            folders.append((prefix + name, folder))
-    names, runs = [name for name, _ in folders], []
-    for name, folder in folders:
-        runs.append(read_run(name if names.count(name) == 1 else str(folder), folder, args))
+        out = args.out / "samples" / name
+        for part, folder in samples.sample_folder(path, read_training(path), out, args).items():
+            other = f"{name}: {part}" if several else part
+            folders[name if part == path.name else other] = folder
+    runs = [read_run(name, folder, args) for name, folder in folders.items()]
     shared = next((run.references for run in runs if run.references), [])
     for run in runs:  # e.g. samples of the base model have no training clips
         run.references = run.references or shared
@@ -142,12 +143,12 @@ def read_run(name, folder, args):
     adapter. Raises BadInput."""
     generated = read_generated(folder)
     frames, fps = args.frames or generated.frames, args.fps or generated.fps
-    files = [(folder / file, prompt, seed) for file, prompt, seed in generated.videos]
-    for file in [] if files else list_videos(folder):
-        files.append((file, data.find_caption(file)[0], len(files)))  # captions may repeat
+    listed = generated.videos or [(file, data.find_caption(file)[0], number)  # captions may repeat
+                                  for number, file in enumerate(list_videos(folder))]
     videos = []
-    for file, prompt, seed in tqdm(files, desc=escaped(f"reading {name}"), delay=2):
-        videos.append(Sample(read(file, args, frames, fps), prompt, seed, file, fps))
+    for file, prompt, seed in tqdm(listed, desc=escaped(f"reading {name}"), delay=2):
+        video = read(folder / file, args, frames, fps)
+        videos.append(Sample(video, prompt, seed, folder / file, fps))
     references = [Sample(read(file, args, frames, fps), "", 0, file, fps)
                   for file in data.find_clips(args.reference)]
     training = find_training(generated)

@@ -3,7 +3,7 @@
 Axes: F frames, D feature width.
 """
 import re
-from dataclasses import dataclass
+import statistics
 
 import torch
 from tqdm import tqdm
@@ -14,30 +14,23 @@ from support import tokenizer
 from support.files import escaped
 
 
-@dataclass
 class Scorers:
     """The networks that score videos: a CLIP, the network of the copy score, and optionally
-    PickScore, a video classifier and LPIPS."""
+    PickScore, a video classifier and LPIPS. Raises BadInput."""
 
-    clip: object
-    copies: object
-    pick: object = None
-    classifier: object = None
-    lpips: object = None
-
-
-def load_scorers(args):
-    """The Scorers that the flags specify. Raises BadInput."""
-    scripts = {}
-    for name, expected in (("classifier", "a video classifier"), ("lpips", "an image distance"),
-                           ("sscd", "sscd_disc_mixup.torchscript.pt")):
-        if path := getattr(args, name):
-            scripts[name] = clips.load_script(path, expected, args.trust_scripts, args.device)
-    clip, pick = clips.load_clip(args.clip, args.clip_weights, args.device), None
-    if args.pick_weights:
-        pick = clips.load_clip("ViT-H-14", args.pick_weights, args.device)
-    copies = clips.SSCD(scripts.pop("sscd"), args.device) if args.sscd else clip
-    return Scorers(clip, copies, pick, **scripts)
+    def __init__(self, args):
+        load = lambda path, expected: path and clips.load_script(
+            path, expected, args.trust_scripts, args.device)
+        self.classifier = load(args.classifier, "a video classifier")
+        self.lpips = load(args.lpips, "an image distance")
+        sscd = load(args.sscd, "sscd_disc_mixup.torchscript.pt")
+        self.clip = clips.load_clip(args.clip, args.clip_weights, args.device)
+        self.pick = args.pick_weights and clips.load_clip(
+            "ViT-H-14", args.pick_weights, args.device)
+        self.copies = clips.SSCD(sscd, args.device) if sscd else self.clip
+        # names in the table
+        self.alignment = f"text alignment ({self.clip.name})"
+        self.copy_score = f"copy score ({'SSCD' if sscd else self.clip.name + ' features'})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -51,22 +44,22 @@ def score(run, args, scorers):
     references = [r.video for r in run.references]
     reference_features = [scorers.copies.frame_features(video) for video in references]
     reference_tracks = [find_tracks(r, args) for r in run.references]
+    classify = lambda video: scorers.classifier(video[None].to(args.device)).argmax().item()
     motion_class = args.motion_class
-    if motion_class is None and scorers.classifier:
-        motion_class = most_common_class(scorers.classifier, references, args.device)
+    if motion_class is None and scorers.classifier and references:
+        motion_class = statistics.mode(map(classify, references))
     for s in tqdm(run.samples, desc=escaped(f"scoring {run.name}"), delay=2):
         s.features = scorers.clip.frame_features(s.video)
         s.metrics = score_frames(s, args, scorers)
         if references:
             frames = scorers.copies.frame_features(s.video)
-            s.metrics[copy_name(scorers)] = clips.copy_score(frames, reference_features)
+            s.metrics[scorers.copy_score] = clips.copy_score(frames, reference_features)
             found = find_tracks(s, args)
-            fidelity = [tracks.motion_fidelity(r, found) for r in reference_tracks]
-            s.metrics["motion fidelity"] = max(fidelity)
+            s.metrics["motion fidelity"] = max(
+                tracks.motion_fidelity(r, found) for r in reference_tracks)
             s.metrics["reliable tracks (share)"] = s.reliable
         if motion_class is not None and scorers.classifier:
-            predicted = predict_class(scorers.classifier, s.video, args.device)
-            s.metrics["motion accuracy (classifier)"] = float(predicted == motion_class)
+            s.metrics["motion accuracy (classifier)"] = float(classify(s.video) == motion_class)
         if args.world:
             s.metrics |= world.world_scores(s.video, s.prompt, *references[:1])
 
@@ -74,7 +67,7 @@ def score(run, args, scorers):
 def score_frames(s, args, scorers):
     """Metrics of a sample's frames: match with the prompt, and temporal consistency."""
     text = scorers.clip.text_features([s.prompt])
-    row = {alignment_name(scorers): clips.alignment(s.features, text),
+    row = {scorers.alignment: clips.alignment(s.features, text),
            f"temporal consistency ({scorers.clip.name})": clips.temporal_consistency(s.features)}
     if scorers.lpips:  # distance of neighboring frames (Customize-A-Video, Table 1)
         frames = s.video.transpose(0, 1).to(args.device)
@@ -90,18 +83,6 @@ def score_frames(s, args, scorers):
     return row
 
 
-@torch.no_grad()
-def predict_class(classifier, video, device="cpu"):
-    """The class that a classifier predicts for a video (3, F, H, W)."""
-    return classifier(video[None].to(device)).argmax().item()
-
-
-def most_common_class(classifier, references, device="cpu"):
-    """The most common class of the references (3, F, H, W), or None without references."""
-    predicted = [predict_class(classifier, video, device) for video in references]
-    return max(set(predicted), key=predicted.count) if predicted else None
-
-
 def find_tracks(sample, args):
     """The tracks of a sample, from --tracks or by `tracks.track`, which also fills in the share of
     reliable tracks. Raises BadInput."""
@@ -111,17 +92,6 @@ def find_tracks(sample, args):
     found, reliable = tracks.track(sample.video)
     sample.reliable = reliable.float().mean().item() if len(reliable) else None
     return found
-
-
-def alignment_name(scorers):
-    """The name of the text alignment in the table."""
-    return f"text alignment ({scorers.clip.name})"
-
-
-def copy_name(scorers):
-    """The name of the copy score in the table, with its network."""
-    features = "" if scorers.copies.name == "SSCD" else " features"
-    return f"copy score ({scorers.copies.name}{features})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -149,24 +119,21 @@ def choose_shared(runs):
 
 def summary(run, args, scorers):
     """{metric: number or None} of a run: means over the compared samples, and diversity."""
-    values, by_prompt = {}, {}
+    by_prompt = {}
     for s in run.compared:
         by_prompt.setdefault(s.prompt, []).append(s)
-        for metric, value in s.metrics.items():
-            values.setdefault(metric, []).append(value)
-    table = {metric: mean(numbers) for metric, numbers in values.items()}
-    alignments, clip_diversity, lpips_diversity = [], [], []
-    for samples in by_prompt.values():
-        alignments.append(mean([s.metrics[alignment_name(scorers)] for s in samples]))
-        clip_diversity.append(clips.diversity([s.features for s in samples]))
-        if scorers.lpips:
-            lpips_diversity.append(lpips_distance(samples, args, scorers))
-    if len(by_prompt) > 1:  # MotionDirector's metric, for prompts with very different appearance
-        table["appearance diversity"] = mean(alignments)
-    for name, numbers in (("diversity (1 − CLIP cosine)", clip_diversity),
-                          ("diversity (LPIPS)", lpips_diversity)):
-        if set(numbers) - {None}:
-            table[name] = mean(numbers)
+    names = dict.fromkeys(name for s in run.compared for name in s.metrics)
+    average = lambda samples, name: mean([s.metrics.get(name) for s in samples])
+    table = {name: average(run.compared, name) for name in names}
+    several = by_prompt.values()
+    if len(several) > 1:  # MotionDirector's metric, for prompts with very different appearance
+        table["appearance diversity"] = mean([average(s, scorers.alignment) for s in several])
+    distances = {"diversity (1 − CLIP cosine)": lambda v: clips.diversity([s.features for s in v])}
+    if scorers.lpips:
+        distances["diversity (LPIPS)"] = lambda v: lpips_distance(v, args, scorers)
+    for name, distance in distances.items():
+        if any(len(samples) > 1 for samples in several):
+            table[name] = mean([distance(samples) for samples in several])
     return table
 
 
@@ -179,13 +146,9 @@ def mean(values):
 @torch.no_grad()
 def lpips_distance(samples, args, scorers):
     """The mean frame-by-frame distance over all pairs of videos, or None without pairs."""
-    distances, previous = [], []
-    for s in samples:
-        frames = s.video.transpose(0, 1).to(args.device)
-        for other in previous:
-            distances.append(scorers.lpips(frames, other).mean().item())
-        previous.append(frames)
-    return mean(distances)
+    frames = [s.video.transpose(0, 1).to(args.device) for s in samples]
+    pairs = [(a, b) for i, a in enumerate(frames) for b in frames[:i]]
+    return mean([scorers.lpips(a, b).mean().item() for a, b in pairs])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -194,7 +157,7 @@ def lpips_distance(samples, args, scorers):
 
 def count_copies(runs, table, args, scorers):
     """Add the share of copies to the table. Returns the threshold, or None without one."""
-    name = copy_name(scorers)
+    name = scorers.copy_score
     threshold = copy_threshold(runs, name, args)
     for run in runs:
         scores = [s.metrics[name] for s in run.compared if name in s.metrics]

@@ -38,14 +38,10 @@ def embed(video, fps):
         return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-# ------------------------------------------------------------------------------------------------
-# Loss curves from train.py's log.jsonl. Each line is a step: {"step", "loss", "seen": [{"t", "mse"}
-# per prediction], …}
-
-
 def read_log(path):
-    """The steps of a log.jsonl. If a step occurs twice, the last line counts. Invalid lines, e.g.
-    one cut off by a kill, are skipped."""
+    """The steps of train.py's log.jsonl, {"step", "loss", "seen": [{"t", "mse"} per prediction], …}
+    each. If a step occurs twice, the last line counts. Invalid lines, e.g. one cut off by a kill,
+    are skipped."""
     rows = {}
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -93,25 +89,17 @@ def thin(points, limit):
     return curve
 
 
-# ------------------------------------------------------------------------------------------------
-# The report
-
-
 def metric_curves(runs, table):
     """{training folder: {metric: [(step, value)]}} over the steps whose adapters were scored."""
-    folders = {}
-    trained = [run for run in runs if run.training and run.generated.steps_trained is not None]
-    for run in sorted(trained, key=lambda run: run.generated.steps_trained):
-        step = run.generated.steps_trained
-        metrics = folders.setdefault(run.training.folder, {})
-        for metric, value in table[run.name].items():
-            if value is not None and (metric not in metrics or metrics[metric][-1][0] < step):
-                metrics.setdefault(metric, []).append((step, value))
     curves = {}
-    for folder, metrics in folders.items():
-        if max(map(len, metrics.values())) > 2:
-            curves[folder] = metrics
-    return curves
+    for run in runs:
+        if run.training and run.generated.steps_trained is not None:
+            for metric, value in table[run.name].items():
+                if value is not None:
+                    curve = curves.setdefault(run.training.folder, {}).setdefault(metric, {})
+                    curve.setdefault(run.generated.steps_trained, value)
+    return {folder: {metric: sorted(curve.items()) for metric, curve in metrics.items()}
+            for folder, metrics in curves.items() if max(map(len, metrics.values())) > 2}
 
 
 def report(runs, table, notes):

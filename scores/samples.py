@@ -34,17 +34,18 @@ def sample_folder(path, training, out, args):
     for earlier in sorted(path.glob(f"steps/*/{result.name}")):
         plan[f"step {int(earlier.parent.name)}"] = earlier, 1.0, s
     prompts = data.read_prompts(args.prompts) if args.prompts else [training.preview_prompt]
-    jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in range(args.seeds)]
+    jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in range(args.videos_per_prompt)]
     for prompt, _ in jobs:
         data.check_prompt(prompt)
     folders = {}
     for name, settings in plan.items():
         folders[name] = out / ("result" if name == path.name else slug(name))
-        sample_adapter(folders[name], *settings, name, jobs, training, args)
+        step_0 = START if START in plan else NOISE  # curves begin from the same latents as later
+        sample_adapter(folders[name], *settings, name, jobs, training, args, name == step_0)
     return folders
 
 
-def sample_adapter(folder, path, scale, s, name, jobs, training, args):
+def sample_adapter(folder, path, scale, s, name, jobs, training, args, is_step_0=False):
     """Sample all jobs, (prompt, seed), into a folder, with the adapter at `path` and Sampling s.
     Raises BadInput."""
     pipe = model.load(training.weights, args.device, machine.default_precision(args.device))
@@ -61,7 +62,7 @@ def sample_adapter(folder, path, scale, s, name, jobs, training, args):
     for i, ((prompt, seed), video) in enumerate(sampled):
         videos.append([f"{i:03d}-{slug(prompt)}-seed{seed}.mp4", prompt, seed])
         media.write_video(folder / videos[-1][0], video, training.fps)
+    step = int(adapter.meta["step"]) if scale else 0 if is_step_0 else None
     write_json(folder / "settings.json", asdict(s) | {
         "adapter": [str(path)], "scale": [scale], "weights": training.weights, "fps": training.fps,
-        "frames": frames, "steps_trained": int(adapter.meta["step"]) if scale else 0,
-        "videos": videos})
+        "frames": frames, "steps_trained": step, "videos": videos})

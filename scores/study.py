@@ -46,10 +46,6 @@ def build_study(runs, ratings, question):
     return {"study.html": page, "study-key.json": json.dumps(key, indent=1) + "\n"}
 
 
-# ------------------------------------------------------------------------------------------------
-# Counting votes
-
-
 def count_votes(paths, key=None):
     """Print the preference for each run of a pair with a p-value (NewMove), and the mean ratings
     (VMC, Customize-A-Video), over all votes files. Raises BadInput."""

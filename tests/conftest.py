@@ -164,6 +164,7 @@ def run_training(*args):
 
 def prepare_run(method, video, parent, *more):
     """A Run that is ready for its first step, in a new folder inside `parent`."""
+    parent.mkdir(parents=True, exist_ok=True)
     out = tempfile.mkdtemp(dir=parent)
     return train.prepare(*train.parse(flags_of(method, video, out, *more)))
 

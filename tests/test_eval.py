@@ -605,7 +605,7 @@ def test_the_method_names_the_model_that_inverts(inversion, prior, same, tmp_pat
     found, invert = [], sampler.invert
     monkeypatch.setattr(sampler, "invert", lambda *a, **k: (
         found.append(invert(*a, **k)), found[-1])[1])
-    args = SimpleNamespace(prompts=None, seeds=1, device="cpu")
+    args = SimpleNamespace(prompts=None, videos_per_prompt=1, device="cpu")
     trained = folders.read_training(tmp_path)
     made = samples.sample_folder(tmp_path, trained, tmp_path / "to", args)
     names = ["base, noise", *["base, start"] * bool(prior), tmp_path.name, "step 2"]
@@ -685,7 +685,7 @@ def test_a_run_without_its_clip_or_its_adapter_is_refused(tmp_path):
     ((".", "--out", "file/x"), "file"), ((".", "--clip-weights", "x"), "requires --clip"),
     ((), "expected folders to score"), (("--votes", "none.json"), "none.json|study-key.json"),
     (("--votes", "."), "study-key.json"), ((".", "--keyframes", "3"), "two or more"),
-    ((".", "--prompts", "none.txt"), "--prompts and --seeds apply to"),
+    ((".", "--prompts", "none.txt"), "--prompts and --videos-per-prompt apply to"),
     ((".", "--motion-class", "1"), "requires --classifier"), ((".", "--out", "."), "is not empty")])
 def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -76,7 +76,7 @@ def trained(hop, tmp_path_factory):
     a network nor a home folder."""
     out = tmp_path_factory.mktemp("run") / "out"
     command = [sys.executable, ROOT / "train.py", "--video", hop, "--out", out, "--steps", 4,
-               "--preview-every", 2, "--preview-steps", 2, "--frames", 6, "motion.lr=5e-3"]
+               "--preview-every", 2, "--preview-steps", 2, "--frames", 4, "motion.lr=5e-3"]
     (out.parent / "sitecustomize.py").write_text(
         "import socket\n\n\ndef connect(self, address):\n    raise SystemExit('network')\n\n\n"
         "socket.socket.connect = connect\n")
@@ -130,7 +130,7 @@ def test_a_run_leaves_its_settings_log_state_adapter_and_previews(trained, hop, 
     adapter = adapters.read_adapter(out / "vmc.safetensors", tiny)
     assert {"method": "vmc", "prompt": "thing 0 hopping", "step": "4", "seed": "0",
             "base": adapters.fingerprint(tiny.unet)}.items() <= adapter.meta.items()
-    assert adapter.latents.shape == (8, 6, 8, 8)
+    assert adapter.latents.shape == (8, 4, 8, 8)
     assert sampler.read_sampling(out, adapter.meta) == sampler.Sampling(
         sampler="ddpm", sampling_steps=20, inversion_steps=0, noise_prior=1,
         inversion_model="tuned", guidance=4, fps=8)
@@ -145,7 +145,7 @@ def test_a_preview_has_the_reference_the_base_model_and_the_current_one(trained)
         with av.open(str(trained[0] / "samples" / f"step-{step:06d}.mp4")) as container:
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
         side = frames[0].shape[0]
-        assert len(frames) == 6 and frames[0].shape[1] == 3 * side
+        assert len(frames) == 4 and frames[0].shape[1] == 3 * side
         _, before, now = torch.tensor(frames[3]).float().split(side, dim=1)
         assert ((before - now).abs().mean() < 2) == same
 
