@@ -34,7 +34,8 @@ def sample_folder(path, training, out, args):
     for earlier in sorted(path.glob(f"steps/*/{result.name}")):
         plan[f"step {int(earlier.parent.name)}"] = earlier, 1.0, s
     prompts = data.read_prompts(args.prompts) if args.prompts else [training.preview_prompt]
-    jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in range(args.videos_per_prompt)]
+    seeds = range(args.videos_per_prompt)
+    jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
     for prompt, _ in jobs:
         data.check_prompt(prompt)
     folders = {}
