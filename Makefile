@@ -1,5 +1,5 @@
-# `make demo` trains VMC on the bundled clip and generates videos with the adapter; run again, it
-# continues where it stopped. `make test` runs all tests except the slow ones (pytest -m slow).
+# `make demo` trains VMC on the bundled clip and generates videos with the adapter. If interrupted, it
+# continues the next time. `make test` runs all tests except the slow ones (pytest -m slow).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin

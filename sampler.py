@@ -20,6 +20,7 @@ from tqdm import tqdm
 from support import adapters
 from support.files import (
     BadInput,
+    escaped,
     field_errors,
     log,
     number,
@@ -315,7 +316,7 @@ def sample(pipe, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", n
     """B prompts and starting latents (B, C, F, h, w) -> videos (B, 3, F, H, W) on the CPU.
 
     seeds: one per video, for noise added during sampling. options: those of one sampler. progress:
-    the title of a progress bar. Raises BadInput when the latents become NaN.
+    the title of a progress bar. Raises BadInput for latents or videos with NaN.
     """
     text = pipe.encode_text(prompts)
     empty = pipe.encode_text([negative]).expand(len(prompts), -1, -1)
@@ -327,7 +328,11 @@ def sample(pipe, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", n
     if not torch.isfinite(latents).all():
         raise BadInput(f"sampling with guidance {guidance:g} gave NaN; lower --guidance, or use "
                        "--precision fp32.")
-    return pipe.decode(latents)
+    videos = pipe.decode(latents)
+    if not torch.isfinite(videos).all():
+        raise BadInput("the VAE gave NaN; give --weights with another vae/, or use "
+                       "--precision fp32.")
+    return videos
 
 
 @contextmanager
@@ -336,7 +341,7 @@ def progress_bar(title, count, on_step):
     if title is None:
         yield on_step
         return
-    with tqdm(total=count, desc=title, delay=2, leave=False) as bar:
+    with tqdm(total=count, desc=escaped(title), delay=2, leave=False) as bar:
         def step(t, x):
             bar.update()
             if on_step:
@@ -384,7 +389,8 @@ def sample_videos(pipe, loaded, scales, jobs, s, shape, clip=None, negative="", 
     if s.noise_prior and inverted is None:
         inverted = invert_clip()
     total = len(jobs) * s.sampling_steps
-    with tqdm(total=total, desc=progress, delay=2, disable=progress is None) as bar:
+    title = escaped(progress or "")
+    with tqdm(total=total, desc=title, delay=2, disable=progress is None) as bar:
         for i in range(0, len(jobs), batch):
             prompts, seeds = zip(*jobs[i : i + batch])
             start = seeded_randn(shape, seeds)

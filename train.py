@@ -62,10 +62,10 @@ def main(argv=None):
 
 def parse(argv):
     """The flags, and the recipe with all its settings. Raises BadInput."""
-    argv, settings = split_settings(argv)
     parser = Parser(description=__doc__, add_help=False)
     add_data_flags(parser.add_argument)
     add_training_flags(parser.add_argument)
+    argv, settings = split_settings(argv, parser)
     flags = parser.parse_args(argv)
     if flags.help:
         method_given = any(a.startswith("--method") for a in argv)

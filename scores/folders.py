@@ -12,7 +12,7 @@ from tqdm import tqdm
 import data
 from scores import samples
 from support import media
-from support.files import BadInput, log, number, read_fields, read_json, reading, slug
+from support.files import BadInput, escaped, log, number, read_fields, read_json, reading, slug
 
 
 @dataclass
@@ -146,7 +146,7 @@ def read_run(name, folder, args):
     listed = generated.videos or [(file, data.find_caption(file)[0], number)  # captions may repeat
                                   for number, file in enumerate(list_videos(folder))]
     videos = []
-    for file, prompt, seed in tqdm(listed, desc=f"reading {name}", delay=2):
+    for file, prompt, seed in tqdm(listed, desc=escaped(f"reading {name}"), delay=2):
         video = read(folder / file, args, frames, fps)
         videos.append(Sample(video, prompt, seed, folder / file, fps))
     references = [Sample(read(file, args, frames, fps), "", 0, file, fps)

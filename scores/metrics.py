@@ -11,6 +11,7 @@ from tqdm import tqdm
 from scores import clip as clips
 from scores import tracks, world
 from support import tokenizer
+from support.files import escaped
 
 
 class Scorers:
@@ -47,7 +48,7 @@ def score(run, args, scorers):
     motion_class = args.motion_class
     if motion_class is None and scorers.classifier and references:
         motion_class = statistics.mode(map(classify, references))
-    for s in tqdm(run.samples, desc=f"scoring {run.name}", delay=2):
+    for s in tqdm(run.samples, desc=escaped(f"scoring {run.name}"), delay=2):
         s.features = scorers.clip.frame_features(s.video)
         s.metrics = score_frames(s, args, scorers)
         if references:

@@ -18,14 +18,14 @@ from support.files import BadInput, read_meta, read_tensors, reading, save_tenso
 FORMAT = "motion-adapter-4"
 CLIP = "clip_latents"  # the tensor that holds the first clip, for methods that start from it
 
-# {kind: apply(model, tensors, scale)} for trainables added by users. Their tensors are named
-# "kind.…" in an adapter file; `apply` gets them without that prefix when the adapter is merged.
+# {kind: apply(model, tensors, scale)} for kinds of trainables that users add. An adapter file names
+# their tensors "kind.…"; `apply` gets them without that prefix.
 ADAPTER_LOADERS = {}
 
 
 def fingerprint(unet):
-    """Twelve letters that identify a base model, equal for its fp16 and fp32 files. Computed from
-    the configuration and the last layer, which is never stored in bf16."""
+    """Twelve hexadecimal digits that identify a base model, equal for its fp16 and fp32 files. They
+    depend on the configuration and the last layer, which is never stored in bf16."""
     total = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
     named = dict(unet.named_parameters())
     for name in [n for n in named if n.startswith(("conv_out", "proj_out"))] or named:
@@ -37,8 +37,8 @@ def fingerprint(unet):
 @dataclass
 class Adapter:
     """Trained weights: full tensors by parameter name, and LoRA pairs (A, B) by module name with
-    the scale multiplied into B; vectors (n, D) of learned tokens; `more`, {kind: {name: tensor}},
-    for ADAPTER_LOADERS; the first clip's latents (C, F, h, w) or None; and meta, the file's
+    the scale multiplied into B; vectors (n, D) of learned tokens (`words`); {kind: {name: tensor}}
+    for ADAPTER_LOADERS (`more`); the first clip's latents (C, F, h, w) or None; and the file's
     metadata (str to str): format, method, base, prompt, step, sampling settings."""
 
     tensors: dict
@@ -51,18 +51,18 @@ class Adapter:
 
 
 def save_adapter(path, trainables, latents=None, **meta):
-    """Write the tensors of trainables and the clip's latents to one file. Tensors keep their
-    precision, so loading is exact. diffusers and peft ignore the names that they do not know."""
+    """Write the tensors of trainables and the clip's latents to one file, in full precision.
+    diffusers and peft ignore unknown names."""
     state = {} if latents is None else {CLIP: latents}
-    for one in trainables:
-        state |= one.tensors()
+    for trainable in trainables:
+        state |= trainable.tensors()
     save_tensors(path, state, {"format": FORMAT} | {k: str(v) for k, v in meta.items()})
 
 
 def read_adapter(path, model, whole=False):
-    """Read an adapter for a model: our own file or another program's LoRA. "file.pt#2" is clip 2 of
-    a MotionDirector list; `whole` also accepts all weights of an image UNet. Raises BadInput when
-    the file is not an adapter, is damaged, was trained on another base, or does not fit."""
+    """Read an adapter of train.py, or another program's LoRA. "file.pt#2" is clip 2 of a
+    MotionDirector list; `whole` also accepts all weights of an image UNet. Raises BadInput if the
+    file is not an adapter, is damaged, or was trained on another base model."""
     path = Path(path)
     name, _, clip = path.name.partition("#")
     path, clip = (path.with_name(name), int(clip)) if clip.isdigit() else (path, 0)
@@ -70,7 +70,7 @@ def read_adapter(path, model, whole=False):
     base, words, more, latents = meta.get("base"), {}, {}, None
     if base and base != fingerprint(model.unet):
         raise BadInput(f"{path} was trained on {meta.get('base_name')} ({base}), but these weights "
-                       f"are {fingerprint(model.unet)}; give --weights the base it was trained on.")
+                       f"are {fingerprint(model.unet)}; give --weights its base model.")
     with reading(path, "it belongs to another model"):
         if own := meta.get("format") == FORMAT:
             width, channels = model.text_encoder.config.hidden_size, model.unet.config.in_channels
@@ -96,9 +96,9 @@ def read_adapter(path, model, whole=False):
 @torch.no_grad()
 def apply_adapters(model, adapters, scales=None):
     """Merge adapters into the model, each with its scale s: W + Σ s·ΔW. Scale 0 leaves W unchanged
-    to the bit; scale 1 sets full tensors exactly. Learned tokens join the text encoder at any scale
-    except 0. Raises BadInput when two adapters hold the same token, before anything is changed.
-    Returns per adapter (path, number of changed layers, ‖ΔW‖/‖W‖ over these)."""
+    exactly; scale 1 sets full tensors exactly. Learned tokens are added to the text encoder unless
+    the scale is 0. Raises BadInput, before any change, if two adapters hold the same token. Returns
+    (path, number of changed layers, ‖ΔW‖/‖W‖ over these) per adapter."""
     words = [w for adapter in adapters for w in adapter.words]
     if twice := {w for w in words if words.count(w) > 1}:
         raise BadInput(f"two adapters hold the token {', '.join(twice)}; train one of them with "
@@ -106,19 +106,19 @@ def apply_adapters(model, adapters, scales=None):
     named, before = dict(model.unet.named_parameters()), {}
     device, norms = next(iter(named.values())).device, [[] for _ in adapters]
     active = [row for row in zip(adapters, scales or [1.0] * len(adapters), norms) if row[1]]
-    for adapter, scale, mine in active:  # full tensors first: they replace a layer
+    for adapter, scale, changes in active:  # full tensors first: they replace a layer
         for name, tensor in adapter.tensors.items():
-            mine.append(merge_full(named[name], tensor.to(named[name]), name, scale, before))
-    for adapter, scale, mine in active:
+            changes.append(merge_full(named[name], tensor.to(named[name]), name, scale, before))
+    for adapter, scale, changes in active:
         for layer, (A, B) in adapter.pairs.items():
             W = named[f"{layer}.weight"]
             delta = scale * lora_delta(A.to(device), B.to(device), W.data)
-            mine.append((delta.norm(), W.data.norm()))
+            changes.append((delta.norm(), W.data.norm()))
             W.data = W.data + delta
         for kind, tensors in adapter.more.items():
             ADAPTER_LOADERS[kind](model, {n: t.to(device) for n, t in tensors.items()}, scale)
         model.text_encoder.learned |= {w: t.to(device) for w, t in adapter.words.items()}
-    return [(a.path, len(mine), relative_change(mine)) for a, mine in zip(adapters, norms)]
+    return [(a.path, len(rows), relative_change(rows)) for a, rows in zip(adapters, norms)]
 
 
 def lora_delta(A, B, W):

@@ -1,5 +1,5 @@
-"""Versions of torch functions that are faster or need less memory. Each gives the same result as
-the torch code in its docstring.
+"""Torch functions in versions that are faster or need less memory. Docstrings name the torch code
+with the same result.
 
     python -m pytest tests/test_model.py -k plain
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LARGE = 2**20  # elements; tensors of this size and above are recomputed instead of saved
+LARGE = 2**20  # elements; tensors of at least this size are recomputed instead of saved
 MAX_GRID = 65_535  # blocks of a CUDA grid along one axis
 
 
@@ -25,16 +25,15 @@ def _checkpointed(f, *inputs):
     return f(*inputs)
 
 
-def _apply(x, *layers):
-    for layer in layers:
-        x = layer(x)
-    return x
-
-
 def sequential(layers, x):
-    """nn.Sequential(*layers)(x) for norms and activations before a convolution. These cost little
-    time and much memory, so the backward pass recomputes large ones."""
-    return _checkpointed(_apply, x, *layers)
+    """nn.Sequential(*layers)(x) for norms and activations before a convolution. Their outputs need
+    little time and much memory, so the backward pass recomputes large ones."""
+    def apply(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return _checkpointed(apply, x)
 
 
 def _geglu(x_gate):
@@ -43,7 +42,7 @@ def _geglu(x_gate):
 
 
 def geglu(x_gate):
-    """x·gelu(gate) for the two halves of (…, 2·D) -> (…, D). Saves only the input."""
+    """x·gelu(gate) for the halves x, gate of (…, 2·D) -> (…, D). Saves the input only."""
     return _checkpointed(_geglu, x_gate)
 
 
@@ -58,49 +57,32 @@ def scaled_dot_product_attention(q, k, v):
     """F.scaled_dot_product_attention: softmax(q·kᵀ/√d)·v on (B, heads, N, d).
 
     On a CPU, two matrix products are faster than the fused kernel up to about a thousand tokens,
-    above all in the backward pass. Longer sequences use the fused kernel, which needs less memory.
-    On CUDA, the fused kernel fails when the batch exceeds the grid (PyTorch #146704), so a larger
-    batch is split until batch × heads fits.
+    especially in the backward pass. Longer sequences use the fused kernel, which needs less memory.
+    On CUDA, the fused kernel fails if batch × heads exceeds the grid (PyTorch #146704), so larger
+    batches are split.
     """
     if q.device.type == "cpu" and k.shape[-2] <= 1024:
         return _checkpointed(_plain_attention, q, k, v)
-    batch = MAX_GRID // q.shape[1]
-    if q.device.type == "cpu" or q.shape[0] <= batch:
-        return F.scaled_dot_product_attention(q, k, v)
+    batch = len(q) if q.device.type == "cpu" else MAX_GRID // q.shape[1]
     return _batched_attention(q, k, v, batch)
 
 
 def _batched_attention(q, k, v, batch):
+    if len(q) <= batch:
+        return F.scaled_dot_product_attention(q, k, v)
     chunks = zip(q.split(batch), k.split(batch), v.split(batch))
     return torch.cat([F.scaled_dot_product_attention(*chunk) for chunk in chunks])
 
 
-class _Masked(torch.autograd.Function):
-    """x·keep·scale. Saves one byte per element for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, keep, scale):
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return x * keep.to(x.dtype).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, g):
-        keep, = ctx.saved_tensors
-        return g * keep.to(g.dtype).mul_(ctx.scale), None, None
-
-
 def dropout(x, p, training):
-    """F.dropout(x, p, training). On a CPU, the mask compares 16 random bits per element with p, in
-    a quarter of the time of Bernoulli sampling; p is rounded to 1/65536."""
+    """F.dropout(x, p, training). On a CPU, 16 random bits per element are compared with p, rounded
+    to 1/65536. That takes a quarter of the time of Bernoulli sampling."""
     if x.device.type != "cpu" or not training or p == 0:
         return F.dropout(x, p, training)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    like = torch.empty_like(x)  # only for its strides: the mask gets the memory layout of x
+    like = torch.empty_like(x)  # for its strides: the mask gets the memory layout of x
     bits = words.view(torch.int16)[: x.numel()].as_strided(like.shape, like.stride())
     keep = (bits >= round(p * 2**16) - 2**15).view(torch.uint8)  # bool tensors convert slowly
-    if x.numel() >= LARGE:
-        return _Masked.apply(x, keep, 1 / (1 - p))
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
@@ -112,7 +94,7 @@ class Dropout(nn.Dropout):
 
 
 class TemporalConv1d(nn.Conv3d):
-    """nn.Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0)), computed on (B, C, F, h·w) by the 2-D kernel,
+    """nn.Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0)) on (B, C, F, h·w), computed by a 2-D kernel,
     which is several times faster."""
 
     def __init__(self, channels):
@@ -124,7 +106,7 @@ class TemporalConv1d(nn.Conv3d):
 
 def in_fp32(name, keep=()):
     """True for parameters that stay in fp32 when frozen weights are stored in bf16: those in
-    `keep`, and the norms (also ".conv1.0." …) and the last layer, which run in fp32."""
+    `keep`, the norms (also those named ".conv1.0.") and the last layer."""
     small = r"norm|\.conv\d\.0\.|^(conv|proj)_out|scale_shift_table"
     return name in keep or re.search(small, name) is not None
 

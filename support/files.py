@@ -1,5 +1,5 @@
-"""Files: read what users give, write what they keep. No file can run code, each mistake becomes one
-line, and a file that is written appears complete or not at all.
+"""Reading the user's files and writing outputs. No file can run code, every error is one line, and
+an output file appears complete or not at all.
 """
 import argparse
 import codecs
@@ -49,9 +49,9 @@ def escaped(text):
 
 
 @contextlib.contextmanager
-def reading(path, do="get it again"):
-    """Turn any error in the block, which reads a user's file, into one line that names the file.
-    Readers are then written for correct files. do: the advice at the end of the line."""
+def reading(path, advice="download or create it again"):
+    """Turn any error in the block, which reads a user's file, into a one-line BadInput that names
+    the file and ends with the advice. Readers can then assume correct files."""
     try:
         if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
             raise BadInput(f"{path} is not a regular file; give the file itself.")  # a pipe blocks
@@ -60,7 +60,7 @@ def reading(path, do="get it again"):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise BadInput(f"{path} cannot be used ({reason}); {do}.") from error
+        raise BadInput(f"{path} cannot be used ({reason}); {advice}.") from error
 
 
 def read_json(path):
@@ -81,7 +81,7 @@ def read_text(path):
         marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = raw.decode("utf-16" if marked else "utf-8-sig")
         if "\0" in text:
-            raise ValueError("neither UTF-8 nor marked UTF-16")
+            raise ValueError("neither UTF-8 nor UTF-16 with a byte-order mark")
         return text
 
 
@@ -102,21 +102,17 @@ def read_fields(cls, values, source):
     Raises BadInput, naming the source, for values that are missing, of another type, not finite, or
     outside the field's range (`number`, `one_of`).
     """
-    chosen = {f.name: values[f.name] for f in fields(cls) if f.name in values}
     wrong = field_errors(cls, values)
     for f in fields(cls):
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             wrong.append(f"{f.name} is missing")
-    try:
-        if wrong:
-            raise BadInput("; ".join(wrong[:3]))
-        return cls(**chosen)
-    except BadInput as error:
-        raise BadInput(f"{source}: {error}. Take the file beside the weights.") from None
+    if wrong:
+        raise BadInput(f"{source}: {'; '.join(wrong[:3])}. Restore the original file.")
+    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 def field_errors(cls, values):
-    """One text per wrong value among a dataclass's fields in `values`."""
+    """One message per wrong value among a dataclass's fields in `values`."""
     wrong = []
     for f in fields(cls):
         if f.name in values and (expected := expected_values(f, values[f.name])):
@@ -130,7 +126,7 @@ def expected_values(f, value):
     if known:
         fits = any(value == k and isinstance(value, bool) == isinstance(k, bool) for k in known)
         return None if fits else " or ".join(map(repr, known))
-    if not _is(value, f.type):
+    if not has_type(value, f.type):
         return getattr(f.type, "__name__", str(f.type)) if f.type in (int, float) else str(f.type)
     several = value if isinstance(value, list) else [value]
     if f.type in (int, list[int]) and low is None:
@@ -139,16 +135,16 @@ def expected_values(f, value):
         return f"{low:g} to {high:g}"
     if f.default_factory is not MISSING:  # a list of any length
         return None
-    return None if 0 < len(several) <= 64 else "1 to 64 of them"
+    return None if 0 < len(several) <= 64 else "1 to 64 values"
 
 
-def _is(value, kind):
+def has_type(value, kind):
     """isinstance, also for lists and unions. A float may be written as an int. Numbers are finite,
     and a bool is not a number."""
     if isinstance(kind, types.UnionType):
-        return any(_is(value, one) for one in typing.get_args(kind))
+        return any(has_type(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(v, *typing.get_args(kind)) for v in value)
+        return isinstance(value, list) and all(has_type(v, *typing.get_args(kind)) for v in value)
     if kind in (int, float):
         return type(value) in {int: (int,), float: (int, float)}[kind] and abs(value) < 1e18
     return isinstance(value, kind)
@@ -199,7 +195,7 @@ def check_pickle(path):
 
 
 def digest(tensors, meta):
-    """A checksum of the metadata, and of names, shapes, types and numbers of tensors."""
+    """A checksum of the metadata, and of the names, shapes, types and values of tensors."""
     total = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -209,11 +205,12 @@ def digest(tensors, meta):
 
 
 def check_digest(path, tensors):
-    """Raises ValueError where a file written by `save_tensors` has changed since."""
+    """Raises ValueError if a file written by `save_tensors` was changed later."""
     meta = read_meta(path)
-    ours, expected = meta.keys() & {"digest", "tensors"}, meta.pop("digest", None)
-    if ours and expected != digest(tensors, meta):
-        raise ValueError(f"its checksum is wrong: {len(tensors)} tensors, of {meta['tensors']}")
+    has_digest, expected = meta.keys() & {"digest", "tensors"}, meta.pop("digest", None)
+    if has_digest and expected != digest(tensors, meta):
+        raise ValueError(f"its checksum is wrong: it has {len(tensors)} of {meta['tensors']} "
+                         "tensors")
 
 
 def read_meta(path):
@@ -241,29 +238,27 @@ def save_tensors(path, tensors, meta):
 
 
 # ------------------------------------------------------------------------------------------------
-# Values of flags that can be checked before anything is loaded
+# Values of flags, checked before anything is loaded
 
 
 def check_weights(path, flag="--weights"):
-    """Raises BadInput, with the download command, when a weights folder is missing. None stands for
+    """Raises BadInput, with the download command, if a weights folder is missing. None stands for
     the tiny model."""
     if path is None or Path(path).is_dir():
         return
-    model = re.fullmatch(r"(?:.*(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)", str(path))
-    if model and not Path(path).parent.is_dir():
-        folder = model[1].partition("/")[2]
-        raise BadInput(f"{flag} {path} is not a local folder. To download a model of the Hugging "
-                       f"Face hub: hf download {model[1]} --local-dir {folder} (hf comes with "
-                       f"pip install huggingface_hub); then give {flag} {folder}")
-    raise BadInput(f"{flag} {path} is not a local folder; give one in the hub's layout: unet/, "
-                   "vae/, text_encoder/ and scheduler/ (ZeroScope: hf download "
-                   "cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w).")
+    found = re.fullmatch(r"(?:.*(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)", str(path))
+    is_hub_name = found and not Path(path).parent.is_dir()
+    name = found[1] if is_hub_name else "cerspense/zeroscope_v2_576w"
+    folder = name.partition("/")[2]
+    raise BadInput(f"{flag} {path} is not a local folder in the hub's layout (unet/, vae/, "
+                   "text_encoder/, scheduler/). To download one: pip install huggingface_hub; "
+                   f"hf download {name} --local-dir {folder}; then give {flag} {folder}.")
 
 
-def check_exists(path, instead):
-    """Raises BadInput where a path does not exist; instead: the advice, as text."""
+def check_exists(path, advice):
+    """Raises BadInput if a path does not exist."""
     if not Path(path).exists():
-        raise BadInput(f"{path} does not exist; {instead}.")
+        raise BadInput(f"{path} does not exist; {advice}.")
 
 
 def read_size(text):
@@ -280,8 +275,8 @@ def read_size(text):
 # Writing
 
 
-UNFINISHED = ".unfinished"  # the folder, inside an output folder, for files that are being written
-_private = None  # its path, while a command holds an output folder
+UNFINISHED = ".unfinished"  # a folder inside the output folder, for files that are being written
+_private = None  # its path, while `output_folder` is active
 
 
 @contextlib.contextmanager
@@ -290,25 +285,25 @@ def atomic_write(path):
     to `path`. Readers see the old file or the new one, never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = path.parent
+    parent = path.parent
     if _private and _private.parent.resolve() in path.resolve().parents:
-        place = _private
-        place.mkdir(exist_ok=True)
+        parent = _private
+        parent.mkdir(exist_ok=True)
     umask = os.umask(0)
     os.umask(umask)
-    # A folder per file: libraries put temporary files of their own next to it.
-    with tempfile.TemporaryDirectory(dir=place, prefix=".tmp-") as folder:
+    # One folder per file, since libraries write temporary files next to it.
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".tmp-") as folder:
         part = Path(folder) / path.name
         yield part
-        os.chmod(part, 0o666 & ~umask)  # safetensors makes its files private
+        os.chmod(part, 0o666 & ~umask)  # safetensors makes files private
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
 
 
 def append_line(path, text):
-    """Append a line to a file, which is created if missing. It begins with its newline, so a line
-    cut off by a kill leaves the next one whole. Links and pipes are refused with an OSError."""
+    """Append a line to a file, which is created if missing. The newline comes first, so a line cut
+    off by a kill does not damage the next one. Links and pipes are refused with an OSError."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # not on Windows
     handle = os.open(path, flags, 0o666)
@@ -339,8 +334,10 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def output_folder(out, default, resume=None):
-    """An output folder, locked while the block runs. It is new or empty; with `resume`, it belongs
-    to a run. Without --out, `default` is numbered: default-2, default-3, … Raises BadInput."""
+    """An output folder, locked while the block runs. It is new or empty; with `resume` (None for
+    commands without that flag) it belongs to a run. Without --out, `default` is numbered:
+    default-2, default-3, … After a kill it may contain `.unfinished`, which --resume deletes;
+    generate.py and eval.py need a new folder then. Raises BadInput."""
     global _private
     folder = Path(out) if out else find_run(default) if resume else new_folder(default)
     if resume and not folder.is_dir():
@@ -348,9 +345,9 @@ def output_folder(out, default, resume=None):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         found = {p.name for p in folder.iterdir()}
-        ours = not found or resume is not None and holds_run(folder, found)
-        if found and not (resume and ours):
-            advice = ", or --resume" if ours else ""
+        is_run = resume is not None and holds_run(folder, found)
+        if found and not (resume and is_run):
+            advice = ", or --resume" if is_run else ""
             raise BadInput(f"--out {folder} {'holds no run' if resume else 'is not empty'}; give a "
                            f"new folder{advice}.")
         _private = folder / UNFINISHED
@@ -366,8 +363,7 @@ def output_folder(out, default, resume=None):
 
 
 def holds_run(folder, found):
-    """True if a folder with these names in it belongs to a run, even one killed at its first file.
-    """
+    """True if a folder with this content belongs to a run, also one killed at its first file."""
     private = folder / UNFINISHED
     if UNFINISHED in found and (private.is_symlink() or not private.is_dir() or any(
             not p.name.startswith(".tmp-") for p in private.iterdir())):
@@ -389,8 +385,8 @@ def new_folder(default):
 def find_run(default):
     """The one folder among default, default-2, … that holds a run. Raises BadInput for several."""
     numbered = re.compile(re.escape(default.name) + r"(-\d+)?")
-    there = default.parent.iterdir() if default.parent.is_dir() else []
-    runs = [p for p in there if numbered.fullmatch(p.name) and (p / "run.json").is_file()]
+    paths = default.parent.iterdir() if default.parent.is_dir() else []
+    runs = [p for p in paths if numbered.fullmatch(p.name) and (p / "run.json").is_file()]
     if len(runs) > 1:
         raise BadInput(f"--resume: {len(runs)} runs match, {' and '.join(map(str, sorted(runs)))}; "
                        "give --out with one of them.")
@@ -399,8 +395,8 @@ def find_run(default):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a lock on a folder; the system releases it however the process ends. Raises BadInput
-    where another command holds it."""
+    """Lock a folder; the system releases the lock even after a kill. Raises BadInput if another
+    command has locked it."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock

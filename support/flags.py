@@ -1,5 +1,4 @@
-"""Command-line flags: one line per mistake, with the nearest known name, and ranges of values.
-"""
+"""Command-line flags with ranges, and one-line errors that suggest the nearest known name."""
 import argparse
 import difflib
 import functools
@@ -23,16 +22,15 @@ class Parser(argparse.ArgumentParser):
                          **more)
 
     def parse_args(self, args=None, namespace=None):
-        """The flags. Ends the command for unknown flags, and for words that belong to no flag."""
+        """The flags. Exits with an error for unknown flags and stray words."""
         known, rest = self.parse_known_args(sys.argv[1:] if args is None else args, namespace)
         for word in rest:
             name = word.partition("=")[0]
             if name in RENAMED:
-                self.error(f"{name} is called {RENAMED[name]} now")
+                self.error(f"{name} was renamed to {RENAMED[name]}")
             near = difflib.get_close_matches(name, self._option_string_actions, 1)
-            self.error(f"{word!r} belongs to no flag"
-                       + (f"; did you mean {near[0]}?" if near else "; put a text of several words "
-                          "in quotes. --help lists all flags."))
+            self.error(f"{word!r} belongs to no flag" + (f"; did you mean {near[0]}?" if near else
+                       "; put quotes around a text of several words. --help lists all flags."))
         return known
 
     def error(self, message):
@@ -41,12 +39,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def int_in(low, high=2**31):
-    """An integer within low … high, for `type=`."""
+    """An argument type: an integer within low … high."""
     return functools.partial(_number, int, "an integer", low, high)
 
 
 def float_in(low, high=1e18):
-    """A finite number within low … high, for `type=`."""
+    """An argument type: a number within low … high."""
     return functools.partial(_number, float, "a number", low, high)
 
 
@@ -61,7 +59,7 @@ def _number(kind, expected, low, high, text):
 
 
 def choice(*known):
-    """One of some words, for `type=`."""
+    """An argument type: one of the known words."""
     def read(text):
         if text not in known:
             raise BadInput(f"{text[:40]}: expected {' or '.join(known)}.")
@@ -71,7 +69,7 @@ def choice(*known):
 
 
 def non_empty(text):
-    """A text that is not empty, for `type=`."""
+    """An argument type: a text that is not empty."""
     if not text.strip():
         raise BadInput("the text is empty.")
     return text

@@ -2,8 +2,8 @@
 
     tensors, pairs = read_foreign(read_tensors("x.safetensors"), {}, unet, "x.safetensors")
 
-A partly applied LoRA looks like an undertrained one. Therefore every tensor and every setting of a
-file is used, or the file is rejected. Only text encoder tensors are skipped, with a message.
+A partly applied LoRA gives the results of an undertrained one. Therefore a file is rejected unless
+every tensor and setting is used. Only text encoder tensors are skipped, with a message.
 
 The update of a layer is s·B·A: A is (r, in, *kernel), B (out, r, 1, …), s usually alpha/r.
 """
@@ -19,7 +19,7 @@ from support.hub import pth_name
 
 TEXT_ENCODER = r"(lora_te\d?_|text_encoder(_\d)?\.|text_model\.|(transformer\.)?resblocks\.)"
 PREFIX = r"(unet\.|diffusion_model\.|base_model\.model\.(unet\.)?|lora_unet_)?"
-SUFFIXES = {  # the endings of tensor names in the supported formats
+SUFFIXES = {  # of tensor names in the supported formats
     "A": r"\.lora_A(?:\.[^.]+)?\.weight|\.lora_A|\.lora_down\.weight|[._]lora\.down\.weight"
          r"|\.lora_linear_layer\.down\.weight",
     "B": r"\.lora_B(?:\.[^.]+)?\.weight|\.lora_B|\.lora_up\.weight|[._]lora\.up\.weight"
@@ -30,20 +30,19 @@ NAME = re.compile(f"(?P<layer>.+?)(?:{'|'.join(f'(?P<{k}>{p})' for k, p in SUFFI
 
 
 def read_foreign(state, meta, unet, path, clip=0, full_weights=False):
-    """Convert another program's file for this UNet to (tensors, pairs).
+    """Convert another program's file for this UNet to (tensors, pairs): full tensors by parameter
+    name, and (A, B) by layer name, with all scales multiplied into B. Raises BadInput.
 
     state: {name: tensor} of diffusers, peft, kohya, ComfyUI or stable_lora, with the layer names of
     the hub or of ModelScope; or a MotionDirector list, from which `clip` selects a clip. meta: the
-    metadata of a .safetensors. `pairs` maps layers to (A, B), with all scales multiplied into B;
-    `tensors` maps parameters to full values. full_weights: accept all weights of a UNet, too.
-    Raises BadInput.
+    metadata of a .safetensors. full_weights: also accept all weights of a UNet.
     """
     parameters, path = dict(unet.named_parameters()), Path(path)
-    with reading(path, "save it again, or merge it in the program that made it"):
+    with reading(path, "export it again, or merge it in the program that made it"):
         if isinstance(state, list):
             return {}, read_motiondirector(state, parameters, path, clip)
         if clip:
-            raise ValueError(f"it has no clip {clip}, since it is not a MotionDirector list")
+            raise ValueError(f"it is no MotionDirector list, so it has no clip {clip}")
         text = [n for n in state if re.match(TEXT_ENCODER, n)]
         if text:
             log(f"{path}: skipping {len(text)} text encoder tensors, e.g. {text[0]}")
@@ -57,20 +56,20 @@ def read_foreign(state, meta, unet, path, clip=0, full_weights=False):
         spatial = [n for n in parameters if not re.search(r"temp_|transformer_in", n)]
         if not (full_weights or pairs) and all(n in tensors for n in spatial):
             raise ValueError("it has all weights of a UNet and is not an adapter; give its folder "
-                             "to --weights, or the file to absorber.load_from=")
+                             "to --weights, or the file to appearance.load_from=")
         if both := [layer for layer in pairs if f"{layer}.weight" in tensors]:
             raise ValueError(f"it has both full weights and a LoRA for {both[0]}")
         return tensors, pairs
 
 
 def match_names(state, parameters, config):
-    """({layer: {"A", "B" or "alpha": tensor}}, {parameter: full tensor}) of a file. Raises
-    ValueError for tensors that match no layer."""
+    """({layer: {"A", "B" or "alpha": tensor}}, {parameter name: full tensor}) of a file. Raises
+    ValueError if a tensor matches no layer."""
     names = {n: n for n in parameters}
     if any(re.search(r"(input|middle|output)_blocks?[._]\d", n) for n in state):  # ModelScope names
         names |= {pth_name(n, config.layers_per_block): n for n in parameters}
     for name, hub in list(names.items()):
-        if name.endswith(".weight") and parameters[hub].dim() > 1:  # norms have no LoRA
+        if name.endswith(".weight") and parameters[hub].dim() > 1:  # no LoRA on norms
             names[name.removesuffix(".weight")] = hub.removesuffix(".weight")
     names |= {n.replace(".", "_"): hub for n, hub in names.items()}  # kohya
     layers, full, unknown = {}, {}, []
@@ -109,8 +108,8 @@ def build_pair(layer, found, shape):
     """(A, B) of a layer whose weight has this shape.
 
     For a convolution of kernel size k, stable_lora stores (k·r, k·in) and (k·out, k·r). The update
-    is B·A reshaped to (out, in, k, k); a temporal convolution takes the mean over the second k.
-    Here, k rows of B become one row, each with a copy of A.
+    is B·A reshaped to (out, in, k, k); for a temporal convolution, its mean over the second k.
+    Here, k rows of B are joined to one row, and A is repeated for each.
     """
     c_out, c_in, *kernel = shape
     if not {"A", "B"} <= set(found) or not len(found["A"]):
@@ -128,13 +127,13 @@ def build_pair(layer, found, shape):
 # Scales
 
 
-# peft's settings that change the update, with peft's defaults, and settings that do not change it.
+# peft's settings that change the update, with their defaults, and those that do not change it.
 SETTINGS = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
 IGNORED = """peft_type task_type auto_mapping base_model_name_or_path revision inference_mode
     peft_version target_modules exclude_modules lora_dropout bias modules_to_save init_lora_weights
     layers_to_transform layers_pattern loftq_config eva_config corda_config lora_ga_config
     megatron_config megatron_core qalora_group_size ensure_weight_tying runtime_config""".split()
-INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base weights
+INITS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change base weights
 
 
 def read_settings(state, meta, path):
@@ -156,12 +155,12 @@ def read_settings(state, meta, path):
 
 
 def find_scale(layer, found, settings, meta):
-    """alpha/r, from the layer's alpha tensor or from peft's settings; 1 without either."""
+    """The scale alpha/r, from the layer's alpha tensor or peft's settings; 1 without either."""
     scales, rank = [], len(found["A"])
     if "alpha" in found:
         scales.append(fit(found["alpha"], (), f"{layer}.alpha").item() / rank)
     elif "ss_network_alpha" in meta:
-        raise ValueError(f"its metadata has an alpha, but {layer} has none")
+        raise ValueError(f"its metadata has an alpha, but {layer} has no alpha tensor")
     if settings:
         r = match_pattern(settings["rank_pattern"], layer, settings["r"])
         alpha = match_pattern(settings["alpha_pattern"], layer, settings["lora_alpha"])
@@ -175,7 +174,7 @@ def find_scale(layer, found, settings, meta):
 
 
 def match_pattern(patterns, layer, default):
-    """The value of the first pattern that matches the layer's name, or its end after a dot."""
+    """The value of the first pattern that matches the layer's name, or its part after a dot."""
     return next((value for pattern, value in patterns.items()
                  if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
@@ -192,8 +191,8 @@ MOTIONDIRECTOR = (  # the layers of the temporal and of the spatial path
 
 
 def read_motiondirector(state, parameters, path, clip):
-    """{layer: (A, B)} of a list without names: up, down, up, down, …, in the order down blocks, up
-    blocks, mid block. With N clips, pair k·N + i belongs to layer k and clip i."""
+    """{layer: (A, B)} of a list without names: up, down, up, down, …, for the down blocks, the up
+    blocks and the mid block. With N clips, pair k·N + i belongs to layer k and clip i."""
     ups, downs = state[0::2], state[1::2]
     shapes = {n.removesuffix(".weight"): tuple(p.shape) for n, p in parameters.items()}
     for pattern in MOTIONDIRECTOR:
@@ -209,13 +208,14 @@ def read_motiondirector(state, parameters, path, clip):
     if clip >= clips:
         raise ValueError(f"it has no clip {clip}, only #0 to #{clips - 1}")
     if clips > 1:
-        log(f"{path}: reading clip {clip} of {clips}; {path.name}#{clips - 1} is the last")
+        log(f"{path}: reading clip {clip} of {clips}, counted from 0; {path.name}#{clips - 1} "
+            "selects the last one")
     return {layer: build_pair(layer, {"A": down, "B": up}, shapes[layer])
             for layer, up, down in zip(layers, ups[clip::clips], downs[clip::clips])}
 
 
 def to_peft(pairs):
-    """{layer: (A, B)} with peft's names: unet.<layer>.lora_A.weight and .lora_B.weight."""
+    """The tensors of {layer: (A, B)} by peft's names, unet.<layer>.lora_A.weight and B."""
     state = {}
     for layer, (A, B) in pairs.items():
         state[f"unet.{layer}.lora_A.weight"] = A.contiguous()

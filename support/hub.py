@@ -2,8 +2,8 @@
 
     python -c "from support import hub; print(hub.pth_name('down_blocks.0.resnets.0.norm1.weight'))"
 
-The UNet and the VAE use the hub's parameter names, so its files load without a table. The tables
-here convert the names of the text encoder, of old VAE files, and of ModelScope's .pth.
+The UNet and the VAE here have the hub's parameter names, so its files load directly. The tables
+convert the names in text encoders, old VAE files, and ModelScope's .pth.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from support.files import BadInput, number, one_of, read_tensors
 
 # ------------------------------------------------------------------------------------------------
-# config.json: the fields that define the network. `one_of` rejects values that are not implemented.
+# config.json: fields that define the network. `one_of` rejects unsupported values.
 
 
 @dataclass
@@ -45,7 +45,7 @@ class UNetConfig:
 
 @dataclass
 class VAEConfig:
-    """vae/config.json. scaling_factor multiplies the latents for the UNet."""
+    """vae/config.json. The UNet's latents are the VAE's times scaling_factor."""
 
     block_out_channels: list[int]
     layers_per_block: int = number(1, 16, 2)
@@ -65,7 +65,7 @@ class VAEConfig:
 
     @property
     def factor(self):
-        """The downsampling factor, pixels per latent: 8 for four levels."""
+        """The downsampling factor in pixels per latent: 8 for four levels."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -89,8 +89,8 @@ class TextConfig:
 
 
 def find_weights(folder):
-    """The weights files of a network's folder: .safetensors, else .bin, else .pth. The default file
-    comes before variants (.fp16.…); a sharded file (…-00001-of-00002…) gives all shards. Raises
+    """The weights files in a network's folder: .safetensors, else .bin, else .pth; the default file
+    rather than a variant (.fp16.…); all shards of a sharded file (…-00001-of-00002…). Raises
     BadInput."""
     folder = Path(folder)
     for suffix in (".safetensors", ".bin", ".pth"):
@@ -102,7 +102,7 @@ def find_weights(folder):
 
 
 def read_weights(folder):
-    """{name: tensor} of a network's folder. Raises BadInput."""
+    """{name: tensor} of the weights in a network's folder. Raises BadInput."""
     state = {}
     for path in find_weights(folder):
         state |= read_tensors(path)
@@ -112,23 +112,21 @@ def read_weights(folder):
 def load_strictly(module, state, source):
     """load_state_dict(strict=True) with a one-line error. Raises BadInput."""
     expected = module.state_dict()
-    errors = [f"{n} missing" for n in expected if n not in state]
+    errors = [f"{name} is missing" for name in expected if name not in state]
     for name, t in state.items():
-        if name not in expected:
-            errors.append(f"{name} unexpected")
-            continue
-        e = expected[name]
-        if e.shape != t.shape or e.is_floating_point() != t.is_floating_point():
+        e = expected.get(name)
+        if e is None:
+            errors.append(f"{name} is unexpected")
+        elif e.shape != t.shape or e.is_floating_point() != t.is_floating_point():
             errors.append(f"{name} is {t.dtype} {tuple(t.shape)}, expected {tuple(e.shape)}")
     if errors:
         raise BadInput(f"{source} does not match its config.json: {len(errors)} tensors differ, "
-                       f"first {'; '.join(errors[:5])}")
+                       f"e.g. {'; '.join(errors[:5])}")
     module.load_state_dict(state, strict=True, assign=True)
 
 
 # ------------------------------------------------------------------------------------------------
 # The text encoder and CLIP, which are open_clip modules here
-
 
 HUB_TEXT_NAMES = [  # (part of a hub name, part of an open_clip name), replaced in this order
     ("text_model.", ""),
@@ -145,10 +143,10 @@ HUB_TEXT_NAMES = [  # (part of a hub name, part of an open_clip name), replaced 
 
 
 def text_from_hub(state):
-    """Rename the hub's text encoder tensors to open_clip's names, with q, k and v concatenated."""
+    """The hub's text encoder tensors with open_clip's names, and q, k and v concatenated."""
     out = {}
     for name, tensor in state.items():
-        if name.endswith("position_ids"):  # the constant 0 … 76 in old files
+        if name.endswith("position_ids"):  # 0 … 76, in old files
             continue
         for hub, open_clip in HUB_TEXT_NAMES:
             name = name.replace(hub, open_clip)
@@ -166,7 +164,7 @@ def text_from_hub(state):
 
 
 def text_to_hub(state):
-    """The inverse of text_from_hub, for writing a folder in the hub's layout."""
+    """The inverse of text_from_hub."""
     out = {}
     for name, tensor in state.items():
         tensors = {"": tensor}
@@ -182,7 +180,7 @@ def text_to_hub(state):
     return out
 
 
-CLIP_NAMES = [  # the same for the image tower of the hub's CLIPModel
+CLIP_NAMES = [  # the same for the image encoder of the hub's CLIPModel
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
     ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
@@ -193,8 +191,7 @@ CLIP_NAMES = [  # the same for the image tower of the hub's CLIPModel
 
 
 def clip_from_hub(state):
-    """Rename the tensors of the hub's CLIPModel to open_clip's names. open_clip's projections are
-    transposed."""
+    """The tensors of the hub's CLIPModel with open_clip's names, and transposed projections."""
     out, towers = {}, {}
     for name, tensor in state.items():
         if name == "text_projection.weight":
@@ -205,15 +202,11 @@ def clip_from_hub(state):
             for hub, open_clip in CLIP_NAMES:
                 name = name.replace(hub, open_clip)
             towers[name] = tensor
-    return out | text_from_hub(towers)  # both towers name their layers the same way
-
-
-# ------------------------------------------------------------------------------------------------
-# Old VAE names
+    return out | text_from_hub(towers)  # layers have the same names in both towers
 
 
 def vae_from_legacy(state):
-    """Rename query, key, value and proj_attn, the old names of the mid-block attention."""
+    """Rename query, key, value and proj_attn, the mid-block attention in old VAE files."""
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     for old, new in names.items():
         old, new = f"attentions.0.{old}.", f"attentions.0.{new}."
@@ -223,7 +216,6 @@ def vae_from_legacy(state):
 
 # ------------------------------------------------------------------------------------------------
 # ModelScope's original .pth
-
 
 # {the hub's name: ModelScope's name}, outside the blocks and inside a resnet
 _PTH_OUTER = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1",
@@ -235,8 +227,8 @@ _PTH_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": 
 
 
 def pth_name(name, layers=2):
-    """The name of a UNet parameter in ModelScope's original .pth, which web UIs use. Its
-    input_blocks, middle_block and output_blocks count layers across blocks of `layers` each."""
+    """The name of a UNet parameter in ModelScope's original .pth, the format of web UIs. Its
+    input_blocks and output_blocks number layers across all blocks, of `layers` layers each."""
     for hub, modelscope in _PTH_OUTER.items():
         if name.startswith(f"{hub}."):
             return modelscope + name.removeprefix(hub)
@@ -252,20 +244,20 @@ def pth_name(name, layers=2):
         if kind == "downsamplers":
             return ".".join([f"input_blocks.{n + layers}.op", *tail[1:]])
         if kind == "upsamplers":
-            # It follows the level's last layer, which has two transformers except in level 0.
+            # After the block's last layer, which has two transformers except in block 0.
             last = 1 if int(block) == 0 else 3
             return ".".join([f"output_blocks.{n + layers}.{last}", *tail])
         prefix += {"attentions": ".1", "temp_attentions": ".2"}.get(kind, ".0")
     if kind == "temp_convs":
-        prefix += ".temopral_conv"  # the released file has this typo
+        prefix += ".temopral_conv"  # a typo in the released file
     if kind == "resnets":
         tail[0] = _PTH_RESNET[tail[0]]
     return ".".join([prefix, *tail])
 
 
 def unet_from_pth(state, unet):
-    """Rename the tensors of a ModelScope .pth to the hub's names; its proj_in and proj_out are
-    pointwise convolutions. Other files are returned unchanged."""
+    """The tensors of a ModelScope .pth with the hub's names. Its proj_in and proj_out are pointwise
+    convolutions. Other files are returned unchanged."""
     if "input_blocks.0.0.weight" not in state:
         return state
     names = {pth_name(n, unet.config.layers_per_block): n for n in unet.state_dict()}

@@ -1,5 +1,4 @@
-"""The machine: device and precision, processes under torchrun, signals, and the end of a command.
-"""
+"""Device and precision, processes under torchrun, signals, and errors that end a command."""
 import contextlib
 import ctypes
 import os
@@ -17,15 +16,15 @@ from support.files import BadInput, log
 
 
 def find_device(device=None):
-    """The device that a flag names, or the default. Under torchrun each process has its own GPU.
-    Raises BadInput when it cannot be used."""
+    """The device of --device, or the default. Under torchrun each process has its own GPU. Raises
+    BadInput if the device cannot be used."""
     device = device or ("cuda" if torch.cuda.is_available() else
                         "mps" if torch.backends.mps.is_available() else "cpu")
     if device == "cuda" and distributed():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        if torch.zeros(1, device=device).item() == 0:
-            return device
+        torch.zeros(1, device=device).item()  # fails on the device "meta" too
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:80]
         raise BadInput(f"--device {device} cannot be used ({reason}); give cpu or cuda.") from None
@@ -35,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def default_precision(device):
-    """bf16 where the hardware multiplies it faster than fp32; fp16 on older GPUs; else fp32."""
+    """bf16 if the hardware supports it; fp16 on older GPUs; else fp32."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -43,7 +42,7 @@ def default_precision(device):
 
 
 def autocast(device, precision):
-    """The autocast context of the networks: bf16 or fp16 matrix products, or plain fp32."""
+    """The autocast context of the networks: matrix products in bf16 or fp16; none for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, DTYPES[precision])
@@ -52,10 +51,10 @@ def autocast(device, precision):
 def tune_malloc():
     """Make glibc keep freed memory instead of returning it to the system.
 
-    Otherwise a training step on a Linux CPU maps and unmaps all its activations, which can cost
-    several times the arithmetic. Call it before the first large tensor; elsewhere it does nothing.
+    Otherwise a training step on a Linux CPU maps and unmaps all its activations, which can take
+    several times as long as the computation. Call it before the first large tensor.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
         libc = ctypes.CDLL("libc.so.6")
         trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
         for option, size in ((mmap, 1 << 30), (trim, (1 << 31) - 1), (top_pad, 256 << 20)):
@@ -63,7 +62,7 @@ def tune_malloc():
 
 
 def to_device(tensor, device):
-    """Copy a tensor to the device without a synchronization: a GPU reads from pinned memory."""
+    """Copy a tensor to the device, from pinned memory to a GPU, without a synchronization."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -74,12 +73,12 @@ def to_device(tensor, device):
 
 
 def distributed():
-    """Whether torchrun started this process. Other launchers set RANK and WORLD_SIZE too."""
+    """True under torchrun. RANK and WORLD_SIZE may come from other launchers."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def init_distributed(device):
-    """This process's rank and the world size; torchrun's processes connect here."""
+    """Connect the processes of torchrun. Returns (rank, world size)."""
     if not distributed():
         return 0, 1
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -102,7 +101,7 @@ def broadcast(value):
 
 @contextlib.contextmanager
 def on_rank_zero(context, *args):
-    """Enter a context in rank 0 only, and give its value to all processes."""
+    """Enter a context in rank 0 only, and broadcast its value."""
     first = not distributed() or os.environ["RANK"] == "0"
     with context(*args) if first else contextlib.nullcontext() as value:
         yield broadcast(value)
@@ -110,8 +109,8 @@ def on_rank_zero(context, *args):
 
 @torch.no_grad()
 def all_reduce_gradients(parameters):
-    """All-reduce gradients by their sum. A parameter without a gradient in some processes counts as
-    0 there; one without a gradient in all of them keeps None, so that the optimizer skips it."""
+    """Sum gradients over all processes. A missing gradient counts as 0; if it is missing in all
+    processes, it stays None, so that the optimizer skips the parameter."""
     if not torch.distributed.is_initialized():
         return
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32,
@@ -128,11 +127,10 @@ def all_reduce_gradients(parameters):
 
 
 class Stop:
-    """The first SIGINT or SIGTERM asks for a stop after the step, in all processes; the second
-    stops at once."""
+    """SIGINT or SIGTERM stops all processes after the step; a second signal stops at once."""
 
     def __init__(self):
-        self.signal = self.caught = None  # broadcast by all processes, and received by this one
+        self.signal = self.caught = None  # of any process, and of this one
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.catch)
 
@@ -140,27 +138,27 @@ class Stop:
         if self.caught and not distributed():  # torchrun passes each signal on twice
             os._exit(128 + number)
         self.signal = self.caught = number
-        # os.write, since the signal may have interrupted a print.
+        # Not print, which the signal may have interrupted.
         os.write(2, b"\nstopping after this step; send the signal again to stop at once\n")
 
     def agree(self, device):
         """The signal that any process received, or None. Called before each step."""
         if torch.distributed.is_initialized():
-            asked = torch.tensor(self.caught or 0, device=device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self.signal = asked.item() or None
+            signal_number = torch.tensor(self.caught or 0, device=device)
+            torch.distributed.all_reduce(signal_number, torch.distributed.ReduceOp.MAX)
+            self.signal = signal_number.item() or None
         return self.signal
 
 
 def exit_on_signal(number, frame):
-    """The signal handler outside of training: one line, and exit."""
+    """The signal handler outside of training: print one line and exit."""
     os.write(2, b"stopped\n")
     raise SystemExit(128 + number)
 
 
 def run(command):
-    """Run a script's main. User errors and machine errors become one line and exit code 2; other
-    exceptions keep their traceback."""
+    """Run a script's main. Errors of the user and the machine become one line and exit code 2;
+    other exceptions keep their traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -169,7 +167,7 @@ def run(command):
     try:
         " ".join(sys.argv).encode()  # raises for arguments that are not UTF-8
         return command()
-    except BrokenPipeError:  # of `| head -1`
+    except BrokenPipeError:  # e.g. of `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except Exception as error:
@@ -184,16 +182,16 @@ MEMORY = r"not enough memory|can't allocate memory|[Oo]ut of memory|Unable to al
 
 
 def user_error(error):
-    """The line for an error of the user's or the machine's; None for an error in the code."""
+    """One line for an error of the user or the machine; None for an error in the code."""
     text, kind = str(error), type(error).__name__
     if isinstance(error, BadInput):
         return text
     if isinstance(error, UnicodeError):
-        return f"a text or a file name is not UTF-8 ({text[:80]}); rename the file, or retype it."
+        return f"a text or a file name is not UTF-8 ({text[:80]}); correct or rename it."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
             isinstance(error, RuntimeError) and re.search(MEMORY, text)):
-        return ("out of memory at the size printed above. Try, in this order: --checkpointing on "
-                "(when training), a smaller --size, fewer --frames, --batch 1.")
+        return ("out of memory. Try, in this order: --checkpointing on (when training), a smaller "
+                "--size, fewer --frames, --batch 1.")
     if isinstance(error, OSError):  # disk full, no permission, a folder in place of a file
         return (f"{error.filename or 'a file'}: {error.strerror or error}; give another --out, or "
                 "free disk space.")

@@ -1,8 +1,8 @@
-"""Videos and images: reading, writing, and the order of files in a folder.
+"""Reading and writing videos and images, and the order of files in a folder.
 
-    python -c "from support.media import decode; print(next(decode('clip.mp4'))[0])"
+    python -c "from support.media import frame_rate; print(frame_rate('assets/eight.mp4', 8))"
 
-Frames are chosen by their time stamps. Only the chosen frames are held, at the requested size.
+Frames are chosen by time stamp. Only the chosen frames are kept in memory, at the requested size.
 
 Axes: C colors, F frames, H W image. Videos are float32 in [-1, 1].
 """
@@ -25,22 +25,24 @@ from support.files import BadInput, atomic_write, check_exists, log, reading
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".gif", ".avi", ".mpg", ".mpeg", ".ts", ".mts",
           ".m2ts", ".flv", ".wmv", ".3gp", ".ogv")
+# FFmpeg's formats for these. Others show a text file as video, or read the files in a playlist.
+FORMATS = "mov,matroska,gif,avi,mpeg,mpegvideo,mpegts,flv,asf,ogg"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SYSTEM_FILES = ("__macosx", "icon\r", "thumbs.db", "desktop.ini", "$recycle.bin", "@eadir")
-HDR = (16, 18)  # PQ and HLG, by their number in H.273
+HDR = (16, 18)  # PQ and HLG, as numbered in H.273
 TONE_MAP = "zscale=t=linear:npl=203,tonemap=mobius,zscale=p=bt709:t=bt709:m=bt709,format=yuv420p"
-FEWEST_FRAMES = 4  # residuals and directions are meaningless for fewer
-MOST_PIXELS = 2**26  # per image, twice 8K: a header may claim any size
-Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow raises at twice this number
+MIN_FRAMES = 4  # residuals are meaningless for fewer
+MAX_PIXELS = 2**26  # per image, twice 8K: a damaged header can contain any size
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow raises at twice this number
 log_once = cache(log)
 
 
 # ------------------------------------------------------------------------------------------------
-# In
+# Reading
 
 
 def natural(path):
-    """Sort key that puts 2.jpg before 10.jpg."""
+    """A sort key that puts 2.jpg before 10.jpg."""
     name = Path(path).name
     return [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", name)], name
 
@@ -53,11 +55,11 @@ def list_folder(folder):
 
 
 def read_video(path, frames, size, fps, start=0.0, learn=True, allow_damaged=False):
-    """A clip (3, F, H, W): `frames` frames from `start` seconds on, or as many as there are.
+    """A clip (3, F, H, W) that starts at `start` seconds: `frames` frames, or fewer if it ends.
 
     path: a video, an animated WebP or PNG, or a folder of images (one frame per image).
-    size: (H, W); images are scaled to cover it and center-cropped, never stretched.
-    fps: requested rate; the frames have the rate `frame_rate(path, fps)`.
+    size: (H, W); frames are scaled to cover it and center-cropped, never stretched.
+    fps: requested rate; the actual rate is `frame_rate(path, fps)`.
     learn: warn about clips that are poor training data.
     allow_damaged: warn about damaged frames instead of refusing the file.
     Raises BadInput for anything that is not a clip of at least four frames.
@@ -67,30 +69,29 @@ def read_video(path, frames, size, fps, start=0.0, learn=True, allow_damaged=Fal
     with reading(path, f"give one of {', '.join(VIDEOS)}, or a folder of images"):
         source = read_images(path, fps) if images else decode(path, allow_damaged, start)
         chosen, times, (h, w) = choose_frames(source, frames, fps, start, size)
-    if len(chosen) < FEWEST_FRAMES:
+    if len(chosen) < MIN_FRAMES:
         raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; expected "
-                       f"{frames}, and at least {FEWEST_FRAMES}. Give a longer clip, or a higher "
-                       "--fps.")
+                       f"at least {MIN_FRAMES}. Give a longer clip, or a higher --fps.")
     video, shape = torch.stack(chosen, dim=1), w / h * size[0] / size[1]
     if learn and len(chosen) < frames:
         log(f"{path} has {len(chosen)} frames at {fps:g} fps, expected {frames}: "
-            "training uses its own length")
+            f"it is trained with {len(chosen)} frames")
     if learn and np.ptp(steps := np.diff(times)) > 0.015:  # more than rounded time stamps
         log(f"warning: {path} has a variable frame rate: the chosen frames are {min(steps):.3g} to "
             f"{max(steps):.3g} s apart, expected {1 / fps:.3g} s; a lower --fps may help")
     if learn and (cut := 1 - min(shape, 1 / shape)) > 0.2:
         log(f"warning: {cut:.0%} of the {'width' if shape > 1 else 'height'} of {path} is cut off; "
-            "a --size of its shape keeps it")
+            "a --size with its aspect ratio avoids that")
     if learn and (video[:, 1:] - video[:, :-1]).abs().mean() < 0.002:
-        log(f"warning: {path} hardly moves; there is little motion to learn from it")
+        log(f"warning: {path} hardly moves, so there is little motion to train on")
     return video
 
 
 def choose_frames(source, frames, fps, start, size):
-    """Select the frames nearest to start, start + 1/fps, … until the clip ends. Times count from
+    """Choose the frames nearest to start, start + 1/fps, … until the clip ends. Times count from
     the first chosen frame, so that steps stay equal for a `start` between two frames.
 
-    source: (seconds, function that returns the image) per frame; only chosen images are made.
+    source: (seconds, function that returns the image) per frame, called for chosen frames only.
     Returns the images (3, *size), their times, and the original shape (H, W).
     """
     chosen, times, shape, duration = [], [], None, 1 / fps
@@ -99,10 +100,10 @@ def choose_frames(source, frames, fps, start, size):
         end = time + duration * (0.5 if after else 0.75)
         while len(chosen) < frames and (times[0] if times else start) + len(chosen) / fps <= end:
             if not times or times[-1] != time:
-                picture = make()
-                if shape not in (None, picture.shape[:2]):
+                original = make()
+                if shape not in (None, original.shape[:2]):
                     raise ValueError("its frames have several sizes")
-                shape, image = picture.shape[:2], fit(picture, size)
+                shape, image = original.shape[:2], fit(original, size)
             chosen.append(image)
             times.append(time)
         if len(chosen) == frames:
@@ -110,22 +111,27 @@ def choose_frames(source, frames, fps, start, size):
     return chosen, times, shape or (1, 1)
 
 
+def open_video(path):
+    """An open video file, with FFmpeg's formats restricted to FORMATS."""
+    # Without "file:", "a:b.mp4" names a protocol.
+    return av.open(f"file:{path}", options={"format_whitelist": FORMATS})
+
+
 def decode(path, allow_damaged=False, start=0.0):
     """Yields (seconds since the first frame, function that returns the image) per frame of a video
-    file, from the key frame before `start` seconds on. Images (H, W, 3) uint8 are upright, with
-    square pixels. Raises BadInput for a frame that the decoder marks as corrupt or cannot decode,
-    unless `allow_damaged`."""
+    file, beginning with the key frame before `start` seconds. Images (H, W, 3) uint8 are upright,
+    with square pixels. Raises BadInput for corrupt frames unless `allow_damaged`."""
     count, first = 0, None
-    with av.open(f"file:{path}") as container:  # without "file:", "a:b.mp4" names a protocol
+    with open_video(path) as container:
         stream = container.streams.best("video")
         if stream is None:
             raise BadInput(f"{path} has no video stream; give a video file.")
         if stream.codec_context.color_trc in HDR:
-            log_once(f"warning: {path} is HDR, so its colors are read too dark and pale; convert "
+            log_once(f"warning: {path} is HDR, which is read with dark, pale colors; convert "
                      f"it: ffmpeg -i {shlex.quote(str(path))} -vf {TONE_MAP} sdr.mp4")
         rate, aspect = float(stream.average_rate or 25), float(stream.sample_aspect_ratio or 1)
-        # Several threads would lose the marks of corrupt frames.
-        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS), "threads": "1"}
+        # With several threads, corrupt frames are not marked.
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), "threads": "1"}
         if start and stream.start_time is not None:
             first = float(stream.start_time * stream.time_base)
             with contextlib.suppress(av.error.FFmpegError):
@@ -138,8 +144,8 @@ def decode(path, allow_damaged=False, start=0.0):
             if frames is None or any(frame.is_corrupt for frame in frames):
                 if not allow_damaged:
                     raise BadInput(f"{path} is damaged at {count / rate:.2f} s; give an intact "
-                                   "copy, or --allow-damaged to use it as it is.")
-                log_once(f"warning: {path} is damaged, and is used as it is")
+                                   "copy, or --allow-damaged to use the damaged frames.")
+                log_once(f"warning: {path} is damaged, and its damaged frames are used")
             for frame in frames or []:
                 if start and count == 0 and (frame.time or 0) - (first or 0) > start:
                     yield from decode(path, allow_damaged)  # the file has no usable index
@@ -151,14 +157,14 @@ def decode(path, allow_damaged=False, start=0.0):
 
 
 def frame_rate(path, fps):
-    """The rate of a clip that is read at `fps`: its own rate divided by a whole number, so that
-    the frames read are equally far apart. `fps` itself for a folder, or if the rate is unknown."""
+    """The clip's own rate divided by the integer that brings it closest to `fps`, so that chosen
+    frames are equally far apart. `fps` itself for a folder, or if the rate is unknown."""
     with contextlib.suppress(Exception), reading(path):  # read_video reports its errors
         if Path(path).suffix.lower() in IMAGES:
             (first, _), (second, _) = islice(read_images(Path(path), fps), 2)
             spacing = second - first
         else:
-            with av.open(f"file:{path}") as container:
+            with open_video(path) as container:
                 stream = container.streams.best("video")
                 packets = islice(container.demux(stream), 64)
                 ticks = [p.dts if p.pts is None else p.pts for p in packets if p.size]
@@ -171,17 +177,17 @@ def frame_rate(path, fps):
 
 
 def upright(frame, aspect):
-    """A decoded frame (H, W, 3) uint8 as players show it: square pixels, rotated, mirrored."""
+    """A decoded frame (H, W, 3) uint8 as players show it, with square pixels, rotated, mirrored."""
     alpha = any(component.is_alpha for component in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
     square = frame.width * min(aspect, 1), frame.height * min(1 / aspect, 1)
-    picture = to_rgb(image.resize([max(1, round(side)) for side in square]))
+    pixels = to_rgb(image.resize([max(1, round(side)) for side in square]))
     if matrix := frame.side_data.get("DISPLAYMATRIX"):  # x' = a·x + c·y, y' = b·x + d·y
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
         if abs(b) > abs(a):
-            picture, a, d = picture.swapaxes(0, 1), c, b
-        picture = picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-    return np.ascontiguousarray(picture)
+            pixels, a, d = pixels.swapaxes(0, 1), c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(pixels)
 
 
 def find_images(paths):
@@ -190,10 +196,10 @@ def find_images(paths):
     for path in map(Path, paths):
         check_exists(path, "give an image, or a folder of images")
         inside = list_folder(path) if path.is_dir() else [path]
-        pictures = [p for p in inside if p.suffix.lower() in IMAGES]
-        if not pictures:
-            raise BadInput(f"{path} holds no images ({', '.join(IMAGES)}).")
-        found += pictures
+        images = [p for p in inside if p.suffix.lower() in IMAGES]
+        if not images:
+            raise BadInput(f"{path} has no images ({', '.join(IMAGES)}).")
+        found += images
     return found
 
 
@@ -213,12 +219,12 @@ def read_images(path, fps):
 
 def read_image(path):
     """An image file as (H, W, 3) uint8. Raises BadInput."""
-    with reading(path, "save it again"), Image.open(path) as image:
+    with reading(path, "save the image again"), Image.open(path) as image:
         return to_rgb(image)
 
 
 def to_rgb(image):
-    """A Pillow image as (H, W, 3) uint8: upright by its EXIF orientation, opaque, 8 bits."""
+    """A Pillow image as opaque (H, W, 3) uint8, with its EXIF orientation applied."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -229,13 +235,13 @@ def to_rgb(image):
     return np.asarray(image.convert("RGB"))
 
 
-def fit(picture, size):
+def fit(pixels, size):
     """(H, W, 3) uint8 -> (3, *size) in [-1, 1]: scaled to cover, then center-cropped."""
     H, W = size
-    h, w = picture.shape[:2]
+    h, w = pixels.shape[:2]
     scale = max(H / h, W / w)
     h, w = max(H, round(h * scale)), max(W, round(w * scale))
-    x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
+    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
     if x.shape[-2:] != (h, w):
         x = F.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)
     top, left = (h - H) // 2, (w - W) // 2
@@ -243,7 +249,7 @@ def fit(picture, size):
 
 
 # ------------------------------------------------------------------------------------------------
-# Out
+# Writing
 
 
 def to_pixels(video):
@@ -252,24 +258,24 @@ def to_pixels(video):
     return pixels.permute(1, 2, 3, 0).numpy()
 
 
-def enlarged(pixels, least):
-    """(F, H, W, 3) pixels repeated as often as makes them about `least` high or more."""
-    scale = max(1, round(least / pixels.shape[1]))
+def enlarge(pixels, height):
+    """(F, H, W, 3) pixels, enlarged by an integer factor to about `height` or more."""
+    scale = max(1, round(height / pixels.shape[1]))
     return pixels.repeat(scale, 1).repeat(scale, 2)
 
 
 def write_video(path, video, fps):
-    """(3, F, H, W) -> an H.264 mp4 that every player opens: yuv420p, even sides, about 256 high or
-    more (small videos are enlarged by a whole number)."""
-    pixels = enlarged(to_pixels(video), 256)
+    """Write a video (3, F, H, W) as an H.264 mp4 for all players: yuv420p, with even sides, and
+    small videos enlarged to a height of about 256."""
+    pixels = enlarge(to_pixels(video), 256)
     odd = pixels.shape[1] % 2, pixels.shape[2] % 2
     pixels = np.pad(pixels, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), "edge")
     with atomic_write(path) as part, av.open(str(part), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}
-        for picture in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -280,8 +286,8 @@ def every_nth(video, columns=8):
 
 
 def contact_sheet(path, videos):
-    """A PNG with one row per video (3, F, H, W) of eight frames each."""
-    rows = [np.concatenate(list(enlarged(to_pixels(every_nth(v)), 96)), axis=1) for v in videos]
+    """Write a PNG with one row of eight frames per video (3, F, H, W)."""
+    rows = [np.concatenate(list(enlarge(to_pixels(every_nth(v)), 96)), axis=1) for v in videos]
     width = max(r.shape[1] for r in rows)
     rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
     with atomic_write(path) as part:

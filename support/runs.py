@@ -1,9 +1,10 @@
 """The folder of a training run: settings, log, state, adapters, samples. Files appear complete or
-not at all, and nothing is ever deleted.
+not at all, and no result is ever deleted.
 
     out/<clip>-<method>/run.json            method, settings, flags
-                        log.jsonl           one line per step; of repeated steps the last counts
-                        state.safetensors   trainable parameters and AdamW's moments, for --resume
+                        log.jsonl           one line per step; if a step is repeated, its last line
+                                            counts
+                        state.safetensors   trainable parameters and AdamW's state, for --resume
                         <method>.safetensors, samples/, steps/
 """
 import hashlib
@@ -38,87 +39,76 @@ from support.recipe import write_value
 
 
 def fixed_settings(run):
-    """Everything that determines the numbers of a step, and so must not change on --resume."""
-    flags, digest = run.flags, hashlib.sha256()
-    for clip in (*run.clips, *run.images):
-        digest.update(clip.video.numpy().tobytes() + clip.prompt.encode())
+    """Everything that determines the numbers of a step. It must not change on --resume."""
+    flags = run.flags
     values = {k: v for k, v in run.recipe.settings().items()
               if k not in ("steps", "appearance_stop")}
     if flags.prior == "generated":
         values["--preview-steps"] = flags.preview_steps
     values |= {"--method": run.recipe.name, "--seed": flags.seed, "--precision": flags.precision,
                "--prior": flags.prior, "--batch": run.batch, "base model": run.fingerprint,
-               "clips": digest.hexdigest()[:12]}
+               "clips": clips_digest((*run.clips, *run.images))[:12]}
     return {k: write_value(v) for k, v in values.items()}
 
 
-def json_settings(recipe):
-    """A recipe's settings for a JSON file, which cannot hold infinity as a number."""
-    return {k: "inf" if v == math.inf else v for k, v in recipe.settings().items()}
-
-
-def check_same(run, was):
-    """Raises BadInput where a run would continue with other settings than it began with."""
-    now = fixed_settings(run)
-    changed = [f"{k} was {str(was.get(k))[:60]}, is {str(now.get(k))[:60]}"
-               for k in was | now if was.get(k) != now.get(k)]
-    if changed:
-        raise BadInput(f"{run.flags.out} began with other settings: {'; '.join(changed[:3])}. Give "
-                       "the same settings, or another --out.")
+def clips_digest(clips):
+    """A checksum of clips and captions."""
+    total = hashlib.sha256()
+    for clip in clips:
+        total.update(clip.video.numpy().tobytes() + clip.prompt.encode())
+    return total.hexdigest()
 
 
 def claim(run):
-    """Write run.json before anything else of a run; on --resume compare the settings with it.
-    Raises BadInput."""
-    path = run.flags.out / "run.json"
+    """Write run.json, the first file of a run. On --resume, raises BadInput if the settings differ
+    from those in the file."""
+    path, now = run.flags.out / "run.json", fixed_settings(run)
     if os.path.lexists(path):
         with reading(path, "start again in a new --out"):
-            check_same(run, read_json(path)["fixed"])
+            was = read_json(path)["fixed"]
+            changed = [f"{k} was {str(was.get(k))[:60]}, is {str(now.get(k))[:60]}"
+                       for k in was | now if was.get(k) != now.get(k)]
+        if changed:
+            raise BadInput(f"{run.flags.out} was started with other settings: "
+                           f"{'; '.join(changed[:3])}. Give the same settings, or another --out.")
     elif run.rank == 0:
         write_settings(run)
 
 
 def write_settings(run):
-    """run.json, from which the run can be repeated."""
+    """Write run.json, which has everything needed to repeat the run."""
+    # JSON cannot hold infinity as a number.
+    settings = {k: "inf" if v == math.inf else v for k, v in run.recipe.settings().items()}
     write_json(run.flags.out / "run.json", {
-        "method": run.recipe.name, "settings": json_settings(run.recipe),
-        "flags": vars(run.flags), "clips": [c.path for c in run.clips],
-        "fixed": fixed_settings(run)})
+        "method": run.recipe.name, "settings": settings, "flags": vars(run.flags),
+        "clips": [c.path for c in run.clips], "fixed": fixed_settings(run)})
 
 
 # ------------------------------------------------------------------------------------------------
 # State
 
 
-def prior_digest(run):
-    """A checksum of the regularization clips."""
-    total = hashlib.sha256()
-    for clip in run.prior:
-        total.update(clip.video.numpy().tobytes() + clip.prompt.encode())
-    return total.hexdigest()
-
-
 def save_state(path, step, run, optimizer):
-    """Trainable parameters and AdamW's state, named "exp_avg:parameter" and so on."""
+    """Save the trainable parameters and AdamW's state, e.g. as "exp_avg:parameter"."""
     tensors = {}
     for name, p in run.trained.items():
         for kind, tensor in {"": p, **optimizer.state.get(p, {})}.items():
             tensors[f"{kind}:{name}"] = tensor
-    save_tensors(path, tensors, {"step": str(step), "prior": prior_digest(run),
+    save_tensors(path, tensors, {"step": str(step), "prior": clips_digest(run.prior),
                                  "scaler": json.dumps(run.scaler.state_dict())})
 
 
 def load_state(path, run, optimizer):
-    """Restore a state. Returns its step, or 0 where none was saved. Raises BadInput when the file
-    is damaged or the regularization clips have changed."""
+    """Restore a state. Returns its step, or 0 if none was saved. Raises BadInput if the file is
+    damaged or the regularization clips have changed."""
     if not os.path.lexists(path):
         return 0
     with reading(path, "start again in a new --out"):
         tensors, meta = load_file(path), read_meta(path)
         check_digest(path, tensors)
         step = int(meta["step"])
-        if meta["prior"] != prior_digest(run):
-            raise BadInput(f"{path.parent}: its regularization clips (--prior) have changed; start "
+        if meta["prior"] != clips_digest(run.prior):
+            raise BadInput(f"{path.parent}: the regularization clips (--prior) have changed; start "
                            "again in a new --out.")
         if step > run.recipe.steps:
             raise BadInput(f"{path.parent} is already at step {step}; give more --steps.")
@@ -127,7 +117,7 @@ def load_state(path, run, optimizer):
             p = run.trained[name]
             if not kind:
                 p.data.copy_(tensor)
-            else:  # moments in the memory layout of their parameter
+            else:  # moments take the memory layout of their parameter
                 like = torch.empty_like(p if tensor.shape == p.shape else tensor, device=p.device)
                 optimizer.state[p][kind] = like.copy_(tensor)
         run.scaler.load_state_dict(json.loads(meta["scaler"]))
@@ -139,14 +129,13 @@ def load_state(path, run, optimizer):
 
 
 class Folder:
-    """The output folder of a run. Only the process with rank 0 writes."""
+    """The output folder of a run. Only rank 0 writes."""
 
     def __init__(self, run, optimizer):
         self.path, self.run, self.optimizer = run.flags.out, run, optimizer
         self.writes, self.adapters = run.rank == 0, []
         adapter_groups(run.trainables)
-        self.first = load_state(self.path / "state.safetensors", run, optimizer)
-        self.saved = self.first or None
+        self.first = self.saved = load_state(self.path / "state.safetensors", run, optimizer)
         if self.writes:
             write_settings(run)
 
@@ -156,9 +145,9 @@ class Folder:
             append_line(self.path / "log.jsonl", json.dumps(line))
 
     def kept(self):
-        """The state that --resume would continue from, in words."""
-        return "no state has been saved yet" if self.saved is None else (
-            f"the state of step {self.saved} is saved")
+        """A text: the state from which --resume would continue."""
+        return (f"the state of step {self.saved} is saved" if self.saved else
+                "no state has been saved yet")
 
     def save(self, step):
         """Save the adapters and the state for --resume."""
@@ -176,7 +165,7 @@ class Folder:
         self.saved = step
 
     def save_adapters(self, folder, step):
-        """The motion in <method>.safetensors; appearance, which sampling leaves out, in
+        """Save <method>.safetensors, and the appearance parts, which sampling leaves out, as
         <method>-appearance.safetensors (-appearance-2 … for further clips)."""
         run, written = self.run, []
         for suffix, trainables in adapter_groups(run.trainables).items():
@@ -200,17 +189,18 @@ class Folder:
         """Print the results and the next command."""
         if signal and step < self.run.recipe.steps:
             log(f"stopped and saved at step {step}; to continue, add --resume --out "
-                f"{quoted(self.path)} to the same command")
+                f"{shlex.quote(str(self.path))} to the same command")
         elif self.writes:
             for path in self.adapters:
                 print_line(f"adapter: {path}")
-            weights, first = self.run.flags.weights, quoted(self.adapters[0])
-            base = f" --weights {quoted(weights)}" if weights else ""
-            print_line(f"next: python generate.py --adapter {first}{base} --prompt \"…\"")
+            flags = ["--adapter", self.adapters[0]]
+            flags += ["--weights", self.run.flags.weights] if self.run.flags.weights else []
+            print_line(f"next: python generate.py {shlex.join(map(str, flags))} --prompt \"…\"")
 
 
 def adapter_groups(trainables):
-    """{suffix of an adapter's name: trainables}. Raises BadInput for what a file cannot hold."""
+    """{suffix of an adapter's file name: trainables}. Raises BadInput for trainables that one file
+    cannot hold."""
     groups = {}
     for part, built in trainables.items():
         for i, one in enumerate(built):
@@ -223,8 +213,8 @@ def adapter_groups(trainables):
         tensors = {}
         for name, tensor in (row for one in built for row in one.tensors().items()):
             if tensors.setdefault(name, tensor) is not tensor:  # fully fine-tuned layers are shared
-                raise BadInput(f"two parts train {name}, and an adapter holds one; choose other "
-                               "layers, or per_video=off.")
+                raise BadInput(f"two parts train {name}, but an adapter holds each tensor once; "
+                               "choose other layers, or per_video=off.")
         for kind in {name.partition(".")[0] for name in tensors} - {"unet", "word"}:
             if kind not in adapters.ADAPTER_LOADERS:
                 raise BadInput(f"no loader for {kind!r} in adapters.ADAPTER_LOADERS, so the "
@@ -232,13 +222,8 @@ def adapter_groups(trainables):
     return dict(sorted(groups.items()))
 
 
-def quoted(path):
-    """A path, quoted for a shell."""
-    return shlex.quote(str(path))
-
-
 def metadata(run):
-    """The metadata of an adapter: its origin, and the sampling settings that generate.py needs."""
+    """The metadata of an adapter: its origin, and the sampling settings for generate.py."""
     recipe, flags = run.recipe, run.flags
     return {"method": recipe.name, "base": run.fingerprint,
             "base_name": (flags.weights or Path("tiny")).name, "seed": flags.seed,
@@ -254,18 +239,18 @@ def metadata(run):
 
 
 def step_record(step, losses, norm, seen, run, started):
-    """One step's line of the log. All values reach the CPU in one GPU synchronization."""
+    """The log line of a step. All values are copied to the CPU in one GPU synchronization."""
     values = [norm, *losses, *(v for row in seen for v in row.values() if torch.is_tensor(v))]
     values = iter(torch.stack([v.detach().float() for v in values]).tolist())
     norm, losses = next(values), [next(values) for _ in losses]
     seen = [{k: next(values) if torch.is_tensor(v) else v for k, v in row.items()} for row in seen]
-    mine = len(range(run.rank, run.batch, run.world_size))
-    return {"step": step, "loss": sum(losses) / mine, "grad": norm, "losses": losses,
+    examples = len(range(run.rank, run.batch, run.world_size))
+    return {"step": step, "loss": sum(losses) / examples, "grad": norm, "losses": losses,
             "seen": seen, "seconds": round(time.time() - started, 4)}
 
 
 def report(run):
-    """Print data, trainable parameters and settings."""
+    """Print the data, the trainable parameters and the settings."""
     flags, recipe = run.flags, run.recipe
     for clip, source in zip(run.clips, run.sources):
         print_line(f"clip: {clip.path}, {clip.video.shape[1]} frames, {clip.prompt!r} "
@@ -277,11 +262,11 @@ def report(run):
     count = lambda tensors: sum(p.numel() for p in tensors)
     print_line(f"trainable: {count(run.trained.values()):,} parameters in {len(run.trained)} "
                f"tensors (the UNet has {count(run.pipe.unet.parameters()):,})")
-    for part, several in run.trainables.items():
-        mine = several[0].parameters()
-        print_line(f"  {part}: {count(mine.values()):,} in {len(mine)}"
-                   + (f", for each of {len(several)} clips" if len(several) > 1 else ""))
-        for kind, (tensors, numbers) in layer_types(mine).items():
+    for part, built in run.trainables.items():
+        named = built[0].parameters()
+        print_line(f"  {part}: {count(named.values()):,} in {len(named)}"
+                   + (f", for each of {len(built)} clips" if len(built) > 1 else ""))
+        for kind, (tensors, numbers) in layer_types(named).items():
             print_line(f"    {kind}: {numbers:,} in {tensors}")
     print_line(f"recipe: {recipe.source}")
     for line in flags.overrides:
@@ -293,14 +278,15 @@ def report(run):
 
 
 def layer_types(parameters):
-    """{type of layer, e.g. 'temp_attentions attn1': (tensors, numbers)} of {name: parameter}."""
+    """{type of layer, e.g. "temp_attentions attn1": (tensors, parameters)} of {name: parameter}.
+    """
     count = {}
     for name, p in parameters.items():
-        owner = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets"
+        block = re.search(r"(transformer_in|temp_attentions|temp_convs|attentions|resnets"
                           r"|(?:temporal_)?transformer_blocks)", name)
-        inner = re.search(r"\.(attn[12]|ff)\.", name)
+        layer = re.search(r"\.(attn[12]|ff)\.", name)
         parts = [n for n in name.split(".")[:-2] if not n.isdigit()]  # for other networks
-        kind = " ".join(m.group(1) for m in (owner, inner) if m) or " ".join(parts) or "other"
+        kind = " ".join(m.group(1) for m in (block, layer) if m) or " ".join(parts) or "other"
         tensors, numbers = count.get(kind, (0, 0))
         count[kind] = tensors + 1, numbers + p.numel()
     return count

@@ -53,6 +53,17 @@ def numbers(video):
     return ((video.mean((0, 2, 3)) + 1) * 127.5 / 7).round().int().tolist()
 
 
+@pytest.mark.parametrize("name,text", [
+    ("notes.txt", "a secret\n" * 2000), ("list.mp4", "ffconcat version 1.0\nfile c.mp4\n"),
+    ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nc.mp4\n#EXT-X-ENDLIST\n")])
+def test_text_files_and_playlists_are_no_videos(name, text, tmp_path):
+    """FFmpeg would render the text, and read the files in the playlist."""
+    counting_clip(tmp_path / "c.mp4")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=f"{name} cannot be used"):
+        media.read_video(tmp_path / name, 8, (64, 64), 8)
+
+
 def test_frames_are_chosen_by_time(tmp_path):
     clip = counting_clip(tmp_path / "c.mp4")
     assert numbers(media.read_video(clip, 16, (64, 64), 8)) == list(range(0, 32, 2))

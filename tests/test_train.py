@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import av
 import pytest
@@ -58,6 +59,15 @@ def losses_of(out):
 
 def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_file_or_a_value_of_a_flag_is_no_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "assets" / "eight.mp4", "steps=2.mp4")
+    flags, recipe = train.parse(["--video", "steps=2.mp4", "--out", "steps=3", "--preview-prompt",
+                                 "alpha=0", "--resume", "steps=4"])
+    assert (flags.video, flags.out) == ([Path("steps=2.mp4")], Path("steps=3"))
+    assert flags.preview_prompt == "alpha=0" and flags.resume and recipe.steps == 4
 
 
 @pytest.fixture(scope="session")

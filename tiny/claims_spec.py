@@ -283,7 +283,7 @@ CLAIMS = {
                better("agreement", f"{MD}, β 2", f"{MD}, β 0"))),
     15: Claim("The LoRA scale controls the strength of the motion; too large a scale breaks the "
               "image",
-              "MotionDirector, Sec. 3.4", "none",
+              "MotionDirector, Sec. 3.4", "no figures",
               (better("agreement", MD1, Side(MD1, Cell(scale=0.25))),
                better("appearance_stability", MD1, Side(MD1, Cell(scale=4.0))))),
     16: Claim("The appearance of one clip mixes with the motion of another; an image can be "
