@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import sampler
-from support import machine, media
+from support import machine, media, runs
 from support.files import BadInput, check_exists, log, read_text, write_text
 from support.tokenizer import has_word, words_to_ids
 
@@ -164,6 +164,7 @@ def load_prior_clips(run):
         return []
     folder = flags.out / "prior" if flags.prior in makers else flags.prior
     if flags.prior in makers and run.rank == 0:
+        runs.write_settings(run)  # the first file of a run, for --resume
         for number in range(run.recipe.num_prior_clips):
             path = folder / f"{number:03d}.mp4"
             if not path.exists():

@@ -248,7 +248,7 @@ def prepare(flags, recipe, rank=0, world_size=1):
         from scores.clip import load_clip  # imported only where needed
 
         run.scorer = load_clip(recipe.own["clip"], recipe.own["clip_weights"], flags.device)
-    runs.claim(run)
+    runs.check_settings(run)
     prepare_training(run)
     return run
 

@@ -59,9 +59,8 @@ def clips_digest(clips):
     return total.hexdigest()
 
 
-def claim(run):
-    """Write run.json, the first file of a run. On --resume, raises BadInput if the settings differ
-    from those in the file."""
+def check_settings(run):
+    """Raises BadInput if a run is resumed with other settings than those in its run.json."""
     path, now = run.flags.out / "run.json", fixed_settings(run)
     if os.path.lexists(path):
         with reading(path, "start again in a new --out"):
@@ -71,8 +70,6 @@ def claim(run):
         if changed:
             raise BadInput(f"{run.flags.out} was started with other settings: "
                            f"{'; '.join(changed[:3])}. Give the same settings, or another --out.")
-    elif run.rank == 0:
-        write_settings(run)
 
 
 def write_settings(run):
