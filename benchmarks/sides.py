@@ -148,6 +148,7 @@ def bypass_temporal_layers(unet):
 
 
 def skip_single_frame(forward, skip, x, *args, num_frames, **more):
+    """Bypass a temporal layer for a single frame, as the official codes do."""
     return forward(x, *args, num_frames=num_frames, **more) if num_frames > 1 else skip(x)
 
 

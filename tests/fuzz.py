@@ -649,7 +649,7 @@ def table(counts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--cases", type=int, default=500, help="damaged inputs, over all kinds")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--kind", choices=KINDS, help="only this kind")
     parser.add_argument("--number", type=int, help="only this case, kept in fuzz-case/")
     args = parser.parse_args()

@@ -133,7 +133,7 @@ def without_default(ex, weight):
 
 @pytest.mark.parametrize("function,settings,message", [
     (example, {"guidence": 4.0}, "guidence"), (undocumented, {}, "weight"),
-    (without_default, {}, "weight"), (coupled, {}, "two methods called coupled"),
+    (without_default, {}, "weight"), (coupled, {}, "two methods are named coupled"),
 ])
 def test_a_wrong_method_is_refused_when_it_is_defined(function, settings, message, monkeypatch):
     """Unknown arguments of the decorator, keywords without description or default, and a second
