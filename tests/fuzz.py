@@ -541,7 +541,8 @@ def judge(code, text, must):
     if code < 0:
         return "crash"
     if code == 2:
-        if not lines[-1].startswith("error: ") or text.count("error: ") > 1:
+        errors = sum(line.startswith("error: ") for line in lines)
+        if not lines[-1].startswith("error: ") or errors > 1:
             return "lines"
         return "lost" if must == "work" else "refused"
     if code == 0:
