@@ -23,7 +23,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """The flags. Exits with an error for unknown flags and stray words."""
-        known, rest = self.parse_known_args(sys.argv[1:] if args is None else args, namespace)
+        args = sys.argv[1:] if args is None else args
+        for word in args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would drop the value
+                self.error(f"{word}: '--' is not a value")
+        known, rest = self.parse_known_args(args, namespace)
         for word in rest:
             name = word.partition("=")[0]
             if name in RENAMED:

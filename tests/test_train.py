@@ -506,6 +506,8 @@ def test_every_flag_and_setting_is_fixed_or_harmless(method, hop, tmp_path):
     (False, "--images FOLDER/p.png --method motiondirector --prompt a b", "2 captions for images"),
     # settings: unknown names, types, ranges
     (False, "--video VIDEO appearance.rank=4", "appearance.rank"),
+    (False, "--video VIDEO loss=--", "'--' is not a value"),
+    (False, "--video VIDEO --size=--", "'--' is not a value"),
     (False, "--video VIDEO motion.lrr=4", "did you mean motion.lr?"),
     (False, "--video VIDEO lr=4", "lr=4"),
     (False, "--video VIDEO --method newmove prior-weight=1", "prior-weight=1"),
