@@ -3,7 +3,7 @@
     python docs/one_file.py              # 300 steps on the tiny model, then one video
 
 Networks and video files come from model.py and support/media.py. Everything else is written out in
-reading order, with the number that each step prints beside it. The loss and the video equal those
+reading order, with the number that each step prints next to it. The loss and the video equal those
 of `python train.py --method vmc --video assets/eight.mp4` and generate.py, bit for bit on one CPU.
 
 Axes: B clips, C channels, F frames, h w latent, N text tokens, D text width.
