@@ -185,7 +185,7 @@ def resolve_settings(args, pipe, loaded):
     flags. Raises BadInput if an adapter's clip is missing or does not fit."""
     tiny, factor = is_tiny(args.weights), pipe.vae.config.factor
     s = Sampling(guidance=4.0 if tiny else 9.0)
-    shape = {"frames": 16, "size": (pipe.unet.config.sample_size * factor,) * 2, "fps": 8.0,
+    shape = {"frames": 16, "size": ((pipe.unet.config.sample_size or 32) * factor,) * 2, "fps": 8.0,
              "negative_prompt": "", "checkpointing": "off" if tiny else "on"}
     source = next((a for a in loaded if a.latents is not None), next(iter(loaded), None))
     if source and "method" in source.meta:  # trained here

@@ -118,14 +118,14 @@ def lora_targets(unet, layers):
 
 @dataclass(frozen=True)
 class Trainable:
-    """Layers trained fully (rank 0) or with a LoRA, or frozen weights of another program."""
+    """Layers trained fully (rank 0) or with a LoRA. With layers=none, frozen weights or nothing."""
 
     layers: str  # a key of LAYERS, a pattern, or none
     rank: int = 0
     scale: float = 1.0  # LoRA scale
     dropout: float = 0.0  # of the LoRA output
     per_video: bool = False  # one LoRA per clip
-    load_from: str = ""  # file of another program
+    load_from: str = ""  # adapter to train further; with layers=none, a file to use frozen
     lr: float = 1e-4
     weight_decay: float = 0.01
     lr_multipliers: str = ""  # for some layers: pattern:factor,pattern:factor
@@ -133,20 +133,18 @@ class Trainable:
     @property
     def trainable(self):
         """True if it has trainable parameters."""
-        return self.layers != "none" and not self.load_from
+        return self.layers != "none"
 
     def uses(self, field):
         """True if a setting has an effect."""
-        if self.load_from or self.layers == "none":
+        if self.layers == "none":
             return field in ("layers", "load_from")
         return self.rank > 0 or field not in ("scale", "dropout", "per_video")
 
     def build(self, pipe, seed, clip):
-        """A FullFinetune, a LoRA, ExternalWeights, or None for layers=none."""
-        if self.load_from:
-            return ExternalWeights(pipe, self.load_from)
+        """A FullFinetune, a LoRA, ExternalWeights, or None."""
         if self.layers == "none":
-            return None
+            return ExternalWeights(pipe, self.load_from) if self.load_from else None
         if self.rank:
             return LoRA(pipe.unet, self.layers, self.rank, self.scale, self.dropout, seed)
         return FullFinetune(pipe.unet, self.layers)
@@ -160,6 +158,7 @@ class PlaceholderToken:
     token: str
     num_vectors: int = 0
     initializer_token: str = ""  # a word in the vocabulary
+    load_from: str = ""  # adapter to train further
     lr: float = 1e-4
     weight_decay: float = 0.01
     lr_multipliers: str = field(default="", repr=False)
@@ -199,6 +198,14 @@ class Trained:
     def tensors(self):
         """{name in an adapter file: tensor}."""
         return self.parameters()
+
+    def load(self, saved):
+        """Set the parameters to the tensors of an adapter file. Raises BadInput."""
+        for name, p in self.tensors().items():
+            if not isinstance(p, nn.Parameter):
+                raise BadInput(f"{type(self).__name__} has no load method for {name}, so it cannot "
+                               "be trained further; drop load_from.")
+            p.data.copy_(saved[name])
 
 
 class FullFinetune(Trained):
@@ -255,6 +262,12 @@ class LoRA(Trained):
         """With the scale multiplied into B, so peft-compatible loaders apply the same update."""
         return formats.to_peft({name: (A, B * self.scale) for name, (A, B) in self.pairs.items()})
 
+    def load(self, saved):
+        if not self.scale:
+            raise BadInput("scale=0: a LoRA of this scale cannot be trained further; raise it.")
+        for name, p in formats.to_peft(self.pairs).items():
+            p.data.copy_(saved[name] / (self.scale if name.endswith("lora_B.weight") else 1))
+
 
 class TokenEmbedding(Trained):
     """Trainable vectors of a token in the text encoder, used wherever a caption has the token."""
@@ -306,7 +319,8 @@ class ExternalWeights(Trained):
 
 
 def build_trainables(parts, pipe, clips, seed):
-    """{part: [one trainable, or one per clip]}, without parts that have no weights."""
+    """{part: [one trainable, or one per clip]}, without parts that have no weights. Parts with the
+    same load_from are loaded together. Raises BadInput."""
     trainables = {}
     for number, (name, part) in enumerate(parts.items()):
         built = []
@@ -314,6 +328,12 @@ def build_trainables(parts, pipe, clips, seed):
             built.append(part.build(pipe, seed * 100 + number + 1000 * i, clip))
         if built[0] is not None:
             trainables[name] = built
+    files = {}
+    for name, built in trainables.items():
+        if parts[name].load_from and parts[name].trainable:
+            files.setdefault(parts[name].load_from, []).extend(built)
+    for path, built in files.items():
+        adapters.load_trainables(path, built, pipe)
     return trainables
 
 

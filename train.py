@@ -150,7 +150,7 @@ def resolve_settings(flags, settings):
     flags.fps = min((media.frame_rate(clip, fps) for clip in clips), default=fps)
     flags.prior = flags.prior or recipe.own.get("prior")
     flags.default_out = Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
-    check_data(flags, recipe, kind)
+    check_data(flags, recipe, kind, len(clips))
     return recipe
 
 
@@ -161,8 +161,12 @@ def data_kind(clips, images):
     return ("one clip" if len(clips) == 1 else "several clips") + " and a subject" * bool(images)
 
 
-def check_data(flags, recipe, kind):
+def check_data(flags, recipe, kind, clips):
     """Raises BadInput for data that the method cannot use, and for settings that conflict."""
+    least, most = recipe.clips
+    if not least <= clips <= most:
+        raise BadInput(f"--video: {clips} clips; {flags.method} requires "
+                       f"{least if least == most else f'{least} to {most}'}.")
     if flags.images and (flags.method, kind) not in BY_DATA:
         raise BadInput(f"{flags.method} cannot be trained on {kind}; motiondirector trains on "
                        "images alone, newmove on images of a subject with clips of a motion.")
@@ -263,6 +267,7 @@ def prepare_training(run):
         clip.latents = pipe.encode(clip.video[None], g)
     clips = run.clips or run.images
     run.trainables = lora.build_trainables(recipe.parts, pipe, clips, flags.seed)
+    runs.adapter_groups(run.trainables)  # refuses parts that one file cannot hold
     run.trained = lora.named(run.trainables)
     pipe.unet.checkpointing = flags.checkpointing == "on"
     # All in one call, since a large text encoder leaves GPU memory after each.
@@ -477,7 +482,7 @@ def customize_a_video(ex, absorber_steps=200):
     on patches of single frames, with temporal layers bypassed. Then, with it frozen, a temporal
     LoRA is trained on whole clips; only the temporal one is used for sampling. The absorber may
     also be a token (appearance.layers=none appearance_word.num_vectors=4), both, or weights of
-    another program (appearance.load_from=…).
+    another program (appearance.layers=none appearance.load_from=…).
 
     absorber_steps: steps of the first stage
     appearance_prompt: caption of the absorber's frames, without the motion; empty for the caption
@@ -494,9 +499,8 @@ def customize_a_video(ex, absorber_steps=200):
         yield mse(*ex.predict(z))
 
 
-@method("MotionDirector's coupled baseline", shape=(16, 384, 384), steps=150,
-        max_grad_norm=math.inf, noise_prior=0.5, inversion_model="base", inversion_steps=50,
-        sampling_steps=30, guidance=12.0, motion=Trainable("coupled", 32, dropout=0.1, lr=5e-4))
+@method("MotionDirector's coupled baseline", like="motiondirector", appearance=None,
+        motion=Trainable("coupled", 32, dropout=0.1, lr=5e-4))
 def coupled(ex, loss="mse"):
     """One LoRA on spatial and temporal layers, trained with the plain loss (Table 1).
 
@@ -527,9 +531,8 @@ def dreambooth(ex, prior_loss_weight=1.0):
         yield mse(*ex.predict(z))
 
 
-@method("Custom Diffusion (Kumari et al. 2022), as NewMove adapts it", shape=(16, 384, 384),
-        fps=24.0, steps=500, sampler="dpm", unet_dropout=False, prior="folder",
-        num_prior_clips=64, class_prompt="",
+@method("Custom Diffusion (Kumari et al. 2022), as NewMove adapts it", like="dreambooth", steps=500,
+        prior="folder", num_prior_clips=64,
         motion=Trainable("cross-attention-kv", lr=1e-5), word=PlaceholderToken("sks", 1, lr=1e-5))
 def custom_diffusion(ex, prior_loss_weight=1.0):
     """DreamBooth's loss on cross-attention keys and values and one token vector.
@@ -703,10 +706,9 @@ class Example:
             pairs.append((output, target))
         return pairs[0] if len(pairs) == 1 else pairs
 
-    @torch.no_grad()
     def base(self, *noisy):
-        """The frozen base model's output per NoisySample, without gradients. Called after predict,
-        it uses the same dropout masks."""
+        """The frozen base model's output per NoisySample, with gradients only for the inputs.
+        Called after predict, it uses the same dropout masks."""
         run = self.run
         if run.base is None:
             run.base = model.load(run.flags.weights, run.flags.device, run.flags.precision, keep=())

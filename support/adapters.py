@@ -67,10 +67,8 @@ def read_adapter(path, model, whole=False):
     name, _, clip = path.name.partition("#")
     path, clip = (path.with_name(name), int(clip)) if clip.isdigit() else (path, 0)
     state, meta = read_tensors(path, lists=True), read_meta(path)
-    base, words, more, latents = meta.get("base"), {}, {}, None
-    if base and base != fingerprint(model.unet):
-        raise BadInput(f"{path} was trained on {meta.get('base_name')} ({base}), but these weights "
-                       f"are {fingerprint(model.unet)}; give --weights its base model.")
+    words, more, latents = {}, {}, None
+    check_base(path, meta, model)
     with reading(path, "it belongs to another model"):
         if own := meta.get("format") == FORMAT:
             width, channels = model.text_encoder.config.hidden_size, model.unet.config.in_channels
@@ -91,6 +89,33 @@ def read_adapter(path, model, whole=False):
         if not (tensors or pairs or words or more):
             raise ValueError("it holds no trained weights")
     return Adapter(tensors, pairs, latents, meta, path, words, more)
+
+
+def check_base(path, meta, model):
+    """Raises BadInput if an adapter was trained on another base model."""
+    base, here = meta.get("base"), fingerprint(model.unet)
+    if base and base != here:
+        raise BadInput(f"{path} was trained on {meta.get('base_name')} ({base}), but these weights "
+                       f"are {here}; give --weights its base model.")
+
+
+def load_trainables(path, trainables, model):
+    """Set trainables to an adapter of train.py. Raises BadInput unless it holds exactly their
+    tensors."""
+    state, meta = read_tensors(path), read_meta(path)
+    if meta.get("format") != FORMAT:
+        raise BadInput(f"{path} is not an adapter of train.py, so it cannot be trained further; to "
+                       "use it frozen, also give layers=none of the same part.")
+    check_base(path, meta, model)
+    state.pop(CLIP, None)
+    own = {name: t for one in trainables for name, t in one.tensors().items()}
+    shape = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "missing"
+    if wrong := [n for n in own | state if shape(own, n) != shape(state, n)]:
+        raise BadInput(f"{path} cannot be trained further: the shape of {wrong[0]} is "
+                       f"{shape(state, wrong[0])} in the file, {shape(own, wrong[0])} here; give "
+                       "the layers, rank and tokens of its run, and load_from for all its parts.")
+    for one in trainables:
+        one.load(state)
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def read_foreign(state, meta, unet, path, clip=0, full_weights=False):
         spatial = [n for n in parameters if not re.search(r"temp_|transformer_in", n)]
         if not (full_weights or pairs) and all(n in tensors for n in spatial):
             raise ValueError("it has all weights of a UNet and is not an adapter; give its folder "
-                             "to --weights, or the file to appearance.load_from=")
+                             "to --weights, or appearance.layers=none appearance.load_from=FILE")
         if both := [layer for layer in pairs if f"{layer}.weight" in tensors]:
             raise ValueError(f"it has both full weights and a LoRA for {both[0]}")
         return tensors, pairs

@@ -44,7 +44,8 @@ KNOWN = {
     "scale": (float_in(0, 1000), "LoRA scale"),
     "dropout": (float_in(0, 0.99), "dropout of the LoRA output"),
     "per_video": (None, "one LoRA per clip"),
-    "load_from": (None, "a LoRA or image UNet of another program, used frozen"),
+    "load_from": (None, "adapter to train further; with layers=none, a LoRA or image UNet of any "
+                  "program, used frozen"),
     "lr": (float_in(0, 1e6), "AdamW's learning rate"),
     "weight_decay": (float_in(0, 1e6), "AdamW's weight decay"),
     "lr_multipliers": (None, "learning-rate factors of layers: pattern:factor,pattern:factor"),
@@ -61,7 +62,7 @@ KNOWN = {
 class Recipe:
     """A method: its function, the source of its numbers, training and sampling settings (`own`),
     parts, and the function's keywords. `shape` (frames, height, width) and `fps` apply to
-    full-size base models."""
+    full-size base models. `clips`: the least and the largest number of training clips."""
 
     name: str
     source: str
@@ -69,8 +70,9 @@ class Recipe:
     own: dict
     parts: dict
     keywords: dict
-    shape: tuple
-    fps: float
+    shape: tuple = (16, 256, 256)
+    fps: float = 8.0
+    clips: tuple = (0, math.inf)
 
     def __getattr__(self, name):
         """recipe.steps etc.: a training or sampling setting. Raises AttributeError."""
@@ -177,30 +179,34 @@ def split_settings(argv, parser):
 
 
 METHODS = {}
+REQUIRED = inspect.Parameter.empty  # the value of a setting or keyword without default
+DEFAULT = Recipe("", "", None, {
+    "steps": REQUIRED, "max_grad_norm": 1.0, "noise_prior": 0.0, "inversion_model": "tuned",
+    "inversion_steps": 0, "sampler": "ddim", "sampling_steps": 50, "guidance": 9.0}, {}, {})
 
 
-def method(source, *, shape=(16, 256, 256), fps=8.0, steps, max_grad_norm=1.0, noise_prior=0.0,
-           inversion_model="tuned", inversion_steps=0, sampler="ddim", sampling_steps=50,
-           guidance=9.0, **more):
-    """A decorator that registers a function as a method with these settings. Values in `more` with
-    a `build` method (lora.Trainable, lora.PlaceholderToken, or your own) are trainable parts."""
-    own = {"steps": steps, "max_grad_norm": max_grad_norm, "noise_prior": noise_prior,
-           "inversion_model": inversion_model, "inversion_steps": inversion_steps,
-           "sampler": sampler, "sampling_steps": sampling_steps, "guidance": guidance}
-    parts = {name: value for name, value in more.items() if hasattr(value, "build")}
-    own |= {name: value for name, value in more.items() if name not in parts}
+def method(source, like=None, **changes):
+    """A decorator that registers a function as a method. `like` names the method whose settings and
+    parts it has, except for `changes`; None removes one. Values with a `build` method
+    (lora.Trainable, lora.PlaceholderToken, or your own) are trainable parts."""
+    base = METHODS[like] if like else DEFAULT
+    fields = {name: changes.pop(name, getattr(base, name)) for name in ("shape", "fps", "clips")}
+    values = base.own | base.parts | changes
+    parts = {name: value for name, value in values.items() if hasattr(value, "build")}
+    own = {name: value for name, value in values.items() if name not in parts and value is not None}
 
     def add(function):
+        name, doc = function.__name__.replace("_", "-"), function.__doc__
+        if not doc:
+            raise TypeError(f"method {name}: expected a docstring that describes it")
         given = list(inspect.signature(function).parameters.items())[1:]
         keywords = {name: parameter.default for name, parameter in given}
-        name = function.__name__.replace("_", "-")
-        for setting in own | keywords:
-            described = setting in KNOWN or f"    {setting}: " in function.__doc__
-            if not described or keywords.get(setting) is inspect.Parameter.empty:
+        for setting, value in (own | keywords).items():
+            if value is REQUIRED or not (setting in KNOWN or f"    {setting}: " in doc):
                 raise TypeError(f"{name}: setting {setting!r} has no default or no description")
         if name in METHODS:
             raise TypeError(f"two methods are named {name}")
-        METHODS[name] = Recipe(name, source, function, own, parts, keywords, shape, fps)
+        METHODS[name] = Recipe(name, source, function, own, parts, keywords, **fields)
         return function
 
     return add

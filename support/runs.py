@@ -131,7 +131,6 @@ class Folder:
     def __init__(self, run, optimizer):
         self.path, self.run, self.optimizer = run.flags.out, run, optimizer
         self.writes, self.adapters = run.rank == 0, []
-        adapter_groups(run.trainables)
         self.first = self.saved = load_state(self.path / "state.safetensors", run, optimizer)
         if self.writes:
             write_settings(run)
@@ -212,6 +211,11 @@ def adapter_groups(trainables):
             if tensors.setdefault(name, tensor) is not tensor:  # fully fine-tuned layers are shared
                 raise BadInput(f"two parts train {name}, but an adapter holds each tensor once; "
                                "choose other layers, or per_video=off.")
+        for name in tensors:
+            layer = name.removesuffix(".lora_A.weight")
+            if layer != name and f"{layer}.weight" in tensors:
+                raise BadInput(f"two parts train {layer}, one fully and one with a LoRA, but an "
+                               "adapter holds one of them; choose other layers.")
         for kind in {name.partition(".")[0] for name in tensors} - {"unet", "word"}:
             if kind not in adapters.ADAPTER_LOADERS:
                 raise BadInput(f"no loader for {kind!r} in adapters.ADAPTER_LOADERS, so the "

@@ -1,5 +1,6 @@
 """lora.py and support/adapters.py: layer sets and their counts, LoRA, adapter files, merging."""
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -293,6 +294,97 @@ def test_two_parts_over_the_same_layers_are_refused_when_the_run_starts(hop, tmp
     assert "two parts train unet." in fails_at_the_start(hop, tmp_path / "out")
 
 
+def test_full_fine_tuning_and_a_lora_of_one_layer_are_refused_at_the_start(hop, tmp_path,
+                                                                          with_parts):
+    """generate.py cannot read such an adapter."""
+    with_parts(motion=lora.Trainable("temporal"), second=lora.Trainable("temporal-attention", 2))
+    message = fails_at_the_start(hop, tmp_path / "out")
+    assert re.search("two parts train unet.*, one fully and one with a LoRA", message)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training from an adapter
+
+
+def first_loss(run):
+    """The loss of the first step."""
+    return torch.stack(train.one_step(run, 0)[0])
+
+
+def saved(run, path):
+    """The motion adapter of a run, with random changes."""
+    trainables = runs.adapter_groups(run.trainables)[""]
+    for p in (p for one in trainables for p in one.parameters().values()):
+        p.data.add_(0.01 * torch.randn_like(p))
+    adapters.save_adapter(path, trainables, base=run.fingerprint)
+    return path
+
+
+@pytest.mark.parametrize("method,parts,settings", [
+    ("vmc", ["motion"], []), ("textual-inversion", ["word"], []),
+    ("custom-diffusion", ["motion", "word"], []),
+    ("customize-a-video", ["motion"], ["appearance.layers=none", "motion.scale=0.5"]),
+])
+def test_training_starts_from_an_adapter(method, parts, settings, hop, tmp_path):
+    """The first loss is the adapter's, and all trained tensors change."""
+    run = prepare_run(method, hop, tmp_path, *settings)
+    plain = first_loss(run)
+    path = saved(run, tmp_path / "a.safetensors")
+    settings += [f"{part}.load_from={path}" for part in parts]
+    again = prepare_run(method, hop, tmp_path, *settings)
+    assert torch.equal(first_loss(again), first_loss(run)) and first_loss(run) != plain
+    run_training(method, hop, tmp_path / "out", "--steps", 1, *settings)
+    before, after = load_file(path), load_file(tmp_path / "out" / f"{method}.safetensors")
+    after.pop(adapters.CLIP)
+    assert before.keys() == after.keys()
+    assert all((before[n] != after[n]).any() and relative(after[n], before[n]) < 0.5
+               for n in before if "lora_A" not in n)
+
+
+@pytest.mark.parametrize("settings,message", [
+    (["motion.rank=2"], r"lora_A.weight is missing in the file, \(.*\) here; give the layers"),
+    (["motion.layers=temporal-attention-ff"], r"is missing in the file, \(.*\) here"),
+    (["motion.load_from=LORA"], "LORA is not an adapter of train.py, so it cannot"),
+    (["motion.load_from=NONE"], "NONE cannot be used"),
+])
+def test_an_adapter_of_other_layers_is_refused_at_the_start(settings, message, hop, tmp_path):
+    path = saved(prepare_run("vmc", hop, tmp_path), tmp_path / "a.safetensors")
+    save_file(load_file(path), tmp_path / "LORA.safetensors")
+    names = {name: str(tmp_path / f"{name}.safetensors") for name in ("LORA", "NONE")}
+    settings = [re.sub("LORA|NONE", lambda m: names[m[0]], text) for text in settings]
+    with pytest.raises(BadInput, match=re.sub("LORA|NONE", r"\g<0>.safetensors", message)) as error:
+        prepare_run("vmc", hop, tmp_path, f"motion.load_from={path}", *settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_token_in_the_file_must_be_loaded_too(hop, tmp_path):
+    path = saved(prepare_run("custom-diffusion", hop, tmp_path), tmp_path / "a.safetensors")
+    with pytest.raises(BadInput, match=r"word.sks is \(1, 64\) in the file, missing here"):
+        prepare_run("custom-diffusion", hop, tmp_path, f"motion.load_from={path}")
+
+
+class Doubled(Bias):
+    def tensors(self):
+        return {"bias.number": 2 * self.number}
+
+
+@dataclass(frozen=True)
+class DoubledPart(lora.Trainable):
+    def build(self, pipe, seed, clip):
+        return Doubled(pipe)
+
+
+def test_a_kind_that_cannot_be_trained_further_is_refused_at_the_start(hop, tmp_path, with_parts,
+                                                                       monkeypatch, tiny):
+    monkeypatch.setitem(adapters.ADAPTER_LOADERS, "bias", None)
+    path = tmp_path / "a.safetensors"
+    adapters.save_adapter(path, [Fixed(**{"bias.number": torch.ones(1)})])
+    with_parts(motion=BiasPart("all", load_from=str(path)))
+    assert prepare_run("vmc", hop, tmp_path).trainables["motion"][0].number.item() == 1
+    with_parts(motion=DoubledPart("all", load_from=str(path)))
+    assert "Doubled has no load method for bias.number" in fails_at_the_start(hop, tmp_path / "o")
+
+
 def test_one_motion_lora_per_clip_is_refused_when_the_run_starts(folder, tmp_path):
     with pytest.raises(BadInput, match="per_video=off"):
         run_training("motiondirector", folder / "videos", tmp_path / "out", "motion.per_video=on")
@@ -312,7 +404,7 @@ def test_full_precision_is_kept_for_full_fine_tuning_alone(full):
     qkv = lora.Trainable("temporal-attention-qkv")
     assert chosen(qkv, lora.Trainable("spatial", 4)) == set(lora.select(full, qkv.layers))
     for part in (lora.Trainable("spatial", 4), lora.Trainable("none"),
-                 lora.PlaceholderToken("sks", 4), lora.Trainable("spatial", load_from="a.pt")):
+                 lora.PlaceholderToken("sks", 4), lora.Trainable("none", load_from="a.pt")):
         assert not chosen(part)
 
 

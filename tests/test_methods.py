@@ -2,10 +2,11 @@
 use."""
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, flags_of, prepare_run, run_training
+from conftest import ROOT, TINY, expect_error, flags_of, prepare_run, run_training
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -66,7 +67,8 @@ def log_of(out):
                    "prior_loss_weight=1 unet_dropout=off sampler=dpm"),
     ("custom-diffusion", "steps=500 motion.lr=1e-5 word.num_vectors=1 prior=folder "
                          "motion.layers=cross-attention-kv unet_dropout=off sampler=dpm"),
-    ("textual-inversion", "steps=3000 word.lr=5e-3 word.num_vectors=1 unet_dropout=off sampler=dpm"),
+    ("textual-inversion", "steps=3000 word.lr=5e-3 word.num_vectors=1 unet_dropout=off "
+                          "sampler=dpm"),
     ("tune-a-video", "steps=500 motion.lr=3e-5 motion.layers=tune-a-video noise_prior=1 "
                      "guidance=12.5"),
 ])
@@ -131,9 +133,18 @@ def without_default(ex, weight):
     """
 
 
+def without_parts(ex):
+    """A method."""
+
+
+def silent(ex):
+    pass
+
+
 @pytest.mark.parametrize("function,settings,message", [
     (example, {"guidence": 4.0}, "guidence"), (undocumented, {}, "weight"),
     (without_default, {}, "weight"), (coupled, {}, "two methods are named coupled"),
+    (silent, {}, "method silent: expected a docstring"),
 ])
 def test_a_wrong_method_is_refused_when_it_is_defined(function, settings, message, monkeypatch):
     """Unknown arguments of the decorator, keywords without description or default, and a second
@@ -144,6 +155,40 @@ def test_a_wrong_method_is_refused_when_it_is_defined(function, settings, messag
     assert recipe.METHODS == METHODS
     method("a test", steps=1)(example)
     assert recipe.METHODS.keys() - METHODS.keys() == {"example"}
+
+
+def test_a_method_without_a_number_of_steps_is_refused():
+    with pytest.raises(TypeError, match="'steps' has no default"):
+        method("a test")(example)
+
+
+def test_a_method_can_start_from_the_settings_of_another(monkeypatch):
+    """Settings that are not given are the other method's, and None removes one. Keywords belong to
+    the function."""
+    monkeypatch.setattr(recipe, "METHODS", dict(METHODS))
+    part = lora.Trainable("temporal", lr=0.1)
+    method("a test", like="motiondirector", steps=7, appearance=None, motion=part)(example)
+    new, old = recipe.METHODS["example"], METHODS["motiondirector"]
+    assert new.own == old.own | {"steps": 7} and new.parts == {"motion": part}
+    assert (new.shape, new.fps, new.keywords) == (old.shape, old.fps, {"weight": 0.1})
+    method("a test", like="dreambooth", fps=5.0, prior=None)(without_parts)
+    new, old = recipe.METHODS["without-parts"], METHODS["dreambooth"]
+    assert "prior" not in new.own and new.parts == old.parts and new.fps == 5
+
+
+@pytest.mark.parametrize("clips,message", [
+    ((2, 2), "1 clips; example requires 2"), ((3, 5), "1 clips; example requires 3 to 5"),
+    ((1, 1), ""), ((1, 5), ""),
+])
+def test_a_method_states_its_number_of_clips(clips, message, hop, tmp_path, monkeypatch, capsys):
+    """Another number is refused in one line."""
+    monkeypatch.setitem(METHODS, "example", replace(METHODS["coupled"], name="example",
+                                                    clips=clips))
+    argv = flags_of("example", hop, tmp_path / "out")
+    if message:
+        expect_error(argv, message, capsys)
+    else:
+        train.parse(argv)
 
 
 def test_a_misspelled_setting_of_a_recipe_raises():
@@ -450,6 +495,7 @@ def test_another_programs_lora_or_image_unet_can_be_the_absorber(hop, tmp_path):
     save_file(image_unet, tmp_path / "unet.safetensors")
     plain = unet.get_submodule(layer).weight.detach().clone()
     prepare = lambda name: prepare_run("customize-a-video", hop, tmp_path, "--precision", "fp32",
+                                       "appearance.layers=none",
                                        f"appearance.load_from={tmp_path / name}.safetensors")
     for name, want in (("lora", plain + B @ A), ("unet", plain * 0.9)):
         run = prepare(name)

@@ -214,7 +214,7 @@ def flags_of(trial, folder, out):
     flags += ["--save-every", str(trial.save_every)] * (trial.save_every > 0)
     if trial.absorber:
         absorber = adapter_of(trial.absorber, out, "-appearance")
-        flags.append(f"appearance.load_from={absorber}")
+        flags += ["appearance.layers=none", f"appearance.load_from={absorber}"]
     return [*flags, *trial.settings]
 
 
