@@ -669,6 +669,16 @@ def test_the_base_model_has_the_same_dropout_as_the_tuned_one(run):
     assert not torch.equal(tuned, ex.base(z))
 
 
+def test_gradients_pass_through_the_frozen_base_model(run):
+    """A loss on the base model's features of a prediction trains the prediction."""
+    ex, z = noisy_example(run)
+    ex.train("motion")
+    pred, _ = ex.predict(z)
+    ex.base(replace(z, x=pred)).square().mean().backward()
+    assert all(p.grad is not None for p in parameters_of(run, "motion"))
+    assert all(p.grad is None for p in run.base.unet.parameters())
+
+
 def test_wrong_calls_of_the_interface_are_refused(run):
     ex, z = noisy_example(run)
     with pytest.raises(BadInput, match="call train first"):
