@@ -489,7 +489,7 @@ def customize_a_video(ex, absorber_steps=200):
     """
     has_absorber = ex.is_trainable("appearance") or ex.is_trainable("appearance_word")
     if ex.step < absorber_steps and has_absorber:
-        caption = ex.settings["appearance_prompt"]
+        caption = ex.settings["appearance_prompt"] or None
         z = ex.add_noise(ex.next_clip(), data.random_patch, caption=caption)
         ex.train("appearance", "appearance_word")
         yield mse(*ex.predict(z))
@@ -649,9 +649,10 @@ class Example:
         """The index of a random frame."""
         return int(torch.randint(z.x0.shape[2], (), generator=self.g))
 
-    def add_noise(self, clip, augment=None, alpha=0.0, caption="", t=None):
+    def add_noise(self, clip, augment=None, alpha=0.0, caption=None, t=None):
         """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, a NoisySample, at a random timestep unless t is given. augment: a
-        function of data.py; alpha: NewMove's preference for high noise."""
+        function of data.py; alpha: NewMove's preference for high noise; caption: the clip's own
+        unless given."""
         S, x0 = self.pipe.schedule, clip.latents
         if augment:
             x0 = self.pipe.encode(augment(clip.video, self.g)[None], self.g)
@@ -661,7 +662,8 @@ class Example:
         noise = torch.randn(x0.shape, generator=self.g)
         noise = machine.to_device(noise, self.pipe.device)
         x = S.add_noise(x0, noise, t)
-        return NoisySample(x0, noise, t, x, caption or clip.prompt, clip, x0.shape[2] > 1)
+        caption = clip.prompt if caption is None else caption
+        return NoisySample(x0, noise, t, x, caption, clip, x0.shape[2] > 1)
 
     def single_frame(self, z):
         """A random frame with the same noise and timestep. It bypasses all temporal layers."""

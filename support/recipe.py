@@ -44,8 +44,8 @@ KNOWN = {
     "scale": (float_in(0, 1000), "LoRA scale"),
     "dropout": (float_in(0, 0.99), "dropout of the LoRA output"),
     "per_video": (None, "one LoRA per clip"),
-    "load_from": (None, "adapter to train further; with layers=none, a LoRA or image UNet of any "
-                  "program, used frozen"),
+    "load_from": (None, "adapter to train further; a part with layers=none uses any LoRA or image "
+                  "UNet, frozen"),
     "lr": (float_in(0, 1e6), "AdamW's learning rate"),
     "weight_decay": (float_in(0, 1e6), "AdamW's weight decay"),
     "lr_multipliers": (None, "learning-rate factors of layers: pattern:factor,pattern:factor"),
@@ -188,7 +188,8 @@ DEFAULT = Recipe("", "", None, {
 def method(source, like=None, **changes):
     """A decorator that registers a function as a method. `like` names the method whose settings and
     parts it has, except for `changes`; None removes one. Values with a `build` method
-    (lora.Trainable, lora.PlaceholderToken, or your own) are trainable parts."""
+    (lora.Trainable, lora.PlaceholderToken, or your own) are trainable parts. Those with a name that
+    begins with appearance are saved in a file of their own and left out of previews."""
     base = METHODS[like] if like else DEFAULT
     fields = {name: changes.pop(name, getattr(base, name)) for name in ("shape", "fps", "clips")}
     values = base.own | base.parts | changes

@@ -250,6 +250,12 @@ def test_flags_override_the_adapter_which_overrides_the_defaults(tiny, adapter, 
     assert (s.size, s.frames) == ((40, 72), 4)
 
 
+def test_weights_without_a_sample_size_have_the_default_one(tiny, monkeypatch):
+    """Null in unet/config.json: 32 latents of 8 pixels, as if the key were missing."""
+    monkeypatch.setattr(tiny.unet.config, "sample_size", None)
+    assert resolved(tiny).size == (256, 256)
+
+
 def test_an_adapter_without_its_clip_is_refused(tmp_path, capsys):
     path = write_adapter(tmp_path / "a.safetensors", None)
     expect_error(["--adapter", path, "--prompt", "x", "--out", tmp_path / "o"],

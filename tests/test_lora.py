@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, TINY, flags_of, prepare_run, relative, run_training
 from safetensors.torch import load_file, save_file
 
+import generate
 import lora
 import model
 import train
@@ -269,6 +270,10 @@ def test_a_new_kind_of_trainable_is_saved_loaded_scaled_and_resumed(hop, tmp_pat
     plain = forward(tiny.unet)
     for scale in (0.0, 1.0, 2.0):
         torch.testing.assert_close(forward(merged(first, scale)), plain + scale * number)
+    merge = ["--adapter", str(files[0]), "--save-merged", str(tmp_path / "merged")]
+    with pytest.raises(BadInput, match="changes more than weights"):
+        generate.main(merge)
+    assert not (tmp_path / "merged").exists()
     monkeypatch.delitem(adapters.ADAPTER_LOADERS, "bias")
     with pytest.raises(BadInput, match="bias.number"):
         adapters.read_adapter(files[0], tiny)

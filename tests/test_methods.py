@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, TINY, expect_error, flags_of, prepare_run, run_training
 from safetensors.torch import load_file, save_file
 
+import generate
 import lora
 import losses
 import model
@@ -189,6 +190,12 @@ def test_a_method_states_its_number_of_clips(clips, message, hop, tmp_path, monk
         expect_error(argv, message, capsys)
     else:
         train.parse(argv)
+
+
+def test_a_new_sampler_is_a_value_of_the_setting_and_of_the_flag(monkeypatch):
+    monkeypatch.setitem(sampler.SAMPLERS, "new", sampler.SAMPLERS["ddim"])
+    assert METHODS["vmc"].override("sampler=new").sampler == "new"
+    assert generate.parse(["--prompt", "a red star", "--sampler", "new"]).sampler == "new"
 
 
 def test_a_misspelled_setting_of_a_recipe_raises():
@@ -677,6 +684,13 @@ def test_gradients_pass_through_the_frozen_base_model(run):
     ex.base(replace(z, x=pred)).square().mean().backward()
     assert all(p.grad is not None for p in parameters_of(run, "motion"))
     assert all(p.grad is None for p in run.base.unet.parameters())
+
+
+def test_an_empty_caption_is_not_the_clips_own(run):
+    ex = train.Example(run, 0, 0)
+    clip = ex.next_clip()
+    assert ex.add_noise(clip).caption == clip.prompt
+    assert ex.add_noise(clip, caption="").caption == ""
 
 
 def test_wrong_calls_of_the_interface_are_refused(run):
