@@ -12,7 +12,7 @@ import generate
 import lora
 import model
 import train
-from support import adapters, fast, runs, tokenizer
+from support import adapters, export, fast, runs, tokenizer
 from support.files import BadInput
 
 
@@ -199,7 +199,8 @@ def test_several_adapters_add_up_in_any_order(pipe, tmp_path):
         assert torch.allclose(got, W + 0.5 + 4 + B @ A, atol=1e-5)
 
 
-def test_learned_tokens_are_in_the_adapter_and_apply_where_a_prompt_has_them(pipe, tmp_path):
+def test_learned_tokens_are_in_the_adapter_and_apply_where_a_prompt_has_them(pipe, tmp_path,
+                                                                             capsys):
     table = pipe.text_encoder.tower.token_embedding.weight
     star = table[tokenizer.words_to_ids("star")].detach()
     state = {"word.V*": torch.randn(2, 64), "word.<x>": star}
@@ -214,6 +215,9 @@ def test_learned_tokens_are_in_the_adapter_and_apply_where_a_prompt_has_them(pip
     assert torch.equal(learned[2], learned[1])  # <x> has the vector of "star"
     ids = tokenizer.tokenize(["a V* star"], learned={"V*": [49408, 49409]})[0, :6].tolist()
     assert ids[2:4] == [49408, 49409] and ids[0] == tokenizer.START
+    for save_merged in (export.save_hub, export.save_pth):  # neither layout can hold them
+        save_merged(pipe, tmp_path / save_merged.__name__, TINY)
+        assert "does not hold the learned tokens V*, <x>" in capsys.readouterr().err
     with pytest.raises(BadInput, match="two adapters hold the token"):
         adapters.apply_adapters(model.load(TINY), [adapter, adapter])
 
