@@ -217,7 +217,7 @@ def test_learned_tokens_are_in_the_adapter_and_apply_where_a_prompt_has_them(pip
     assert ids[2:4] == [49408, 49409] and ids[0] == tokenizer.START
     for save_merged in (export.save_hub, export.save_pth):  # neither layout can hold them
         save_merged(pipe, tmp_path / save_merged.__name__, TINY)
-        assert "does not hold the learned tokens V*, <x>" in capsys.readouterr().err
+        assert "does not hold the learned tokens <x>, V*" in capsys.readouterr().err
     with pytest.raises(BadInput, match="two adapters hold the token"):
         adapters.apply_adapters(model.load(TINY), [adapter, adapter])
 
