@@ -190,7 +190,8 @@ def user_error(error):
     if isinstance(error, BadInput):
         return text
     if isinstance(error, UnicodeError):
-        return f"a text or a file name is not UTF-8 ({text[:80]}); correct or rename it."
+        return (f"a text or a file name is not UTF-8 ({text[:80]}); correct or rename it, or set "
+                "PYTHONUTF8=1 if the locale is not UTF-8.")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
             isinstance(error, RuntimeError) and re.search(MEMORY, text)):
         return ("out of memory. Try, in this order: --checkpointing on (when training), a smaller "

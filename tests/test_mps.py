@@ -77,7 +77,8 @@ def run(op, args, kwargs):
              **tree_map_only(MacTensor, lambda t: t.value, kwargs))
     if not made_here:
         return out
-    return return_and_correct_aliasing(op, args, kwargs, tree_map_only(torch.Tensor, MacTensor, out))
+    out = tree_map_only(torch.Tensor, MacTensor, out)
+    return return_and_correct_aliasing(op, args, kwargs, out)
 
 
 def on_mac(action, stderr):

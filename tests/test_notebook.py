@@ -17,7 +17,7 @@ DONE = "!git clone", "!pip install"  # the test runs in a copy, offline
 def run_cell(source, names):
     """Run a code cell as Jupyter does: %cd, !shell with {name} replaced, and Python."""
     python = []
-    for line in source.splitlines():
+    for line in source.replace("\\\n", " ").splitlines():
         if line.startswith("%cd "):
             os.chdir(line[4:])
         elif line.startswith("!") and not line.startswith(DONE):
