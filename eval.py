@@ -95,7 +95,7 @@ def parse(argv=None):
         default="Which video moves more like the reference and matches the prompt?")
     add("--votes", nargs="+", type=Path, help="only count the votes of a study")
     add("--key", type=Path, help="key of the study (default: study-key.json next to the votes)")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda or mps if available)")
     add("--out", type=Path, help="a new folder (default: out/evaluation, out/evaluation-2 …)")
     return check(parser.parse_args(argv))
 

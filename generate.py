@@ -121,7 +121,7 @@ def add_model_flags(add):
     add("--scale", type=float_in(-100, 100), nargs="+", default=[1.0], help="scale of each "
         "adapter; 0 is the base model (default: 1)")
     add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda or mps if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
     add("--frames", type=int_in(1, 1024), help="default: the clip's, else 16; with --dmt 24")

@@ -107,7 +107,7 @@ def add_training_flags(add):
     add("--seed", type=int_in(0, 2**31), default=0, help="random seed (default: 0)")
     add("--batch", type=int_in(1, 4096), help="total batch size (default: one per process)")
     add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda or mps if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
     add("--checkpointing", choices=("auto", "on", "off"), default="auto", help="gradient "

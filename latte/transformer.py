@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Attention, TimeEmbedding, fold_frames
 from support.files import BadInput, number, one_of
+from support.machine import to_device
 
 _SPATIAL, _TEMPORAL = r"transformer_blocks\.\d+\.", r"temporal_transformer_blocks\.\d+\."
 _ATTN1, _FF = r"attn1\.to_(q|k|v|out\.0)", r"ff\.net\.(0\.proj|2)"
@@ -51,17 +52,17 @@ class LatteConfig:
 
 
 def sincos(positions, D):
-    """(n,) positions -> (n, D): D/2 sines, then D/2 cosines."""
-    rates = 10_000 ** -(torch.arange(D // 2, device=positions.device).double() / (D / 2))
+    """(n,) positions -> (n, D): D/2 sines, then D/2 cosines. On the CPU, since MPS has no fp64."""
+    rates = 10_000 ** -(torch.arange(D // 2).double() / (D / 2))
     angles = torch.outer(positions.double(), rates)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
-def patch_positions(h, w, D, config, device):
+def patch_positions(h, w, D, config):
     """(h·w, D): the first half encodes the column, the second half the row. A grid of another size
     is interpolated to the extent of the training grid."""
     base, scale = config.sample_size // config.patch_size, max(config.sample_size // 64, 1)
-    y, x = (torch.arange(n, device=device).float() / (n / base) / scale for n in (h, w))
+    y, x = (torch.arange(n).float() / (n / base) / scale for n in (h, w))
     columns, rows = sincos(x, D // 2), sincos(y, D // 2)
     return torch.cat([columns.repeat(h, 1), rows.repeat_interleave(w, 0)], dim=-1)
 
@@ -132,7 +133,7 @@ class Latte(nn.Module):
         six = self.adaln_single["linear"](F.silu(time)).unflatten(-1, (6, -1))
         text = self.project_text(text, guided=B == 2 * clips)
         x = self.pos_embed["proj"](fold_frames(latents)).flatten(2).transpose(1, 2)
-        x = (x + patch_positions(h, w, D, c, x.device).to(x)).repeat(B // clips, 1, 1)
+        x = (x + to_device(patch_positions(h, w, D, c), x.device).to(x)).repeat(B // clips, 1, 1)
         again = self.checkpointing and torch.is_grad_enabled()
         run = partial(checkpoint, use_reentrant=False) if again else Block.__call__
         for i, block in enumerate(self.transformer_blocks):
@@ -140,7 +141,7 @@ class Latte(nn.Module):
             if temporal:
                 x = x.unflatten(0, (B, frames)).transpose(1, 2).flatten(0, 1)  # (B·S, F, D)
                 if i == 0 and frames > 1:
-                    x = x + sincos(torch.arange(frames, device=x.device), D).to(x)
+                    x = x + to_device(sincos(torch.arange(frames), D), x.device).to(x)
                 x = run(self.temporal_transformer_blocks[i], x, six.repeat_interleave(h * w, 0))
                 x = x.unflatten(0, (B, h * w)).transpose(1, 2).flatten(0, 1)
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # (B, 1, D)

@@ -27,7 +27,8 @@ def find_device(device=None):
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:80]
-        raise BadInput(f"--device {device} cannot be used ({reason}); give cpu or cuda.") from None
+        raise BadInput(f"--device {device} cannot be used ({reason}); give cpu, cuda or "
+                       "mps.") from None
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,10 +63,12 @@ def tune_malloc():
 
 
 def to_device(tensor, device):
-    """Copy a tensor to the device, from pinned memory to a GPU, without a synchronization."""
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    """Copy a tensor to the device; to CUDA from pinned memory, without a synchronization. On MPS,
+    such a copy could read memory that is already freed (PyTorch #189690)."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=cuda)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -187,7 +190,8 @@ def user_error(error):
     if isinstance(error, BadInput):
         return text
     if isinstance(error, UnicodeError):
-        return f"a text or a file name is not UTF-8 ({text[:80]}); correct or rename it."
+        return (f"a text or a file name is not UTF-8 ({text[:80]}); correct or rename it, or set "
+                "PYTHONUTF8=1 if the locale is not UTF-8.")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
             isinstance(error, RuntimeError) and re.search(MEMORY, text)):
         return ("out of memory. Try, in this order: --checkpointing on (when training), a smaller "

@@ -1,10 +1,12 @@
 """The tiny world, its measurements, its training, and the committed weights."""
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 import data
@@ -115,6 +117,16 @@ def test_the_command_writes_a_clip_and_its_caption(tmp_path, monkeypatch):
     drawn = world.scenes_of("moving left", 1, torch.Generator().manual_seed(3))
     assert (video - world.render(drawn)[0]).abs().mean() < 0.03
     assert data.find_caption(clip)[0] == f"a {world.SHAPES[drawn.shape]} moving left"
+
+
+@pytest.mark.parametrize("clip, advice", [
+    ("/dev/null/c.mp4", "/dev/null"), ("ü.mp4", "PYTHONUTF8=1")])
+def test_an_error_of_the_command_is_one_line(clip, advice, tmp_path):
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, ROOT / "tiny" / "world.py", "--clip", clip]
+    done = subprocess.run(command, env=ascii_only, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert advice in done.stderr and done.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------

@@ -438,8 +438,7 @@ def captions(scenes, generator=None, motion=True):
 
 def write_clip(path, motion, seed):
     """One clip as an mp4, and its caption in a .txt with the same name."""
-    sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-    from support.media import write_video
+    from support.media import write_video  # imported only where needed
 
     scenes = scenes_of(motion, 1, torch.Generator().manual_seed(seed))
     write_video(path, render(scenes)[0], FPS)
@@ -470,4 +469,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+    from support import machine
+
+    machine.run(main)
