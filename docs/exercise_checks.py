@@ -47,7 +47,8 @@ def residual():
            lambda: numbers(losses.residual(target)))
     yield "stride 2", [4, 5], lambda: numbers(losses.residual(pred, 2))
     yield "stride 0 raises ValueError", True, lambda: raises(losses.residual, target, 0)
-    yield "1 − cos, averaged over two pairs", 0.52, lambda: numbers(cosine(pred, target))[0]
+    yield ("1 − cos, averaged over two pairs; of the one pair with stride 2", [0.52, 0.006116],
+           lambda: numbers(cosine(pred, target), cosine(pred, target, stride=2)))
     yield ("loss of 0.5·x + 3 and of −x against x", [0, 2],
            lambda: numbers(cosine(0.5 * x + 3, x), cosine(-x, x)))
 
@@ -208,16 +209,17 @@ def motiondirector_run():
     return train.prepare(*train.parse(["--method", "motiondirector", *SHORT]))
 
 
-def motiondirector_losses(number=0.5, **settings):
-    """One row per loss of a step: the loss, the noisy sample, and the state of both LoRAs. Random
+def motiondirector_losses(number=0.5, parts=("appearance", "motion"), **settings):
+    """One row per loss of a step: the loss, the noisy sample, and the state of the LoRAs. Random
     predictions; frame 1 and the given number instead of random ones."""
     run, rows, seen = motiondirector_run(), [], []
     ex = train.Example(run, 0, 0)
+    ex.trainables = {name: run.trainables[name] for name in parts}
     ex.random_frame, ex.rand = lambda z: 1, lambda: number
     ex.predict = lambda z: seen.append(z) or randn(2, *z.x.shape).unbind()
     for loss in train.motiondirector(ex, **settings):
         state = []
-        for name, (one, *_) in run.trainables.items():
+        for name, (one, *_) in ex.trainables.items():
             trained = any(p.requires_grad for p in one.parameters().values())
             state.append(f"{name} {'trained' if trained else 'frozen' if one.active else 'off'}")
         rows.append((loss.item(), seen[-1], ", ".join(state)))
@@ -245,6 +247,9 @@ def motiondirector():
            lambda: states(both()))
     yield ("the LoRAs without the spatial path", ["appearance off, motion trained"],
            lambda: states(motiondirector_losses(spatial_prob=0.0)))
+    yield ("the LoRAs, if the run has only one of them", ["appearance trained", "motion trained"],
+           lambda: states(motiondirector_losses(0.9, ["appearance"]))
+           + states(motiondirector_losses(0.0, ["motion"])))
     yield ("same timestep, frame without temporal layers, clip with them, same noise", [True] * 4,
            shared)
     yield ("number of losses, if ex.rand() returns 0, 0.2, 0.4, 0.6 and 0.8", [2, 2, 2, 2, 1],
@@ -255,8 +260,10 @@ def timesteps():
     """f(t) for T = 1000. Its mean is T/2 + 2αT/π²."""
     weights = lambda alpha: sampler.timestep_weights(1000, alpha)
     mean = lambda f: (f * torch.arange(1000)).sum().item()
-    yield ("T·f(t) at t = 0, 500, 999, and the sum of f, for α = 0.5", [0.5, 1, 1.5, 1],
-           lambda: numbers(1000 * weights(0.5)[[0, 500, 999]], weights(0.5).sum()))
+    yield ("T·f(t) at t = 0, 500, 999, for α = 0.5", [0.5, 1, 1.5],
+           lambda: numbers(1000 * weights(0.5)[[0, 500, 999]]))
+    yield ("the sum of f is 1, exactly", True,
+           lambda: abs(weights(0.5).sum().item() - 1) < 1e-9)
     yield ("the mean timestep for α = 0, 0.5, 1", [499.5, 600.9, 702.2],
            lambda: [mean(weights(alpha)) for alpha in (0, 0.5, 1)])
 
