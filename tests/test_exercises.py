@@ -82,7 +82,7 @@ def test_heun_passes_and_ddim_does_not(monkeypatch, capsys):
     assert all(line.startswith("right") for line in lines_of(11, capsys))
     monkeypatch.setattr(sampler, "heun", sampler.ddim)
     lines = lines_of(11, capsys)
-    assert "expected [0.0371, 0.00968, 0.002378], found [0.19216, 0.10597, 0.05672]" in lines[0]
+    assert lines[0].endswith("found [0.19216, 0.10597, 0.05672, 70]")
 
 
 def test_resume_is_broken_by_a_generator_that_lives_as_long_as_the_process(monkeypatch, capsys):
@@ -102,17 +102,12 @@ def test_resume_is_broken_by_a_generator_that_lives_as_long_as_the_process(monke
     assert words() == ["right"] * 3
 
 
-def run(*args):
-    """(exit code, output, last line of the errors) of docs/exercise.py."""
-    result = subprocess.run([sys.executable, ROOT / "docs" / "exercise.py", *map(str, args)],
-                            capture_output=True, text=True)
-    return result.returncode, result.stdout.splitlines(), result.stderr.splitlines()
-
-
 def test_wrong_calls_and_files_are_refused_in_one_line(copied, capfd):
-    for number in (0, 13):
-        assert run(number) == (1, [], [f"error: {number}: expected the number of an exercise, "
-                                       "1 to 12."])
+    for number in ("0", "13"):
+        result = subprocess.run([sys.executable, ROOT / "docs" / "exercise.py", number],
+                                capture_output=True, text=True)
+        expected = f"error: {number}: expected the number of an exercise, 1 to 12.\n"
+        assert (result.returncode, result.stdout, result.stderr) == (1, "", expected)
     with pytest.raises(SystemExit, match=r"01 does not exist; python docs/exercise.py 1 makes it"):
         exercise.check(1)
     work = copied(1) / "losses.py"
