@@ -131,7 +131,8 @@ def lora_hook():
     A, B = one.pairs["0"]
     A.data, B.data = torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0], [6.0]])
     x = torch.tensor([[1.0, 2.0]])
-    yield "linear layer, A = (3, 4), B = (5, 6), s = 2", [110, 132], lambda: numbers(linear(x))
+    yield ("linear layer, x = (1, 2), A = (3, 4), B = (5, 6), s = 2", [110, 132],
+           lambda: numbers(linear(x)))
     one.active = False
     yield "not active", [0, 0], lambda: numbers(linear(x))
     one.active, one.dropout, many = True, 0.5, x.expand(1000, 2)
@@ -142,11 +143,11 @@ def lora_hook():
     A.data, B.data = torch.tensor([1.0, 10, 100]).view_as(A), torch.full_like(B, 5)
     frames = torch.tensor([1.0, 2, 3]).view(1, 1, 3, 1)
     hooked = lambda: conv(frames) - conv.bias
-    yield ("temporal convolution, A = (1, 10, 100), B = 5", [1050, 1605, 160],
-           lambda: numbers(hooked()))
+    yield ("temporal convolution, x = (1, 2, 3) over time, A = (1, 10, 100), B = 5, s = 1",
+           [1050, 1605, 160], lambda: numbers(hooked()))
     merged = torch.nn.functional.conv3d(frames[..., None], adapters.lora_delta(A, B, conv.weight),
                                         padding=(1, 0, 0))
-    yield "the same, with B·A added to W", numbers(merged), lambda: numbers(hooked())
+    yield "equal to the convolution with W + B·A", numbers(merged), lambda: numbers(hooked())
 
 
 def layer_sets():
@@ -175,7 +176,7 @@ def debias():
     variance = lambda eps: losses.debias(eps, 0, 2)[:, :, 1:].var().item()
     yield ("frames 1, 2, 4; anchor: frame 1; β = √3", [2 - 2 * root, 4 - 2 * root, 8 - 2 * root],
            lambda: numbers(losses.debias(clip((1,), (2,), (4,)), 1, root)))
-    yield "variance of (β·ε^anchor + ε)/√(β² + 1), β = 2", 1, lambda: round(variance(mixed), 1)
+    yield "variance of (β·ε^anchor + η)/√(β² + 1), β = 2", 1, lambda: round(variance(mixed), 1)
     yield "variance of independent frames, 2β² + 1, β = 2", 9, lambda: round(variance(own))
 
 
