@@ -16,8 +16,7 @@ from support import machine, media, runs
 from support.files import BadInput, check_exists, log, read_text, write_text
 from support.tokenizer import has_word, words_to_ids
 
-# ------------------------------------------------------------------------------------------------
-# Captions
+# --- Captions -----------------------------------------------------------------------------------
 
 
 MAX_TOKENS = 77  # limit of the text encoder, including start and end tokens
@@ -70,8 +69,7 @@ def note_unknown_words(prompts, known=()):
             f"{', '.join(sorted(words(world.WORDS)))} and the tokens of its adapters")
 
 
-# ------------------------------------------------------------------------------------------------
-# Clips and images
+# --- Clips and images ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -148,8 +146,7 @@ def load_images(paths, prompt, size, token=None, learned=None):
     return images
 
 
-# ------------------------------------------------------------------------------------------------
-# Regularization clips
+# --- Regularization clips -----------------------------------------------------------------------
 
 
 def load_prior_clips(run):
@@ -208,8 +205,7 @@ def generate_clip(run, number):
                           progress=f"regularization clip {number}")[0], prompt
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentations of a video (3, F, H, W), with random draws from a generator g
+# --- Augmentations of a video (3, F, H, W), with random draws from a generator g ----------------
 
 
 PATCH = (0.33, 0.67)  # range of a patch's sides, as shares of the frame's (Customize-A-Video)

@@ -95,8 +95,7 @@ def generate(args, s, pipe, loaded, jobs, clip):
                                      args.negative_prompt, args.batch)
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags
+# --- Flags --------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
@@ -176,8 +175,7 @@ def check(args):
     return data.read_prompts(args.prompts) if args.prompts else [args.prompt] * bool(args.prompt)
 
 
-# ------------------------------------------------------------------------------------------------
-# Settings: the model's defaults, then the adapter's, then DMT's, then the flags
+# --- Settings: the model's defaults, then the adapter's, then DMT's, then the flags -------------
 
 
 def resolve_settings(args, pipe, loaded):
@@ -259,8 +257,7 @@ def starting_clip(args, pipe, s, source):
     return pipe.encode(video[None], sampler.generator(args.seed, 5) if args.dmt else None)
 
 
-# ------------------------------------------------------------------------------------------------
-# Refining
+# --- Refining -----------------------------------------------------------------------------------
 
 
 def load_refiner(args, pipe):
@@ -292,12 +289,11 @@ def refine(args, pipe, video, prompt, seed):
                           skip=steps - remaining)[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# Diffusion Motion Transfer (Yatim et al. 2023): motion transfer without training. The clip is
-# inverted. A new video starts from the low frequencies of that noise; during sampling its latents
-# are optimized so that features of the UNet change over time like the clip's. Settings, layers and
-# the order of steps follow the published code. Differences not in docs/methods.md: latents are
-# fp32; the loss omits each frame's difference to itself, which is 0; the step up is the exact
+# --- Diffusion Motion Transfer (Yatim et al. 2023): motion transfer without training ------------
+# The clip is inverted. A new video starts from the low frequencies of that noise; during sampling its
+# latents are optimized so that features of the UNet change over time like the clip's. Settings,
+# layers and the order of steps follow the published code. Differences not in docs/methods.md: latents
+# are fp32; the loss omits each frame's difference to itself, which is 0; the step up is the exact
 # inverse of the step down, where that code is one timestep off.
 
 

@@ -36,8 +36,7 @@ def is_tiny(weights):
     return weights is None or Path(weights).resolve() == TINY.resolve()
 
 
-# ------------------------------------------------------------------------------------------------
-# Reshaping: time into the batch axis, space into tokens
+# --- Reshaping: time into the batch axis, space into tokens -------------------------------------
 
 
 def fold_frames(video):
@@ -69,8 +68,7 @@ def over_time(x, frames):
     return to_tokens(x).reshape(BF // frames, frames, h * w, C).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers shared by the UNet and the VAE
+# --- Layers shared by the UNet and the VAE ------------------------------------------------------
 
 
 class Resnet(nn.Module):
@@ -148,8 +146,7 @@ class Attention(nn.Module):
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers of the video UNet
+# --- Layers of the video UNet -------------------------------------------------------------------
 
 
 class GEGLU(nn.Module):
@@ -359,8 +356,7 @@ class UpBlock(Block):
         return x if self.last else self.upsamplers[0](x, skips[-1].shape[-2:])
 
 
-# ------------------------------------------------------------------------------------------------
-# The video UNet
+# --- The video UNet -----------------------------------------------------------------------------
 
 
 class UNet(nn.Module):
@@ -443,8 +439,7 @@ class UNet(nn.Module):
             block.checkpointing = on
 
 
-# ------------------------------------------------------------------------------------------------
-# The VAE
+# --- The VAE ------------------------------------------------------------------------------------
 
 
 VAE_EPS = 1e-6
@@ -587,8 +582,7 @@ class VAE(nn.Module):
         return unfold_frames(torch.cat(frames), latents.shape[2])
 
 
-# ------------------------------------------------------------------------------------------------
-# The text encoder
+# --- The text encoder ---------------------------------------------------------------------------
 
 
 class TextEncoder(nn.Module):
@@ -634,8 +628,7 @@ class TextEncoder(nn.Module):
         return tower.ln_final(tower.transformer(x, attn_mask=causal))
 
 
-# ------------------------------------------------------------------------------------------------
-# The pipeline, and loading it from a folder in the hub's layout
+# --- The pipeline, and loading it from a folder in the hub's layout -----------------------------
 
 
 @dataclass

@@ -146,8 +146,7 @@ def check_return(schedule, method, steps):
                        "not be reconstructed; choose ddim, or a noise prior of 0.")
 
 
-# ------------------------------------------------------------------------------------------------
-# Randomness and timestep distributions
+# --- Randomness and timestep distributions ------------------------------------------------------
 
 
 def generator(*key):
@@ -179,8 +178,7 @@ def sample_timesteps(weights, n, generator):
     return torch.multinomial(weights, n, replacement=True, generator=generator)
 
 
-# ------------------------------------------------------------------------------------------------
-# Guidance and samplers
+# --- Guidance and samplers ----------------------------------------------------------------------
 
 
 def classifier_free_guidance(network, text, empty=None, scale=1.0):
@@ -296,8 +294,7 @@ def step_generators(seeds):
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm_solver}
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling with a pipeline (model.Pipeline)
+# --- Sampling with a pipeline (model.Pipeline) --------------------------------------------------
 
 
 @torch.no_grad()

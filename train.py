@@ -56,8 +56,7 @@ def main(argv=None):
         sys.exit(128 + signal)
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line: flags that all methods share, and name=value for the method's settings
+# --- The command line: flags that all methods share, and a method's settings, name=value --------
 
 
 def parse(argv):
@@ -186,8 +185,7 @@ def check_data(flags, recipe, kind):
                        "--preview-prompt and --preview-every.")
 
 
-# ------------------------------------------------------------------------------------------------
-# Preparation
+# --- Preparation --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -292,8 +290,7 @@ def check_schedule(recipe, schedule, preview_steps):
         sampler.check_steps(schedule, recipe.inversion_steps, "inversion_steps")
 
 
-# ------------------------------------------------------------------------------------------------
-# The training loop, the same for all methods: a method yields losses, each for one backward pass
+# --- The training loop. A method yields losses, each for one backward pass ----------------------
 
 
 def train(run, folder, optimizer, before):
@@ -380,10 +377,10 @@ def check_finite(record, folder, scaler):
                    "(motion.lr=…), or give --precision fp32.")
 
 
-# ------------------------------------------------------------------------------------------------
-# The methods. The decorator has the settings of the paper or, if it gives none, of its code. The
-# function is the algorithm, with the settings that the paper varies as keywords; `ex` is one
-# training example (see Example). docs/methods.md compares paper, published code and this code.
+# --- The methods --------------------------------------------------------------------------------
+# The decorator has the settings of the paper or, if it gives none, of its code. The function is the
+# algorithm, with the settings that the paper varies as keywords; `ex` is one training example.
+# docs/methods.md compares paper, published code and this code.
 
 
 @method("VMC, Eq. 17 and App. D; clipping and sampling from its code", shape=(8, 320, 576),
@@ -586,8 +583,7 @@ TINY = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# The interface of the methods
+# --- The interface of the methods ---------------------------------------------------------------
 
 
 @dataclass
@@ -778,8 +774,7 @@ class Example:
         return self.records
 
 
-# ------------------------------------------------------------------------------------------------
-# Previews
+# --- Previews -----------------------------------------------------------------------------------
 
 
 def appearance_is_lost(run, step, video):

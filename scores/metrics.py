@@ -33,8 +33,7 @@ class Scorers:
         self.copy_score = f"copy score ({'SSCD' if sscd else self.clip.name + ' features'})"
 
 
-# ------------------------------------------------------------------------------------------------
-# Metrics of one video
+# --- Metrics of one video -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -94,8 +93,7 @@ def find_tracks(sample, args):
     return found
 
 
-# ------------------------------------------------------------------------------------------------
-# Summary of a run
+# --- Summary of a run ---------------------------------------------------------------------------
 
 
 def choose_shared(runs):
@@ -151,8 +149,7 @@ def lpips_distance(samples, args, scorers):
     return mean([scorers.lpips(a, b).mean().item() for a, b in pairs])
 
 
-# ------------------------------------------------------------------------------------------------
-# Copies
+# --- Copies -------------------------------------------------------------------------------------
 
 
 def count_copies(runs, table, args, scorers):

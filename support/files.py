@@ -44,8 +44,7 @@ def escaped(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], str(text))
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -150,8 +149,7 @@ def has_type(value, kind):
     return isinstance(value, kind)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tensors
+# --- Tensors ------------------------------------------------------------------------------------
 
 
 INTEGERS = ("position_ids", "num_batches_tracked", "alpha")  # names that may hold integers
@@ -237,8 +235,7 @@ def save_tensors(path, tensors, meta):
             file.write(text.ljust(size))
 
 
-# ------------------------------------------------------------------------------------------------
-# Values of flags, checked before anything is loaded
+# --- Values of flags, checked before anything is loaded -----------------------------------------
 
 
 def check_weights(path, flag="--weights"):
@@ -271,8 +268,7 @@ def read_size(text):
     return sides[1], sides[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing ------------------------------------------------------------------------------------
 
 
 UNFINISHED = ".unfinished"  # a folder inside the output folder, for files that are being written

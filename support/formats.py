@@ -123,8 +123,7 @@ def build_pair(layer, found, shape):
     return A, fit(B, (c_out, rank, *[1] * len(kernel)), f"{layer} B (up)")
 
 
-# ------------------------------------------------------------------------------------------------
-# Scales
+# --- Scales -------------------------------------------------------------------------------------
 
 
 # peft's settings that change the update, with their defaults, and those that do not change it.
@@ -179,8 +178,7 @@ def match_pattern(patterns, layer, default):
                  if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
 
-# ------------------------------------------------------------------------------------------------
-# MotionDirector's lists
+# --- MotionDirector's lists ---------------------------------------------------------------------
 
 
 _ENDS = r"to_(q|k|v|out\.0)", r"ff\.net\.(0\.proj|2)"

@@ -12,8 +12,7 @@ import torch
 
 from support.files import BadInput, number, one_of, read_tensors
 
-# ------------------------------------------------------------------------------------------------
-# config.json: fields that define the network. `one_of` rejects unsupported values.
+# --- config.json: fields that define the network. `one_of` rejects unsupported values. ----------
 
 
 @dataclass
@@ -84,8 +83,7 @@ class TextConfig:
     model_type: str = one_of("clip_text_model")
 
 
-# ------------------------------------------------------------------------------------------------
-# Finding and loading
+# --- Finding and loading ------------------------------------------------------------------------
 
 
 def find_weights(folder):
@@ -125,8 +123,7 @@ def load_strictly(module, state, source):
     module.load_state_dict(state, strict=True, assign=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# The text encoder and CLIP, which are open_clip modules here
+# --- The text encoder and CLIP, which are open_clip modules here --------------------------------
 
 HUB_TEXT_NAMES = [  # (part of a hub name, part of an open_clip name), replaced in this order
     ("text_model.", ""),
@@ -214,8 +211,7 @@ def vae_from_legacy(state):
     return state
 
 
-# ------------------------------------------------------------------------------------------------
-# ModelScope's original .pth
+# --- ModelScope's original .pth -----------------------------------------------------------------
 
 # {the hub's name: ModelScope's name}, outside the blocks and inside a resnet
 _PTH_OUTER = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1",

@@ -11,8 +11,7 @@ import torch
 
 from support.files import BadInput, log
 
-# ------------------------------------------------------------------------------------------------
-# Device and precision
+# --- Device and precision -----------------------------------------------------------------------
 
 
 def find_device(device=None):
@@ -68,8 +67,7 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun
+# --- Several processes, started by torchrun -----------------------------------------------------
 
 
 def distributed():
@@ -122,8 +120,7 @@ def all_reduce_gradients(parameters):
             torch.distributed.all_reduce(p.grad)
 
 
-# ------------------------------------------------------------------------------------------------
-# Signals and errors
+# --- Signals and errors -------------------------------------------------------------------------
 
 
 class Stop:

@@ -34,8 +34,7 @@ from support.files import (
 )
 from support.recipe import write_value
 
-# ------------------------------------------------------------------------------------------------
-# Settings
+# --- Settings -----------------------------------------------------------------------------------
 
 
 def fixed_settings(run):
@@ -81,8 +80,7 @@ def write_settings(run):
         "clips": [c.path for c in run.clips], "fixed": fixed_settings(run)})
 
 
-# ------------------------------------------------------------------------------------------------
-# State
+# --- State --------------------------------------------------------------------------------------
 
 
 def save_state(path, step, run, optimizer):
@@ -121,8 +119,7 @@ def load_state(path, run, optimizer):
     return step
 
 
-# ------------------------------------------------------------------------------------------------
-# The folder
+# --- The folder ---------------------------------------------------------------------------------
 
 
 class Folder:
@@ -231,8 +228,7 @@ def metadata(run):
             "inversion_model": recipe.inversion_model, "guidance": recipe.guidance}
 
 
-# ------------------------------------------------------------------------------------------------
-# Output to the terminal and the log
+# --- Output to the terminal and the log ---------------------------------------------------------
 
 
 def step_record(step, losses, norm, seen, run, started):
