@@ -290,11 +290,11 @@ def refine(args, pipe, video, prompt, seed):
 
 
 # --- Diffusion Motion Transfer (Yatim et al. 2023): motion transfer without training ------------
-# The clip is inverted. A new video starts from the low frequencies of that noise; during sampling its
-# latents are optimized so that features of the UNet change over time like the clip's. Settings,
-# layers and the order of steps follow the published code. Differences not in docs/methods.md: latents
-# are fp32; the loss omits each frame's difference to itself, which is 0; the step up is the exact
-# inverse of the step down, where that code is one timestep off.
+# The clip is inverted. A new video starts from the low frequencies of that noise; during sampling
+# its latents are optimized so that features of the UNet change over time like the clip's. Settings,
+# layers and the order of steps follow the published code. Differences not in docs/methods.md:
+# latents are fp32; the loss omits each frame's difference to itself, which is 0; the step up is the
+# exact inverse of the step down, where that code is one timestep off.
 
 
 NEGATIVE = "bad quality, distortions, unrealistic, distorted image, watermark, signature"
