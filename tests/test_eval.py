@@ -700,11 +700,12 @@ def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("generated,base", [
     ({"adapter": []}, True), ({"adapter": ["a"], "scale": [0.0]}, True),
-    ({"adapter": ["a"]}, False), ({"adapter": [], "noise_prior": 0.5}, False), (None, False)])
+    ({"adapter": ["a"]}, False), ({"adapter": [], "noise_prior": 0.5}, False),
+    ({"videos": []}, False)])
 def test_the_threshold_of_copies_is_the_base_models_own_score(generated, base):
     """The base model: samples from noise without an adapter, or at scale 0."""
     args = SimpleNamespace(copy_threshold=None, sscd=None)
-    generated = generated and folders.GeneratedInfo(videos=[["a.mp4", "a", 0]], **generated)
+    generated = folders.GeneratedInfo(**{"videos": [["a.mp4", "a", 0]]} | generated)
     scored = [SimpleNamespace(metrics={"copies": i / 200}) for i in range(101)]
     run = SimpleNamespace(generated=generated, samples=scored)
     found = metrics.copy_threshold([run], "copies", args)
