@@ -569,10 +569,6 @@ class VAE(nn.Module):
         moments = [torch.cat(self.encode(f), 1) for f in fold_frames(video).split(batch)]
         return unfold_frames(torch.cat(moments), video.shape[2]).chunk(2, dim=1)
 
-    def encode_video(self, video):
-        """(B, 3, F, H, W) in [-1, 1] -> posterior means (B, C, F, h, w), scaled for the UNet."""
-        return self.moments(video)[0] * self.config.scaling_factor
-
     def decode_video(self, latents):
         """Scaled latents (B, C, F, h, w) -> (B, 3, F, H, W) in [-1, 1]."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2

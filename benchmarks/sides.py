@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
@@ -19,13 +19,13 @@ sys.path[:0] = [str(ROOT)]
 import diffusers  # noqa: E402
 import open_clip  # noqa: E402, F401  (must not be imported inside `with torch.device`)
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
+from losses import motiondirector, mse, residual_cosine_official  # noqa: E402
 from support import machine  # noqa: E402
 from support.hub import TextConfig, UNetConfig, VAEConfig  # noqa: E402
 
@@ -136,34 +136,34 @@ class WrappedLinear(nn.Module):
         return self.linear(x) + self.dropout(self.up(self.down(x))) * self.scale
 
 
-def bypass_temporal_layers(unet):
-    """Skip the temporal layers for a single frame, as the official UNet does."""
+def skip_single_frames(unet):
+    """Bypass the temporal layers for a single frame, as the official UNet does."""
     for name, module in unet.named_modules():
-        if name == "transformer_in" or name.split(".")[-2:-1] == ["temp_attentions"]:
-            module.forward = partial(skip_single_frame, module.forward, lambda x: (x,))
-        elif name.split(".")[-2:-1] == ["temp_convs"]:
-            module.forward = partial(skip_single_frame, module.forward, lambda x: x)
+        kind = name.split(".")[-2:-1]
+        if name == "transformer_in" or kind == ["temp_attentions"]:
+            module.forward = partial(temporal_layer, module.forward, lambda x: (x,))
+        elif kind == ["temp_convs"]:
+            module.forward = partial(temporal_layer, module.forward, lambda x: x)
 
 
-def skip_single_frame(forward, skip, x, *args, num_frames, **more):
-    """Bypass a temporal layer for a single frame, as the official codes do."""
+def temporal_layer(forward, skip, x, *args, num_frames, **more):
     return forward(x, *args, num_frames=num_frames, **more) if num_frames > 1 else skip(x)
 
 
 class OfficialLoop:
-    """The official training loop of a row's method."""
+    """The official training loop of a method: one function per method runs the backward passes."""
 
     def __init__(self, here, row):
         run = prepare(here, row)
-        self.clips, self.pipe = [run.clips[0], *run.prior[:1]], replace(run.pipe, unet=None)
+        self.clips, self.pipe = [run.clips[0], *run.prior[:1]], run.pipe
         self.autocast = partial(machine.autocast, here.device, row["precision"])
-        self.unet = load_unet(model.load(None, here.device).unet).train()
-        bypass_temporal_layers(self.unet)
-        self.lora, self.trained, groups = {}, {}, []
+        self.unet, run.pipe.unet = load_unet(model.load(None, here.device).unet).train(), None
+        skip_single_frames(self.unet)
+        self.motion_lora, groups = [], []
         for name, part in run.recipe.parts.items():
             if isinstance(part, lora.Trainable) and part.trainable:
-                self.trained[name] = self.add(name, part)
-                groups.append({"params": self.trained[name], "lr": part.lr})
+                groups.append({"params": self.add(name, part), "lr": part.lr})
+        self.motion = groups[-1]["params"]
         self.backward, self.optimizer = getattr(self, run.recipe.name), torch.optim.AdamW(groups)
         if run.recipe.name == "vmc":
             self.encode = cache(self.encode)
@@ -172,12 +172,14 @@ class OfficialLoop:
         """The parameters of a part: its LoRA or, for rank 0, those of the UNet."""
         if not part.rank:
             return [p.requires_grad_() for p in lora.select(self.unet, part.layers).values()]
-        self.lora[name] = []
+        parameters = []
         for site, linear in lora.lora_targets(self.unet, part.layers).items():
-            owner, _, last = site.rpartition(".")
-            self.lora[name].append(WrappedLinear(linear, part.rank, part.dropout))
-            setattr(self.unet.get_submodule(owner), last, self.lora[name][-1])
-        return [m.weight for layer in self.lora[name] for m in (layer.down, layer.up)]
+            layer = WrappedLinear(linear, part.rank, part.dropout)
+            self.unet.set_submodule(site, layer)
+            parameters += [layer.down.weight, layer.up.weight]
+            if name == "motion":
+                self.motion_lora.append(layer)
+        return parameters
 
     def step(self):
         self.backward()
@@ -194,7 +196,7 @@ class OfficialLoop:
             return self.pipe.text_encoder([prompt])
 
     def noised(self):
-        """All clips as one batch: noisy latents, target, timesteps and text."""
+        """All clips as one batch: target, and (noisy latents, timesteps, text)."""
         S, latents = self.pipe.schedule, torch.cat([clip.latents for clip in self.clips])
         noise = torch.randn_like(latents)
         t = torch.randint(S.num_train_timesteps, (len(latents),))
@@ -203,33 +205,26 @@ class OfficialLoop:
 
     def vmc(self):
         target, inputs = self.noised()
-        out = self.predict(*inputs)
-        difference = lambda v: (v[:, :, 1:] - v[:, :, :-1]).abs()
-        cosine = F.cosine_similarity(difference(out), difference(target), dim=2)
-        (1 - cosine).mean().backward()
-        nn.utils.clip_grad_norm_(self.trained["motion"], 1.0)
+        residual_cosine_official(self.predict(*inputs), target).backward()
+        nn.utils.clip_grad_norm_(self.motion, 1.0)
 
     def newmove(self):
         target, inputs = self.noised()
         out = self.predict(*inputs)
-        (F.mse_loss(out[:1], target[:1]) + 0.5 * F.mse_loss(out[1:], target[1:])).backward()
-        nn.utils.clip_grad_norm_(self.trained["motion"], 1.0)
+        (mse(out[:1], target[:1]) + 0.5 * mse(out[1:], target[1:])).backward()
+        nn.utils.clip_grad_norm_(self.motion, 1.0)
 
     def motiondirector(self):
         target, (x, t, text) = self.noised()
         i = int(torch.randint(x.shape[2], ()))
-        for layer in self.lora["motion"]:
+        for layer in self.motion_lora:
             layer.scale = 0.0
         frame = self.predict(x[:, :, i : i + 1], t, text)
-        for layer in self.lora["motion"]:
+        for layer in self.motion_lora:
             layer.scale = 1.0
         out = self.predict(x, t, text)
-        debiased = lambda v: 2**0.5 * v - v[:, :, i : i + 1]
-        F.mse_loss(frame, target[:, :, i : i + 1]).backward()
-        kept = [p.grad.clone() for p in self.trained["appearance"]]
-        (F.mse_loss(out, target) + F.mse_loss(debiased(out), debiased(target))).backward()
-        for p, grad in zip(self.trained["appearance"], kept):  # the second gradient is discarded
-            p.grad = grad
+        mse(frame, target[:, :, i : i + 1]).backward()
+        motiondirector(out, target, anchor=i).backward()  # adds to the same gradients
 
 
 def sample_official(here, row):

@@ -160,23 +160,6 @@ def text_from_hub(state):
     return out
 
 
-def text_to_hub(state):
-    """The inverse of text_from_hub."""
-    out = {}
-    for name, tensor in state.items():
-        tensors = {"": tensor}
-        for kind in ("weight", "bias"):
-            if name.endswith(f"attn.in_proj_{kind}"):
-                tensors = dict(zip("qkv", tensor.chunk(3)))
-                name = name.replace(f"attn.in_proj_{kind}", "self_attn.{}_proj." + kind)
-        for hub, open_clip in reversed(HUB_TEXT_NAMES[1:]):
-            if "self_attn" not in name or open_clip != "attn.out_proj":
-                name = name.replace(open_clip, hub)
-        for letter, t in tensors.items():
-            out["text_model." + name.format(letter)] = t.contiguous()
-    return out
-
-
 CLIP_NAMES = [  # the same for the image encoder of the hub's CLIPModel
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
