@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import sampler
 from support import machine, media, runs
-from support.files import BadInput, check_exists, log, read_text, write_text
+from support.files import BadInput, log, read_text, write_text
 from support.tokenizer import has_word, words_to_ids
 
 # --- Captions -----------------------------------------------------------------------------------
@@ -98,11 +98,9 @@ def find_clips(paths):
 
 
 def check_clips(paths, prompts):
-    """The clips at the paths, not yet read. Raises BadInput for a missing clip, and unless there is
-    one caption for all, one per clip, or none."""
+    """The clips at the paths, not yet read. Raises BadInput unless there is one caption for all,
+    one per clip, or none."""
     clips = find_clips(paths)
-    for clip in clips:
-        check_exists(clip, "give a video file or a folder of images")
     if clips and len(prompts or [None]) not in (1, len(clips)):
         raise BadInput(f"--prompt: {len(prompts)} captions for {len(clips)} clips; give one for "
                        "all, or one per clip. A caption needs quotes: --prompt "

@@ -26,18 +26,8 @@ import sampler
 from model import TINY, is_tiny, load
 from sampler import Sampling, read_sampling
 from support import adapters, export, machine, media
-from support.files import (
-    BadInput,
-    check_exists,
-    check_weights,
-    log,
-    output_folder,
-    print_line,
-    read_size,
-    slug,
-    write_json,
-)
-from support.flags import Parser, float_in, int_in, non_empty
+from support.files import BadInput, log, output_folder, print_line, slug, write_json
+from support.flags import Parser, existing, float_in, hub_folder, int_in, non_empty, read_size
 
 
 def main(argv=None):
@@ -119,7 +109,7 @@ def add_model_flags(add):
         "other programs; the first one with a clip provides clip and settings")
     add("--scale", type=float_in(-100, 100), nargs="+", default=[1.0], help="scale of each "
         "adapter; 0 is the base model (default: 1)")
-    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
+    add("--weights", type=hub_folder, help="base model, a hub-layout folder (default: tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
@@ -135,7 +125,7 @@ def add_sampling_flags(add):
     """Flags for sampling, Diffusion Motion Transfer and refining."""
     add("--noise-prior", type=float_in(0, 1), help="p in the starting latents √p·inverted + "
         "√(1-p)·noise (default: the method's: VMC 1, MotionDirector 0.5, NewMove 0)")
-    add("--init-video", type=Path, help="invert this clip instead of the adapter's")
+    add("--init-video", type=existing, help="invert this clip instead of the adapter's")
     add("--inversion-steps", type=int_in(1, 10**4), help="DDIM inversion steps (default: --steps, "
         "else the method's; with --dmt one per timestep)")
     add("--sampler", choices=tuple(sampler.SAMPLERS), help="default: the method's, else ddim")
@@ -144,9 +134,10 @@ def add_sampling_flags(add):
     add("--guidance", type=float_in(0, 1000), help="classifier-free guidance scale (default: the "
         "method's, else 9, with --dmt 10; tiny model: 4)")
     add("--batch", type=int_in(1), default=1, help="videos per batch on a GPU (default: 1)")
-    add("--dmt", type=Path, help="Diffusion Motion Transfer from this clip, without training")
+    add("--dmt", type=existing, help="Diffusion Motion Transfer from this clip, without training")
     add("--checkpointing", choices=("on", "off"), help="for --dmt (default: on with --weights)")
-    add("--refine", type=Path, help="a model to refine each video, e.g. ZeroScope XL's folder")
+    add("--refine", type=hub_folder, help="a model to refine each video, e.g. ZeroScope XL's "
+        "folder")
     add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the video's)")
     add("--refine-steps", type=int_in(1), default=50, help="sampling steps (default: 50)")
     add("--refine-guidance", type=float_in(0, 1000), help="default: 15; tiny model: 4")
@@ -165,10 +156,6 @@ def check(args):
         raise BadInput(f"--scale: {len(args.scale)} numbers for {len(args.adapter)} --adapter; "
                        "give one for each.")
     args.scale = args.scale * len(args.adapter) if len(args.scale) == 1 else args.scale
-    check_weights(args.weights)
-    check_weights(args.refine, "--refine")
-    for clip in filter(None, (args.dmt, args.init_video)):
-        check_exists(clip, "give a video file or a folder of images")
     merged = args.save_merged
     if merged and (merged.exists() or merged.suffix not in ("", ".pth")):
         raise BadInput(f"--save-merged {merged}: expected the name of a new folder, or of a .pth.")

@@ -31,8 +31,8 @@ import sampler
 from lora import PlaceholderToken, Trainable
 from losses import LOSSES, appearance_debiased, mse, unseen_by_cosine
 from support import adapters, machine, media, runs
-from support.files import BadInput, check_weights, log, output_folder, read_size, slug
-from support.flags import Parser, float_in, int_in, non_empty
+from support.files import BadInput, log, output_folder, slug
+from support.flags import Parser, existing, float_in, hub_folder, int_in, non_empty, read_size
 from support.recipe import CHOICES, METHODS, Recipe, method, split_settings
 
 CHOICES |= {"loss": LOSSES, "sampler": sampler.SAMPLERS, "augment": data.AUGMENTATIONS}
@@ -79,12 +79,12 @@ def add_data_flags(add):
     """Flags for the method and its data."""
     add("--method", default="vmc", choices=METHODS, metavar="NAME", help="training method: "
         f"{', '.join(METHODS)} (default: vmc)")
-    add("--video", type=Path, nargs="+", default=[], help="training clips: video files, folders of "
-        "numbered images, or folders of clips")
+    add("--video", type=existing, nargs="+", default=[], help="training clips: video files, "
+        "folders of numbered images, or folders of clips")
     add("--prompt", type=non_empty, nargs="+", default=[], help="one caption for all clips, or one "
         "per clip. Describe the motion, 'a bird is flying', or use the token, 'a bird doing the "
         "sks' (default: the clip's .txt file, else its name)")
-    add("--images", type=Path, nargs="+", default=[], help="images of a subject (newmove), or "
+    add("--images", type=existing, nargs="+", default=[], help="images of a subject (newmove), or "
         "images alone (motiondirector)")
     add("--image-prompt", type=non_empty, help="caption of the images: 'a X* dog' (default: each "
         "image's .txt file, else its name)")
@@ -105,7 +105,7 @@ def add_training_flags(add):
     add("--steps", type=int_in(1, 10**7), help="training steps (default: the method's)")
     add("--seed", type=int_in(0, 2**31), default=0, help="random seed (default: 0)")
     add("--batch", type=int_in(1, 4096), help="total batch size (default: one per process)")
-    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
+    add("--weights", type=hub_folder, help="base model, a hub-layout folder (default: tiny model)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
@@ -134,7 +134,6 @@ def resolve_settings(flags, settings):
     Fills in the flags that depend on it. Raises BadInput."""
     if not flags.video and not flags.images:
         raise BadInput("no training data; give --video clip.mp4, or --images FOLDER.")
-    check_weights(flags.weights)
     recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
     images = media.find_images(flags.images)
     kind = data_kind(clips, images)
@@ -174,7 +173,7 @@ def check_data(flags, recipe, kind):
         raise BadInput(f"--prior: {flags.method} uses no regularization clips; newmove, dreambooth "
                        "and custom-diffusion do.")
     if flags.prior not in (None, "none", "folder", "world", "generated"):
-        data.check_clips([flags.prior], None)
+        existing(flags.prior)
     for name in ("subject_start", "absorber_steps"):
         second_stage = recipe.is_trainable("appearance", "subject")
         if second_stage and recipe.steps <= recipe.keywords.get(name, 0):

@@ -101,22 +101,15 @@ def read_fields(cls, values, source):
     Raises BadInput, naming the source, for values that are missing, of another type, not finite, or
     outside the field's range (`number`, `one_of`).
     """
-    wrong = field_errors(cls, values)
+    wrong = []
     for f in fields(cls):
         if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             wrong.append(f"{f.name} is missing")
+        elif f.name in values and (expected := expected_values(f, values[f.name])):
+            wrong.append(f"{f.name} is {repr(values[f.name])[:60]}, expected {expected}")
     if wrong:
         raise BadInput(f"{source}: {'; '.join(wrong[:3])}. Restore the original file.")
     return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-
-
-def field_errors(cls, values):
-    """One message per wrong value among a dataclass's fields in `values`."""
-    wrong = []
-    for f in fields(cls):
-        if f.name in values and (expected := expected_values(f, values[f.name])):
-            wrong.append(f"{f.name} is {repr(values[f.name])[:60]}, expected {expected}")
-    return wrong
 
 
 def expected_values(f, value):
@@ -233,39 +226,6 @@ def save_tensors(path, tensors, meta):
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
             file.seek(8)
             file.write(text.ljust(size))
-
-
-# --- Values of flags, checked before anything is loaded -----------------------------------------
-
-
-def check_weights(path, flag="--weights"):
-    """Raises BadInput, with the download command, if a weights folder is missing. None stands for
-    the tiny model."""
-    if path is None or Path(path).is_dir():
-        return
-    found = re.fullmatch(r"(?:.*(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)", str(path))
-    is_hub_name = found and not Path(path).parent.is_dir()
-    name = found[1] if is_hub_name else "cerspense/zeroscope_v2_576w"
-    folder = name.partition("/")[2]
-    raise BadInput(f"{flag} {path} is not a local folder in the hub's layout (unet/, vae/, "
-                   "text_encoder/, scheduler/). To download one: pip install huggingface_hub; "
-                   f"hf download {name} --local-dir {folder}; then give {flag} {folder}.")
-
-
-def check_exists(path, advice):
-    """Raises BadInput if a path does not exist."""
-    if not Path(path).exists():
-        raise BadInput(f"{path} does not exist; {advice}.")
-
-
-def read_size(text):
-    """"576x320", a width and a height in pixels, as (height, width). Raises BadInput."""
-    found = re.fullmatch(r"(\d{1,4})[x×X](\d{1,4})", text.strip(), re.ASCII)
-    sides = [int(side) for side in found.groups()] if found else [0]
-    if any(side % 8 or not 8 <= side <= 4096 for side in sides):
-        raise BadInput(f"{text!r}: expected WIDTHxHEIGHT in pixels, multiples of 8 up to 4096, "
-                       "e.g. 576x320.")
-    return sides[1], sides[0]
 
 
 # --- Writing ------------------------------------------------------------------------------------

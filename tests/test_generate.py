@@ -19,7 +19,8 @@ import model
 import sampler
 import train
 from support import adapters, flags, media
-from support.files import BadInput, check_weights, read_size
+from support.files import BadInput
+from support.flags import hub_folder, read_size
 from support.recipe import METHODS
 from tiny import world
 
@@ -600,9 +601,8 @@ def test_an_error_is_one_line_without_a_traceback(tmp_path):
     ("/nowhere/at/all", "is not a local folder"), (__file__, "is not a local folder")])
 def test_missing_weights_are_answered_with_the_download_command(path, message):
     with pytest.raises(BadInput, match=message):
-        check_weights(path)
-    check_weights(TINY)
-    check_weights(None)
+        hub_folder(path)
+    assert hub_folder(str(TINY)) == TINY
 
 
 def test_sizes_are_read_from_text():

@@ -579,7 +579,8 @@ class LatentPool:
         for rows in torch.arange(self.size).split(64):
             video = self.render(self.scenes[rows], g).to(self.args.device)
             with torch.no_grad(), machine.autocast(self.args.device, PRECISION):
-                latents.append((self.vae.moments(video)[0] * self.vae.config.scaling_factor).float())
+                mean, _ = self.vae.moments(video)
+                latents.append((mean * self.vae.config.scaling_factor).float())
         self.latents = torch.cat(latents)
 
     def batch(self, step, g, motion):
