@@ -1,4 +1,4 @@
-"""Speed and memory, next to diffusers with the official training loops.
+"""Speed and memory, next to the diffusers UNet in the same training and sampling loops.
 
     python benchmarks/bench.py cpu      # the tiny model; 10 minutes
     python benchmarks/bench.py gpu      # ZeroScope's size with random weights; 5 minutes
@@ -67,11 +67,10 @@ def measure(here, row):
     """Times, peak memory and the outputs' difference of the sides."""
     if row["case"] == LATENTS:
         return accuracy(here, row)
-    builders, outputs = {"ours": sides.sample_ours, "diffusers": sides.sample_official}, {}
-    if row["case"].startswith("train.py"):
-        builders = {"ours": sides.train_ours}
-        if hasattr(sides.OfficialLoop, row["case"].rpartition(" ")[2]):
-            builders["diffusers"] = lambda *args: sides.OfficialLoop(*args).step
+    build = sides.training if row["case"].startswith("train.py") else sides.sampling
+    builders, outputs = {"ours": build}, {}
+    if row["case"] in SHAPES:
+        builders["diffusers"] = partial(sides.with_diffusers, build)
     groups = [builders] if here.device == "cpu" else [{n: b} for n, b in builders.items()]
     for group in groups:
         try:
@@ -86,10 +85,10 @@ def accuracy(here, row):
     """The relative error of sampled latents by precision. The reference is fp32 without
     TensorFloat-32, which cuDNN's convolutions use by default."""
     torch.backends.cudnn.allow_tf32 = False
-    reference = sides.sample_ours(here, row | {"precision": "fp32"})()
+    reference = sides.sampling(here, row | {"precision": "fp32"})()
     torch.backends.cudnn.allow_tf32 = True
     for precision in machine.DTYPES:
-        sampled = sides.sample_ours(here, row | {"precision": precision})()
+        sampled = sides.sampling(here, row | {"precision": precision})()
         row["relative"][f"error in {precision}"] = relative_error(sampled, reference)
 
 

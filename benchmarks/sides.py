@@ -1,17 +1,12 @@
-"""The two sides that bench.py measures: the product, and the official loops on the diffusers UNet.
-
-As in the official code, the diffusers UNet keeps fp32 weights under autocast, LoRA layers wrap
-linear layers, the text is encoded at every step (VMC: once), MotionDirector runs two forward passes
-before its two backward passes, and NewMove batches the clip with the regularization clip. On both
-sides latents are cached.
-"""
+"""The two sides that bench.py measures: the product, and the same loops with the diffusers UNet."""
 import contextlib
 import itertools
 import sys
 import tempfile
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -25,8 +20,7 @@ import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
-from losses import motiondirector, mse, residual_cosine_official  # noqa: E402
-from support import machine  # noqa: E402
+from support import adapters, machine  # noqa: E402
 from support.hub import TextConfig, UNetConfig, VAEConfig  # noqa: E402
 
 PROMPT, GUIDANCE = "a ball doing the sks", 9.0
@@ -72,7 +66,7 @@ def prepare(here, row):
         return train.prepare(*train.parse([str(arg) for arg in argv]))
 
 
-def train_ours(here, row):
+def training(here, row):
     """The training step of train.py."""
     run, count = prepare(here, row), itertools.count()
     parameters = list(run.trained.values())
@@ -99,7 +93,7 @@ def sampling_inputs(here, row):
         return pipe, (pipe.encode_text([PROMPT]), pipe.encode_text([""]), start)
 
 
-def sample_ours(here, row):
+def sampling(here, row):
     """Guided DDIM to latents."""
     pipe, (text, empty, start) = sampling_inputs(here, row)
 
@@ -111,138 +105,44 @@ def sample_ours(here, row):
     return step
 
 
-# --- The official loops -------------------------------------------------------------------------
+# --- The reference: the diffusers UNet in the same loops ----------------------------------------
 
 
-def load_unet(ours, dtype=torch.float32):
-    """The diffusers UNet with the weights of the product's, frozen and in eval mode."""
+def with_diffusers(build, here, row):
+    """A side of the product, built with the diffusers UNet."""
+    with (mock.patch.object(model, "load", partial(load_reference, model.load)),
+          mock.patch.object(adapters, "fingerprint", lambda unet: "")):
+        return build(here, row)
+
+
+def load_reference(load, folder, device, precision="fp32", keep=None):
+    """Stands in for model.load: a pipeline with the diffusers UNet. Its weights are in fp32 for
+    training, as in the official codes, and in the precision of the row for sampling."""
+    pipe = load(folder, device)
+    pipe.precision = precision
     with torch.device("meta"):
-        unet = diffusers.UNet3DConditionModel.from_config(asdict(ours.config))
-    unet.load_state_dict({name: t.to(dtype) for name, t in ours.state_dict().items()}, assign=True)
-    return unet.eval().requires_grad_(False)
-
-
-class WrappedLinear(nn.Module):
-    """A linear layer with a LoRA on top, as in the official MotionDirector code."""
-
-    def __init__(self, linear, rank, dropout):
-        super().__init__()
-        new = partial(nn.Linear, bias=False, device=linear.weight.device)
-        self.linear, self.dropout, self.scale = linear, nn.Dropout(dropout), 1.0
-        self.down, self.up = new(linear.in_features, rank), new(rank, linear.out_features)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x):
-        return self.linear(x) + self.dropout(self.up(self.down(x))) * self.scale
-
-
-def skip_single_frames(unet):
-    """Bypass the temporal layers for a single frame, as the official UNet does."""
-    for name, module in unet.named_modules():
+        unet = diffusers.UNet3DConditionModel.from_config(asdict(pipe.unet.config))
+    unet.load_state_dict(pipe.unet.state_dict(), assign=True)
+    unet.forward = partial(forward, unet.forward)
+    for name, module in unet.named_modules():  # bypass temporal layers for a single frame
         kind = name.split(".")[-2:-1]
         if name == "transformer_in" or kind == ["temp_attentions"]:
             module.forward = partial(temporal_layer, module.forward, lambda x: (x,))
         elif kind == ["temp_convs"]:
             module.forward = partial(temporal_layer, module.forward, lambda x: x)
+    pipe.unet = unet.eval().requires_grad_(False)
+    if keep == ():
+        pipe.unet.to(machine.DTYPES[precision])
+    return pipe
 
 
-def temporal_layer(forward, skip, x, *args, num_frames, **more):
-    return forward(x, *args, num_frames=num_frames, **more) if num_frames > 1 else skip(x)
+def forward(diffusers_forward, x, t, text, temporal=True):
+    """The diffusers forward pass with the interface of model.UNet.forward."""
+    x = x.repeat(len(text) // len(x), 1, 1, 1, 1)
+    t = t.to(x.device) if torch.is_tensor(t) else t
+    return diffusers_forward(x, t, text).sample
 
 
-class OfficialLoop:
-    """The official training loop of a method: one function per method runs the backward passes."""
-
-    def __init__(self, here, row):
-        run = prepare(here, row)
-        self.clips, self.pipe = [run.clips[0], *run.prior[:1]], run.pipe
-        self.autocast = partial(machine.autocast, here.device, row["precision"])
-        self.unet, run.pipe.unet = load_unet(model.load(None, here.device).unet).train(), None
-        skip_single_frames(self.unet)
-        self.motion_lora, groups = [], []
-        for name, part in run.recipe.parts.items():
-            if isinstance(part, lora.Trainable) and part.trainable:
-                groups.append({"params": self.add(name, part), "lr": part.lr})
-        self.motion = groups[-1]["params"]
-        self.backward, self.optimizer = getattr(self, run.recipe.name), torch.optim.AdamW(groups)
-        if run.recipe.name == "vmc":
-            self.encode = cache(self.encode)
-
-    def add(self, name, part):
-        """The parameters of a part: its LoRA or, for rank 0, those of the UNet."""
-        if not part.rank:
-            return [p.requires_grad_() for p in lora.select(self.unet, part.layers).values()]
-        parameters = []
-        for site, linear in lora.lora_targets(self.unet, part.layers).items():
-            layer = WrappedLinear(linear, part.rank, part.dropout)
-            self.unet.set_submodule(site, layer)
-            parameters += [layer.down.weight, layer.up.weight]
-            if name == "motion":
-                self.motion_lora.append(layer)
-        return parameters
-
-    def step(self):
-        self.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def predict(self, x, t, text):
-        with self.autocast():
-            return self.unet(x, t.to(x.device), text).sample.float()
-
-    @torch.no_grad()
-    def encode(self, prompt):
-        with self.autocast():
-            return self.pipe.text_encoder([prompt])
-
-    def noised(self):
-        """All clips as one batch: target, and (noisy latents, timesteps, text)."""
-        S, latents = self.pipe.schedule, torch.cat([clip.latents for clip in self.clips])
-        noise = torch.randn_like(latents)
-        t = torch.randint(S.num_train_timesteps, (len(latents),))
-        text = torch.cat([self.encode(clip.prompt) for clip in self.clips])
-        return S.target(latents, noise, t), (S.add_noise(latents, noise, t), t, text)
-
-    def vmc(self):
-        target, inputs = self.noised()
-        residual_cosine_official(self.predict(*inputs), target).backward()
-        nn.utils.clip_grad_norm_(self.motion, 1.0)
-
-    def newmove(self):
-        target, inputs = self.noised()
-        out = self.predict(*inputs)
-        (mse(out[:1], target[:1]) + 0.5 * mse(out[1:], target[1:])).backward()
-        nn.utils.clip_grad_norm_(self.motion, 1.0)
-
-    def motiondirector(self):
-        target, (x, t, text) = self.noised()
-        i = int(torch.randint(x.shape[2], ()))
-        for layer in self.motion_lora:
-            layer.scale = 0.0
-        frame = self.predict(x[:, :, i : i + 1], t, text)
-        for layer in self.motion_lora:
-            layer.scale = 1.0
-        out = self.predict(x, t, text)
-        mse(frame, target[:, :, i : i + 1]).backward()
-        motiondirector(out, target, anchor=i).backward()  # adds to the same gradients
-
-
-def sample_official(here, row):
-    """Guided DDIM by the pipeline of diffusers, to latents."""
-    pipe, (text, empty, start) = sampling_inputs(here, row)
-    unet = load_unet(model.load(None, here.device).unet, machine.DTYPES[row["precision"]])
-    config = vars(pipe.schedule).copy()
-    del config["alpha_bar"], config["dpm_spacing"]
-    official = diffusers.TextToVideoSDPipeline(
-        None, None, None, unet, diffusers.DDIMScheduler.from_config(config))
-    official.set_progress_bar_config(disable=True)
-    frames, height, width = row["shape"]
-
-    def step():
-        with machine.autocast(here.device, row["precision"]):
-            return official(height=height, width=width, num_frames=frames, latents=start,
-                            num_inference_steps=row["steps"], guidance_scale=GUIDANCE,
-                            prompt_embeds=text, negative_prompt_embeds=empty,
-                            output_type="latent").frames
-
-    return step
+def temporal_layer(layer_forward, skip, x, *args, num_frames, **more):
+    """A temporal layer, bypassed for a single frame."""
+    return layer_forward(x, *args, num_frames=num_frames, **more) if num_frames > 1 else skip(x)

@@ -9,7 +9,7 @@ import lora  # noqa: F401  (registers loaders of new kinds of trainables)
 import model
 import sampler
 from support import adapters, machine, media
-from support.files import BadInput, read_meta, slug, write_json
+from support.files import BadInput, escaped, read_meta, slug, write_json
 
 NOISE, START = "base, noise", "base, start"
 BASES = {
@@ -58,7 +58,7 @@ def sample_adapter(folder, path, scale, s, name, jobs, training, args, is_step_0
     H, W = (side // pipe.vae.config.factor for side in training.size)
     shape = pipe.unet.config.in_channels, frames, H, W
     sampled = sampler.sample_videos(pipe, [adapter], [scale], jobs, s, shape, latents,
-                                    progress=f"sampling {name}")
+                                    progress=escaped(f"sampling {name}"))
     videos = []
     for i, ((prompt, seed), video) in enumerate(sampled):
         videos.append([f"{i:03d}-{slug(prompt)}-seed{seed}.mp4", prompt, seed])

@@ -508,13 +508,15 @@ def test_training_clips_are_measured_as_training_read_them(tmp_path):
     assert (sample.video - expected).abs().mean() < 0.02
 
 
-def test_samples_have_the_settings_of_the_adapter(tmp_path, monkeypatch):
-    made, sample = [], sampler.sample
+def test_samples_have_the_settings_of_the_adapter(tmp_path, monkeypatch, bars):
+    """Control characters of a folder are escaped in the title of its progress bar."""
+    made, sample, run = [], sampler.sample, tmp_path / "run \x1b[2J"
     monkeypatch.setattr(sampler, "sample", lambda *a, **k: made.append(a[4:7]) or sample(*a, **k))
-    write_trained(tmp_path / "run", write_clip(tmp_path), steps=(1,), sampler="ddpm", guidance=2.5)
+    write_trained(run, write_clip(tmp_path), steps=(1,), sampler="ddpm", guidance=2.5)
     (tmp_path / "prompts.txt").write_text("a star hopping")
-    score(tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
+    score(run, "--prompts", tmp_path / "prompts.txt")
     assert len(made) > 2 and set(made) == {(2, 2.5, "ddpm")}
+    assert bars["sampling run \\x1b[2J"] == 2
 
 
 @pytest.mark.parametrize("file,message", [
