@@ -14,7 +14,7 @@ Axes: B videos, C channels, F frames, h w latent, H W image.
 import itertools
 import json
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -169,27 +169,25 @@ def resolve_settings(args, pipe, loaded):
     """The Sampling, and the adapter that provides clip and settings, or None. Fills in missing
     flags. Raises BadInput if an adapter's clip is missing or does not fit."""
     tiny, factor = is_tiny(args.weights), pipe.vae.config.factor
-    s = Sampling(guidance=4.0 if tiny else 9.0)
-    shape = {"frames": 16, "size": (pipe.unet.config.sample_size * factor,) * 2, "fps": 8.0,
-             "negative_prompt": "", "checkpointing": "off" if tiny else "on"}
+    values = asdict(Sampling(guidance=4.0 if tiny else 9.0)) | {
+        "frames": 16, "size": (pipe.unet.config.sample_size * factor,) * 2, "negative_prompt": "",
+        "checkpointing": "off" if tiny else "on"}
     source = next((a for a in loaded if a.latents is not None), next(iter(loaded), None))
     if source and "method" in source.meta:  # trained here
-        s = read_sampling(source.path, source.meta)
-        shape["fps"] = s.fps
+        values |= asdict(read_sampling(source.path, source.meta))
     if source and source.latents is not None:
         _, frames, h, w = source.latents.shape
-        shape |= {"frames": frames, "size": (h * factor, w * factor)}
+        values |= {"frames": frames, "size": (h * factor, w * factor)}
     if args.dmt:
-        sampling, own_shape = dmt_defaults(pipe.schedule.num_train_timesteps, tiny)
-        s, shape = replace(s, **sampling), shape | own_shape
+        values |= dmt_defaults(pipe.schedule.num_train_timesteps, tiny)
     if args.sampling_steps and not args.inversion_steps:
         args.inversion_steps = 0  # as many as sampling steps, not the adapter's
     if args.init_video and args.noise_prior is None:
-        args.noise_prior = s.noise_prior or 1.0
-    given = {f.name: getattr(args, f.name, None) for f in fields(Sampling)}
-    s = replace(s, **{name: value for name, value in given.items() if value is not None})
-    for name, value in shape.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        args.noise_prior = values["noise_prior"] or 1.0
+    for name, default in values.items():
+        value = getattr(args, name, None)
+        setattr(args, name, default if value is None else value)
+    s = Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
     if s.noise_prior and not (args.dmt or args.init_video):
         check_clip(args, source, factor)
     return s, source
@@ -297,9 +295,9 @@ def dmt_defaults(timesteps, tiny):
     """Sampling settings and shape. Real models are inverted with one step per timestep; the tiny
     one with as many as sampling steps, since 700 steps take half a minute on a CPU."""
     if tiny:
-        return {"guidance": 4.0}, {}
-    return {"guidance": 10.0, "inversion_steps": timesteps - 1}, {
-        "negative_prompt": NEGATIVE, "frames": 24, "size": (320, 576)}
+        return {"guidance": 4.0}
+    return {"guidance": 10.0, "inversion_steps": timesteps - 1, "negative_prompt": NEGATIVE,
+            "frames": 24, "size": (320, 576)}
 
 
 class StopForward(Exception):

@@ -421,12 +421,10 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, skips, time, text, frames)
         x = F.silu(self.conv_norm_out(x))
-        if torch.is_autocast_enabled(x.device.type):
-            # The last layer runs in fp32, since guidance amplifies bf16 rounding.
-            with torch.autocast(x.device.type, enabled=False):
-                weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
-                return unfold_frames(F.conv2d(x.float(), weight, bias, padding=1), length)
-        return unfold_frames(self.conv_out(x), length)
+        # The last layer runs in fp32, since guidance amplifies bf16 rounding.
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.conv_out(x.to(self.conv_out.weight.dtype))
+        return unfold_frames(x, length)
 
     @property
     def checkpointing(self):
@@ -724,8 +722,7 @@ def other_backbone(folder):
 
 def load_unet(folder, device="cpu", dtype=torch.float32):
     """The UNet of a hub-layout folder, or of a .pth next to its config.json. Raises BadInput."""
-    convert = lambda state, unet: hub.unet_from_pth(state, unet)
-    return _load(UNet, UNetConfig, Path(folder) / "unet", device, dtype, convert)
+    return _load(UNet, UNetConfig, Path(folder) / "unet", device, dtype, hub.unet_from_pth)
 
 
 def load_vae(folder, device="cpu", dtype=torch.float32):

@@ -368,9 +368,9 @@ def test_dmt_has_the_published_settings(tiny, clip, adapter, monkeypatch):
     s = resolved(tiny, "--dmt", clip)
     assert (s.sampling_steps, s.inversion_steps, s.guidance, s.negative_prompt) == (50, 0, 4, "")
     assert s.size == (64, 64) and s.checkpointing == "off"
-    sampling, shape = generate.dmt_defaults(1000, tiny=False)
-    assert sampling == {"guidance": 10.0, "inversion_steps": 999}
-    assert shape["negative_prompt"].startswith("bad quality, distortions")
+    real = generate.dmt_defaults(1000, tiny=False)
+    assert (real["guidance"], real["inversion_steps"]) == (10.0, 999)
+    assert real["negative_prompt"].startswith("bad quality, distortions")
     assert len(generate.guided_timesteps(s.s, tiny)) == 20 and generate.ADAM_STEPS == 10
     with monkeypatch.context() as patched:  # other weights
         patched.setattr(generate, "is_tiny", lambda weights: False)
@@ -542,7 +542,7 @@ X = ["--prompt", "x"]
     ([*X, "--adapter", "{a}", "--scale", "1", "2"], "2 numbers for 1"),
     ([*X, "--weights", "cerspense/zeroscope_v2_576w"],
      "hf download cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w"),
-    ([*X, "--refine", "https://example.com/x"], "--refine .* is not a local folder"),
+    ([*X, "--refine", "https://example.com/x"], "--refine: .* is not a local folder"),
     ([*X, "--weights", "{p}/empty.txt"], "is not a local folder"),
     ([*X, "--dmt", "{p}/none.mp4"], "none.mp4 does not exist"),
     ([*X, "--out", "{p}/empty.txt"], "empty.txt"),
