@@ -26,7 +26,7 @@ def direction(metric):
 
 def fill(template, content):
     """A template of this folder with JSON content, escaped so that no prompt can end the script."""
-    text = json.dumps(nan_to_none(content), ensure_ascii=True, default=str).replace("<", "\\u003c")
+    text = json.dumps(nan_to_none(content)).replace("<", "\\u003c")
     return (TEMPLATES / template).read_text(encoding="utf-8").replace("__CONTENT__", text)
 
 

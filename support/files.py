@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -268,18 +267,13 @@ def append_line(path, text):
 
 
 def nan_to_none(value):
-    """The value with None in place of NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {k: nan_to_none(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [nan_to_none(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as JSON holds it: None for NaN and infinity, text for paths."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def write_json(path, content):
     """Write a JSON file atomically. Paths become text."""
-    text = json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, default=str)
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(nan_to_none(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path, text):

@@ -109,14 +109,13 @@ def read_weights(folder):
 
 def load_strictly(module, state, source):
     """load_state_dict(strict=True) with a one-line error. Raises BadInput."""
-    expected = module.state_dict()
-    errors = [f"{name} is missing" for name in expected if name not in state]
-    for name, t in state.items():
-        e = expected.get(name)
-        if e is None:
-            errors.append(f"{name} is unexpected")
-        elif e.shape != t.shape or e.is_floating_point() != t.is_floating_point():
-            errors.append(f"{name} is {t.dtype} {tuple(t.shape)}, expected {tuple(e.shape)}")
+    kind = lambda t: f"{'float' if t.is_floating_point() else 'integer'} {tuple(t.shape)}"
+    expected = {name: kind(t) for name, t in module.state_dict().items()}
+    found, errors = {name: kind(t) for name, t in state.items()}, []
+    for name in expected | found:
+        was, wanted = found.get(name, "missing"), expected.get(name, "none")
+        if was != wanted:
+            errors.append(f"{name} is {was}, expected {wanted}")
     if errors:
         raise BadInput(f"{source} does not match its config.json: {len(errors)} tensors differ, "
                        f"e.g. {'; '.join(errors[:5])}")
