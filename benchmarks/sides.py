@@ -122,7 +122,9 @@ def load_reference(load, folder, device, precision="fp32", keep=None):
     pipe.precision = precision
     with torch.device("meta"):
         unet = diffusers.UNet3DConditionModel.from_config(asdict(pipe.unet.config))
-    unet.load_state_dict(pipe.unet.state_dict(), assign=True)
+    dtype = machine.DTYPES[precision if keep == () else "fp32"]
+    state = {name: tensor.to(dtype) for name, tensor in pipe.unet.state_dict().items()}
+    unet.load_state_dict(state, assign=True)
     unet.forward = partial(forward, unet.forward)
     for name, module in unet.named_modules():  # bypass temporal layers for a single frame
         kind = name.split(".")[-2:-1]
@@ -131,8 +133,6 @@ def load_reference(load, folder, device, precision="fp32", keep=None):
         elif kind == ["temp_convs"]:
             module.forward = partial(temporal_layer, module.forward, lambda x: x)
     pipe.unet = unet.eval().requires_grad_(False)
-    if keep == ():
-        pipe.unet.to(machine.DTYPES[precision])
     return pipe
 
 
