@@ -160,11 +160,6 @@ def timestep_weights(T, alpha=0.5):
     return weights / weights.sum()
 
 
-def sample_timesteps(weights, n, generator):
-    """n timesteps (n,) from the probabilities `weights` (T,)."""
-    return torch.multinomial(weights, n, replacement=True, generator=generator)
-
-
 # --- Guidance and samplers ----------------------------------------------------------------------
 
 

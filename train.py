@@ -646,7 +646,7 @@ class Example:
             x0 = self.pipe.encode(augment(clip.video, self.g)[None], self.g)
         if t is None:
             weights = sampler.timestep_weights(self.T, alpha)
-            t = int(sampler.sample_timesteps(weights, 1, self.g))
+            t = int(torch.multinomial(weights, 1, True, generator=self.g))
         noise = torch.randn(x0.shape, generator=self.g)
         noise = machine.to_device(noise, self.pipe.device)
         x = S.add_noise(x0, noise, t)

@@ -100,15 +100,17 @@ def read_fields(cls, values, source):
     Raises BadInput, naming the source, for values that are missing, of another type, not finite, or
     outside the field's range (`number`, `one_of`).
     """
-    wrong = []
+    wrong, given = [], {}
     for f in fields(cls):
-        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+        if f.name in values:
+            given[f.name] = value = values[f.name]
+            if expected := expected_values(f, value):
+                wrong.append(f"{f.name} is {repr(value)[:60]}, expected {expected}")
+        elif f.default is MISSING and f.default_factory is MISSING:
             wrong.append(f"{f.name} is missing")
-        elif f.name in values and (expected := expected_values(f, values[f.name])):
-            wrong.append(f"{f.name} is {repr(values[f.name])[:60]}, expected {expected}")
     if wrong:
         raise BadInput(f"{source}: {'; '.join(wrong[:3])}. Restore the original file.")
-    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+    return cls(**given)
 
 
 def expected_values(f, value):
