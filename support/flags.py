@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from support.files import BadInput
+from support.files import BadInput, escaped
 
 RENAMED = {"--negative": "--negative-prompt", "--seeds": "--videos-per-prompt",
            "--save": "--save-merged", "--keep-every": "--save-every"}
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print one line and exit."""
-        self.exit(2, f"error: {' '.join(message.removeprefix('argument ').split())}\n")
+        self.exit(2, f"error: {escaped(' '.join(message.removeprefix('argument ').split()))}\n")
 
 
 def int_in(low, high=2**31):

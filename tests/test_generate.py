@@ -614,6 +614,7 @@ def test_sizes_are_read_from_text():
 
 @pytest.mark.parametrize("argv,message", [
     (["--steps", "0"], "error: --steps: 0: "), (["--steps"], "--steps: expected one argument"),
+    (["--steps", "\x1b[2J"], "error: --steps: \\x1b[2J: "),
     (["--step", "3"], "did you mean --steps?"), (["lost"], "error: 'lost' belongs to no flag")])
 def test_flags_are_answered_in_one_line(argv, message, capsys):
     parser = flags.Parser(description="x")
