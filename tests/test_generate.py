@@ -538,7 +538,7 @@ X = ["--prompt", "x"]
     ([*X, "--noise-prior", "2"], "0 to 1"),
     ([*X, "--sampler", "ddmi"], "--sampler: invalid choice"),
     ([*X, "--save-merged", "{p}/m.safetensors"], "a new folder, or of a .pth"),
-    ([*X, "--dmt", "{p}/c.mp4", "--noise-prior", "1"], "--dmt has its own start"),
+    ([*X, "--dmt", "{a}", "--noise-prior", "1"], "--dmt has its own start"),
     ([*X, "--adapter", "{a}", "--scale", "1", "2"], "2 numbers for 1"),
     ([*X, "--weights", "cerspense/zeroscope_v2_576w"],
      "hf download cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w"),
