@@ -346,17 +346,6 @@ def low_frequencies(x, factor=4):
     return resize(small, (h, w)).view(x.shape)
 
 
-def nearest(times, t):
-    """The timestep in `times` nearest to t."""
-    return min(times, key=lambda other: abs(other - t))
-
-
-def guided_timesteps(s, pipe):
-    """The timesteps at which latents are optimized."""
-    count = max(1, int(s.sampling_steps * GUIDED_SHARE))
-    return pipe.schedule.timesteps(s.sampling_steps)[:count]
-
-
 def optimize_latents(pipe, x, t, text, target, rate):
     """The latents x after some Adam steps toward the target features."""
     latents = x.detach().clone().requires_grad_()
@@ -385,42 +374,43 @@ def transfer_motion(args, s, pipe, loaded, jobs, clip):
     """Yields (job, video (3, F, H, W)) per job, with the motion of clip (1, C, F, h, w)."""
     pipe.unet.checkpointing = args.checkpointing == "on"
     adapters.apply_adapters(pipe, loaded, args.scale)
-    steps = s.inversion_steps or s.sampling_steps
-    times = pipe.schedule.timesteps(steps)
-    levels = {times[0]} | {nearest(times, t) for t in guided_timesteps(s, pipe)}
-    inverted = {}
+    S, caption, features = pipe.schedule, pipe.encode_text([args.caption]), {}
+    steps, times = s.inversion_steps or s.sampling_steps, S.timesteps(s.sampling_steps)
+    levels = S.timesteps(steps)
+    guided = times[: max(1, int(s.sampling_steps * GUIDED_SHARE))]
+    nearest = {t: min(levels, key=lambda level: abs(level - t)) for t in guided}
 
-    def keep(t, x):
-        if t in levels:
-            inverted[t] = x
+    def keep(level, x):
+        if level in nearest.values():
+            features[level] = frame_features(pipe, x, level, caption)
 
-    sampler.invert(pipe, clip, steps, args.caption, keep, "inverting")
+    inverted = sampler.invert(pipe, clip, steps, args.caption, keep, "inverting")
+    a = S.alpha_bar_at(levels[0], clip)
+    noise = (inverted - a**0.5 * clip) / (1 - a) ** 0.5
+    inverted = S.add_noise(clip, noise, times[0])  # at the level of the first sampling step
+    targets = {t: features[nearest[t]] for t in guided}
     for job in jobs:
-        yield job, transfer_one(args, s, pipe, clip, inverted, *job)
+        yield job, transfer_one(args, s, pipe, inverted, targets, *job)
 
 
-def transfer_one(args, s, pipe, clip, inverted, prompt, seed):
-    """A video (3, F, H, W) of the prompt. inverted: {timestep: latents of the clip's inversion}."""
-    S, times = pipe.schedule, pipe.schedule.timesteps(s.sampling_steps)
-    guided = guided_timesteps(s, pipe)
-    rates = torch.linspace(*ADAM_RATES, len(guided)).tolist()
-    texts = prompt, args.caption, args.negative_prompt
-    text, caption, empty = (pipe.encode_text([p]) for p in texts)
+def transfer_one(args, s, pipe, inverted, targets, prompt, seed):
+    """A video (3, F, H, W) of the prompt. inverted (1, C, F, h, w): the clip at the first timestep;
+    targets: {timestep: features of the clip} for the timesteps at which latents are optimized."""
+    times = pipe.schedule.timesteps(s.sampling_steps)
+    rates = dict(zip(targets, torch.linspace(*ADAM_RATES, len(targets)).tolist()))
+    text, empty = pipe.encode_text([prompt]), pipe.encode_text([args.negative_prompt])
     predict = sampler.classifier_free_guidance(pipe.predict, text, empty, s.guidance)
     g = sampler.generator(seed, 4)
 
     def edit(x, t):
-        if t in guided:
-            level = nearest(inverted, t)
-            target = frame_features(pipe, inverted[level], level, caption)
-            x = optimize_latents(pipe, x, t, text, target, rates[guided.index(t)])
-        return x if t == times[-1] else step_down_and_up(S, predict, x, t, s.sampling_steps, g)
+        if t in targets:
+            x = optimize_latents(pipe, x, t, text, targets[t], rates[t])
+        if t == times[-1]:
+            return x
+        return step_down_and_up(pipe.schedule, predict, x, t, s.sampling_steps, g)
 
-    # The inversion's noise, moved to the first step's level, with new high frequencies.
-    top, noise = max(inverted), sampler.seeded_randn(clip.shape[1:], [seed]).to(clip)
-    a = S.alpha_bar_at(top, clip)
-    found = (inverted[top] - a**0.5 * clip) / (1 - a) ** 0.5
-    start = noise + low_frequencies(S.add_noise(clip, found, times[0])) - low_frequencies(noise)
+    noise = sampler.seeded_randn(inverted.shape[1:], [seed]).to(inverted)
+    start = noise + low_frequencies(inverted) - low_frequencies(noise)  # new high frequencies
     return sampler.sample(pipe, [prompt], start, [seed], s.sampling_steps, s.guidance,
                           negative=args.negative_prompt, progress="transferring the motion",
                           edit=edit)[0]

@@ -371,7 +371,7 @@ def test_dmt_has_the_published_settings(tiny, clip, adapter, monkeypatch):
     real = generate.dmt_defaults(1000, tiny=False)
     assert (real["guidance"], real["inversion_steps"]) == (10.0, 999)
     assert real["negative_prompt"].startswith("bad quality, distortions")
-    assert len(generate.guided_timesteps(s.s, tiny)) == 20 and generate.ADAM_STEPS == 10
+    assert generate.GUIDED_SHARE == 0.4 and generate.ADAM_STEPS == 10
     with monkeypatch.context() as patched:  # other weights
         patched.setattr(generate, "is_tiny", lambda weights: False)
         for more in ([], ["--adapter", adapter]):
@@ -463,45 +463,45 @@ def test_a_step_down_and_up_returns_to_its_noise_level():
     assert 0 < (noise * eps).mean() < 0.999  # part of it is fresh
 
 
-def transfer(tiny, latents, monkeypatch, s):
-    """The inversion {t: latents} that dmt uses."""
-    seen = {}
-    one = generate.transfer_one
-    monkeypatch.setattr(generate, "transfer_one", lambda args, s, pipe, clip, inverted, *job: (
-        seen.update(inverted), one(args, s, pipe, clip, inverted, *job))[1])
+def transfer(tiny, latents, s):
     s.args.caption = "a thing hopping"
     list(generate.transfer_motion(s.args, s.s, tiny, [], [("a star", 0)], latents))
-    return seen
 
 
 def test_the_first_steps_are_optimized_towards_the_clip_at_their_timestep(tiny, clip, latents,
                                                                          monkeypatch):
-    """The clip is inverted once, and kept at the levels that are needed."""
     s, calls = resolved(tiny, "--dmt", clip, "--steps", 5, "--frames", FRAMES), []
     monkeypatch.setattr(generate, "optimize_latents", lambda pipe, x, t, text, target, rate: (
         calls.append((t, target)), x)[1])
-    inverted = transfer(tiny, latents, monkeypatch, s)
-    source = tiny.encode_text(["a thing hopping"])
+    transfer(tiny, latents, s)
+    inverted, source = {}, tiny.encode_text(["a thing hopping"])
+    sampler.invert(tiny, latents, 5, "a thing hopping", lambda t, x: inverted.update({t: x}))
     assert [t for t, _ in calls] == tiny.schedule.timesteps(5)[:2]
     for t, target in calls:
         assert torch.equal(target[0], generate.frame_features(tiny, inverted[t], t, source)[0])
-    assert torch.equal(inverted[max(inverted)], sampler.invert(tiny, latents, 5, "a thing hopping"))
 
 
 def test_dmt_starts_from_the_noise_of_the_inversion_at_the_first_timestep(tiny, clip, latents,
                                                                          monkeypatch):
     """Coarse detail is that of the clip's inverted noise, wherever the inversion ended."""
-    s = resolved(tiny, "--dmt", clip, "--steps", 2)
-    S, starts, s.args.caption = tiny.schedule, [], "a thing"
+    s = resolved(tiny, "--dmt", clip, "--steps", 2, "--inversion-steps", 5)
+    S, starts = replace(tiny.schedule, timestep_spacing="leading"), []
+    first, top = S.timesteps(2)[0], S.timesteps(5)[0]
     eps = sampler.seeded_randn(latents.shape[1:], [sampler.generator(3)])
+    monkeypatch.setattr(tiny, "schedule", S)
     monkeypatch.setattr(sampler, "sample", lambda m, p, start, *a, **k: starts.append(start) or [0])
-    for top in (S.timesteps(2)[0], 699):
-        inverted = {top: S.add_noise(latents, eps, top)}
-        generate.transfer_one(s.args, s.s, tiny, latents, inverted, "a star", 0)
-    expected = generate.low_frequencies(S.add_noise(latents, eps, S.timesteps(2)[0]))
+
+    def invert(pipe, clip, steps, prompt, on_step, progress):
+        for t in S.timesteps(steps):
+            on_step(t, clip)
+        return S.add_noise(clip, eps, top)
+
+    monkeypatch.setattr(sampler, "invert", invert)
+    transfer(tiny, latents, s)
+    expected = generate.low_frequencies(S.add_noise(latents, eps, first))
     noise = sampler.seeded_randn(latents.shape[1:], [0])
-    for start in starts:
-        assert relative(start, noise - generate.low_frequencies(noise) + expected) < 1e-4
+    assert first < top
+    assert relative(starts[0], noise - generate.low_frequencies(noise) + expected) < 1e-4
 
 
 def test_the_command_transfers_a_motion(clip, bars, tmp_path):
