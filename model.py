@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sampler import NoiseSchedule, seeded_randn
 from support import fast, hub
 from support.fast import Dropout, TemporalConv1d
-from support.files import BadInput, read_fields, read_json, reading
+from support.files import read_fields, read_json, reading
 from support.hub import TextConfig, UNetConfig, VAEConfig
 from support.machine import DTYPES, autocast, to_device
 from support.tokenizer import has_word, tokenize, words_to_ids
@@ -697,9 +697,6 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
     file is missing, damaged, or does not match its config.json.
     """
     folder = TINY if folder is None else Path(folder)
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give one in the hub's layout: unet/, vae/, "
-                       "text_encoder/ and scheduler/.")
     if other := other_backbone(folder):
         return other.load(folder, device, precision, keep)
     half = keep is not None and precision != "fp32"

@@ -83,19 +83,14 @@ def training(here, row):
     return step
 
 
-def sampling_inputs(here, row):
-    """A model, and (prompt states, empty states, starting latents)."""
+@torch.no_grad()
+def sampling(here, row):
+    """Guided DDIM to latents."""
     pipe = model.load(None, here.device, row["precision"], keep=())
     frames, *sides = row["shape"]
     shape = [pipe.unet.config.in_channels, frames, *(n // pipe.vae.config.factor for n in sides)]
-    with torch.no_grad():
-        start = sampler.seeded_randn(shape, [0]).to(here.device)
-        return pipe, (pipe.encode_text([PROMPT]), pipe.encode_text([""]), start)
-
-
-def sampling(here, row):
-    """Guided DDIM to latents."""
-    pipe, (text, empty, start) = sampling_inputs(here, row)
+    start = sampler.seeded_randn(shape, [0]).to(here.device)
+    text, empty = pipe.encode_text([PROMPT]), pipe.encode_text([""])
 
     @torch.no_grad()
     def step():

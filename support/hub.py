@@ -110,12 +110,13 @@ def read_weights(folder):
 def load_strictly(module, state, source):
     """load_state_dict(strict=True) with a one-line error. Raises BadInput."""
     kind = lambda t: f"{'float' if t.is_floating_point() else 'integer'} {tuple(t.shape)}"
+    found = {name: kind(t) for name, t in state.items()}
     expected = {name: kind(t) for name, t in module.state_dict().items()}
-    found, errors = {name: kind(t) for name, t in state.items()}, []
+    errors = []
     for name in expected | found:
-        was, wanted = found.get(name, "missing"), expected.get(name, "none")
-        if was != wanted:
-            errors.append(f"{name} is {was}, expected {wanted}")
+        actual, required = found.get(name, "missing"), expected.get(name, "none")
+        if actual != required:
+            errors.append(f"{name} is {actual}, expected {required}")
     if errors:
         raise BadInput(f"{source} does not match its config.json: {len(errors)} tensors differ, "
                        f"e.g. {'; '.join(errors[:5])}")
