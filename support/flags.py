@@ -95,7 +95,7 @@ def read_size(text):
 def existing(text):
     """An argument type: a path that exists."""
     if not Path(text).exists():
-        raise BadInput(f"{text} does not exist.")
+        raise BadInput(f"{text} does not exist; correct the path.")
     return Path(text)
 
 
