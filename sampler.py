@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support import adapters
+from support import adapters, files
 from support.files import BadInput, log, number, one_of, print_line, read_fields, read_json, reading
 
 # Defaults of diffusers' DDIMScheduler, for fields missing in a file.
@@ -27,7 +27,7 @@ DIFFUSERS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "s
 
 @dataclass
 class NoiseSchedule:
-    """The noise schedule, by default ZeroScope's, with alpha_bar (T,) in fp64."""
+    """The noise schedule, by default ZeroScope's, with alpha_bar (T,) in fp64. Raises BadInput."""
 
     num_train_timesteps: int = number(2, 100_000, 1000)
     beta_start: float = number(1e-9, 0.999, 0.00085)
@@ -55,6 +55,8 @@ class NoiseSchedule:
         return read_fields(cls, values, path)
 
     def __post_init__(self):
+        if wrong := files.field_errors(NoiseSchedule, vars(self)):
+            raise BadInput(f"scheduler: {'; '.join(wrong)}")
         self.dpm_spacing = self.dpm_spacing or self.timestep_spacing
         if self.alpha_bar is None:
             power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0

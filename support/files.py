@@ -100,17 +100,23 @@ def read_fields(cls, values, source):
     Raises BadInput, naming the source, for values that are missing, of another type, not finite, or
     outside the field's range (`number`, `one_of`).
     """
-    wrong, given = [], {}
+    given = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+    wrong = field_errors(cls, given)
     for f in fields(cls):
-        if f.name in values:
-            given[f.name] = value = values[f.name]
-            if expected := expected_values(f, value):
-                wrong.append(f"{f.name} is {repr(value)[:60]}, expected {expected}")
-        elif f.default is MISSING and f.default_factory is MISSING:
+        if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
             wrong.append(f"{f.name} is missing")
     if wrong:
         raise BadInput(f"{source}: {'; '.join(wrong[:3])}. Restore the original file.")
     return cls(**given)
+
+
+def field_errors(cls, values):
+    """One message per wrong value, of {name: value} for fields of a dataclass."""
+    wrong = []
+    for f in fields(cls):
+        if f.name in values and (expected := expected_values(f, values[f.name])):
+            wrong.append(f"{f.name} is {repr(values[f.name])[:60]}, expected {expected}")
+    return wrong
 
 
 def expected_values(f, value):
