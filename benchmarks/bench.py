@@ -170,7 +170,8 @@ def page(files):
     """Put results into docs/speed.json, and their tables between the marks of docs/speed.md."""
     path, text = ROOT / "docs" / "speed.md", (ROOT / "docs" / "speed.md").read_text()
     saved = read_json(path.with_suffix(".json"))
-    saved |= {result["command"]: result for result in map(read_json, files)}
+    for result in map(read_json, files):
+        saved[result["command"]] = result
     for command, result in saved.items():
         table = "| command | precision | F×H×W | ms per step | diffusers | speedup |\n"
         table += "|---|---|---|---|---|---|\n"
