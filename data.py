@@ -210,7 +210,7 @@ PATCH = (0.33, 0.67)  # range of a patch's sides, as shares of the frame's (Cust
 
 
 def random_patch(video, g):
-    """A random patch of a random frame, resized to (3, 1, H, W) (Customize-A-Video)."""
+    """A random patch of a random frame, resized to (3, 1, H, W) (Customize-A-Video, Sec. A.2)."""
     f = int(torch.randint(video.shape[1], (), generator=g))
     return random_resized_crop(video[:, f : f + 1], *PATCH, g)
 

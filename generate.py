@@ -360,8 +360,8 @@ def optimize_latents(pipe, x, t, text, target, rate):
 
 
 def step_down_and_up(S, predict, x, t, steps, g):
-    """One DDIM step down from t and, with new noise from g, up again (Xu et al. 2023), which
-    returns optimized latents to the network's input distribution."""
+    """One DDIM step down from t and, with new noise from g, up again (Ho et al. 2020, Eq. 2; Xu et
+    al. 2023), which returns optimized latents to the network's input distribution."""
     a, b = S.alpha_bar_at(t, x), S.alpha_bar_prev(t - S.num_train_timesteps // steps)
     x0, eps = S.to_x0_eps(predict(x, t), x, a)
     below = b**0.5 * x0 + (1 - b) ** 0.5 * eps

@@ -212,7 +212,8 @@ class FullFinetune(Trained):
 
 
 class LoRA(Trained):
-    """y = W·x + s·B·A·x on every linear layer and temporal convolution of a layer set.
+    """y = W·x + s·B·A·x on every linear layer and temporal convolution of a layer set (Hu et al.
+    2021, Eq. 3; MotionDirector Eq. 3; Customize-A-Video Eq. 2).
 
     A (r, in) is initialized from N(0, 1/r²) and B (out, r) with zeros, so a new LoRA changes
     nothing. The rank is at most the layer's width. Dropout applies to the LoRA output, as in

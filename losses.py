@@ -27,7 +27,8 @@ def residual(x, stride=1):
 
 
 def mse(pred, target):
-    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; MotionDirector Eq. 1; VMC Eq. 8 without the square)."""
+    """‖ε̂ − ε‖² (Ho et al. 2020, Eq. 14; MotionDirector Eq. 1; NewMove Eq. 1 with w_t = 1; without
+    the square, VMC Eqs. 2, 7, 8 and Customize-A-Video Eq. 1)."""
     return F.mse_loss(pred, target)
 
 
@@ -47,7 +48,8 @@ def residual_cosine_mse(pred, target, *, stride=1):
 
 
 def residual_l2(pred, target, *, stride=1):
-    """‖δε − δε̂‖², averaged over elements (VMC Eq. 16 without its weight)."""
+    """‖δε − δε̂‖², averaged over elements (VMC Eq. 16 without its weight). Given x̂0 and x0, it is
+    Eq. 15 with the residuals of Eqs. 13, 14."""
     return F.mse_loss(residual(pred, stride), residual(target, stride))
 
 

@@ -119,7 +119,7 @@ class Downsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Without a context it is self-attention."""
+    """Multi-head attention (Vaswani et al. 2017, Eq. 1). Without a context, self-attention."""
 
     def __init__(self, dim, heads, head_dim, context_dim=None, bias=False):
         super().__init__()
@@ -397,8 +397,8 @@ class UNet(nn.Module):
         latents (B, C, F, h, w), timesteps (B,) or a number, text (B, N, D) -> (B, C, F, h, w).
         With k·B texts, ordered as k batches of B, -> (k·B, C, F, h, w): classifier-free guidance
         passes k = 2, and the layers before the first cross-attention run once.
-        temporal=False bypasses all temporal layers: an image model on F independent frames. Raises
-        ValueError unless the number of texts is a multiple of B.
+        temporal=False bypasses all temporal layers: an image model on F independent frames
+        (Customize-A-Video, Sec. A.1). Raises ValueError unless len(text) is a multiple of B.
         """
         B, _, length, h, w = latents.shape
         if len(text) % B:

@@ -78,7 +78,8 @@ class NoiseSchedule:
         return 1.0 if self.set_alpha_to_one else self.alpha_bar[0].item()
 
     def add_noise(self, x0, noise, t):
-        """The forward process x_t = √ᾱ·x0 + √(1−ᾱ)·ε (Ho et al. 2020, Eq. 4); t: int or (B,)."""
+        """The forward process x_t = √ᾱ·x0 + √(1−ᾱ)·ε (Ho et al. 2020, Eq. 4; VMC Eq. 1;
+        MotionDirector Eq. 2); t: int or (B,)."""
         signal, sigma = sqrt_alphas(self.alpha_bar_at(t, x0), x0)
         return signal * x0 + sigma * noise
 
@@ -91,7 +92,8 @@ class NoiseSchedule:
 
     def to_x0_eps(self, prediction, x, a):
         """(x̂0, ε̂) from the network's prediction at x with ᾱ = a, from `alpha_bar_at`. For ε, x̂0
-        is Tweedie's formula (Ho et al. 2020, Eq. 15); for v, Salimans & Ho 2022, App. D."""
+        is Tweedie's formula (Ho et al. 2020, Eq. 15; Song et al. 2021, Eq. 9; VMC Eqs. 6, 12); for
+        v, see Salimans & Ho 2022, App. D."""
         signal, sigma = sqrt_alphas(a, x)
         if self.prediction_type == "epsilon":
             return (x - sigma * prediction) / signal, prediction
@@ -181,9 +183,9 @@ def classifier_free_guidance(network, text, empty=None, scale=1.0):
 
 
 def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0, edit=None):
-    """DDIM (Song et al. 2021, Eq. 12). eta > 0 adds noise from `seeds`, one per sample. The first
-    `skip` steps are omitted, with x at the noise level of the next one. edit(x, t) may change the
-    latents before a step."""
+    """DDIM (Song et al. 2021, Eqs. 12, 16; VMC Eq. 5). eta > 0 adds noise from `seeds`, one per
+    sample. The first `skip` steps are omitted, with x at the noise level of the next one.
+    edit(x, t) may change the latents before a step."""
     S, generators = schedule, step_generators(seeds) if eta > 0 else None
     for t in S.timesteps(steps)[skip:]:
         x = edit(x, t) if edit else x
@@ -199,7 +201,7 @@ def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0,
 
 
 def ddpm(schedule, predict, x, steps, seeds=None, on_step=None):
-    """Ancestral sampling (Ho et al. 2020, Eq. 6 and 7), with the smaller of the two variances."""
+    """Ancestral sampling (Ho et al. 2020, Eqs. 6, 7, 11; VMC Eq. 4), with the smaller variance."""
     S, generators = schedule, step_generators(seeds)
     for t in S.timesteps(steps):
         a, s = S.alpha_bar[t].item(), t - S.num_train_timesteps // steps
@@ -251,8 +253,8 @@ def dpm_solver(schedule, predict, x, steps, seeds=None, on_step=None):
 
 
 def ddim_inversion(schedule, predict, x, steps, seeds=None, on_step=None):
-    """Noise that `ddim` with the same number of steps maps back to x (Song et al. 2021, Sec. 4.3).
-    Each step leads from t − T/steps up to t, with the prediction at t."""
+    """Noise that `ddim` with the same number of steps maps back to x (Song et al. 2021, Eq. 13 and
+    Sec. 4.3). Each step leads from t − T/steps up to t, with the prediction at t."""
     S = schedule
     for t in reversed(S.timesteps(steps)):
         a, b = S.alpha_bar_prev(t - S.num_train_timesteps // steps), S.alpha_bar[t].item()

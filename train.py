@@ -386,8 +386,8 @@ def check_finite(record, folder, scaler):
         steps=400, noise_prior=1.0, sampler="ddpm", sampling_steps=75,
         motion=Trainable("temporal-attention-qkv", lr=1e-4))
 def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
-    """Video Motion Customization (Jeong et al. 2023, Algorithm 1). Trains q, k and v of the
-    temporal attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of residuals between frames, in
+    """VMC, Video Motion Customization (Jeong et al. 2023, Algorithm 1). Trains q, k and v of the
+    temporal attentions with the cosine loss 1 − cos(δεⁿ, δε̂ⁿ) of frame residuals (Eqs. 15, 17), in
     which appearance shared by all frames cancels. Captions describe the motion but not the
     appearance (Sec. 3.2): "a bird is flying". Sampling starts from the inverted clip.
 
@@ -410,9 +410,9 @@ def vmc(ex, loss="residual-cosine", loss_space="output", frame_stride=1):
         motion=Trainable("temporal-attention-ff", 32, dropout=0.1, lr=5e-4))
 def motiondirector(ex, beta=1.0, spatial_prob=0.8):
     """MotionDirector (Zhao et al. 2023, Sec. 3.2 and 3.3). Two paths share noise and timestep. A
-    spatial LoRA per clip is trained on the appearance of one frame, with temporal layers bypassed.
-    With it frozen, a temporal LoRA is trained on the motion; its second loss removes appearance by
-    φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor.
+    spatial LoRA per clip is trained on the appearance of one frame (Eq. 4), with temporal layers
+    bypassed. With it frozen, a temporal LoRA is trained on the motion (Eq. 7); its second loss
+    removes appearance by φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor.
 
     beta: strength β of the debiasing (Eq. 5); 0 counts the plain loss twice
     spatial_prob: probability of the spatial path; otherwise the spatial LoRA is disabled
@@ -438,10 +438,10 @@ def motiondirector(ex, beta=1.0, spatial_prob=0.8):
 def newmove(ex, alpha=0.5, loss="mse", augment="augmented", prior_loss_weight=0.5,
             subject_start=3000):
     """NewMove (Materzyńska et al. 2023, Sec. 3) binds a motion to a rare token. Temporal layers and
-    cross-attention keys and values are fully fine-tuned, mostly at high noise, which determines
-    the motion (Sec. 3.2). Regularization clips, at half the weight, prevent forgetting (Eq. 3).
-    With --images, a subject is trained after the motion, "a X* man doing the V* sign": each step
-    then draws an example of either (supplement, Sec. 2).
+    cross-attention keys and values are fully fine-tuned (Eq. 2), mostly at high noise, which
+    determines the motion (Sec. 3.2). Regularization clips, at half the weight, prevent forgetting
+    (Eq. 3). With --images, a subject is trained after the motion, "a X* man doing the V* sign":
+    each step then draws an example of either (supplement, Sec. 2).
 
     alpha: α of Sec. 3.2, the preference for high noise; 0 is uniform
     loss: one of losses.LOSSES
@@ -470,10 +470,10 @@ def newmove(ex, alpha=0.5, loss="mse", augment="augmented", prior_loss_weight=0.
         motion=Trainable("temporal-attention", 4, lr=5e-4))
 def customize_a_video(ex, absorber_steps=200):
     """Customize-A-Video (Ren et al. 2024). First an appearance absorber, a spatial LoRA, is trained
-    on patches of single frames, with temporal layers bypassed. Then, with it frozen, a temporal
-    LoRA is trained on whole clips; only the temporal one is used for sampling. The absorber may
-    also be a token (appearance.layers=none appearance_word.num_vectors=4), both, or weights of
-    another program (appearance.load_from=…).
+    on patches of single frames, with temporal layers bypassed (Eq. 3). Then, with it frozen, a
+    temporal LoRA is trained on whole clips (Eq. 5); only the temporal one is used for sampling. The
+    absorber may also be a token (Eq. 4: appearance.layers=none appearance_word.num_vectors=4),
+    both, or weights of another program (appearance.load_from=…).
 
     absorber_steps: steps of the first stage
     appearance_prompt: caption of the absorber's frames, without the motion; empty for the caption

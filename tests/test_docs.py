@@ -89,8 +89,9 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 240 and len(COMMANDS) >= 12
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/base.md", "docs/claims.md", "docs/methods.md",
-                                  "docs/results.md", "docs/speed.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/base.md", "docs/claims.md",
+                                  "docs/equations.md", "docs/methods.md", "docs/results.md",
+                                  "docs/speed.md"])
 def test_links_of_a_page_exist(page):
     for path in re.findall(r"\]\(([\w./-]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(path).exists(), path
