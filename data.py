@@ -13,11 +13,10 @@ import torch.nn.functional as F
 
 import sampler
 from support import machine, media, runs
-from support.files import BadInput, check_exists, log, read_text, write_text
+from support.files import BadInput, log, read_text, write_text
 from support.tokenizer import has_word, words_to_ids
 
-# ------------------------------------------------------------------------------------------------
-# Captions
+# --- Captions -----------------------------------------------------------------------------------
 
 
 MAX_TOKENS = 77  # limit of the text encoder, including start and end tokens
@@ -70,8 +69,7 @@ def note_unknown_words(prompts, known=()):
             f"{', '.join(sorted(words(world.WORDS)))} and the tokens of its adapters")
 
 
-# ------------------------------------------------------------------------------------------------
-# Clips and images
+# --- Clips and images ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -100,11 +98,9 @@ def find_clips(paths):
 
 
 def check_clips(paths, prompts):
-    """The clips at the paths, not yet read. Raises BadInput for a missing clip, and unless there is
-    one caption for all, one per clip, or none."""
+    """The clips at the paths, not yet read. Raises BadInput unless there is one caption for all,
+    one per clip, or none."""
     clips = find_clips(paths)
-    for clip in clips:
-        check_exists(clip, "give a video file or a folder of images")
     if clips and len(prompts or [None]) not in (1, len(clips)):
         raise BadInput(f"--prompt: {len(prompts)} captions for {len(clips)} clips; give one for "
                        "all, or one per clip. A caption needs quotes: --prompt "
@@ -148,8 +144,7 @@ def load_images(paths, prompt, size, token=None, learned=None):
     return images
 
 
-# ------------------------------------------------------------------------------------------------
-# Regularization clips
+# --- Regularization clips -----------------------------------------------------------------------
 
 
 def load_prior_clips(run):
@@ -208,8 +203,7 @@ def generate_clip(run, number):
                           progress=f"regularization clip {number}")[0], prompt
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentations of a video (3, F, H, W), with random draws from a generator g
+# --- Augmentations of a video (3, F, H, W), with random draws from a generator g ----------------
 
 
 PATCH = (0.33, 0.67)  # range of a patch's sides, as shares of the frame's (Customize-A-Video)

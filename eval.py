@@ -18,8 +18,8 @@ from pathlib import Path
 from scores import metrics, page, samples, study
 from scores.folders import read_runs
 from support import machine
-from support.files import BadInput, check_exists, output_folder, print_line, write_json, write_text
-from support.flags import Parser, float_in, int_in
+from support.files import BadInput, output_folder, print_line, write_json, write_text
+from support.flags import Parser, existing, float_in, int_in
 
 
 def main(argv=None):
@@ -66,8 +66,7 @@ def write(runs, table, notes, threshold, args):
         print_line(f"written: {args.out / name}")
 
 
-# ------------------------------------------------------------------------------------------------
-# The flags
+# --- The flags ----------------------------------------------------------------------------------
 
 
 def parse(argv=None):
@@ -76,9 +75,9 @@ def parse(argv=None):
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="folders that train.py or generate.py wrote, or folders "
         "of videos")
-    add("--reference", nargs="+", type=Path, default=[], help="reference clips (default: the "
+    add("--reference", nargs="+", type=existing, default=[], help="reference clips (default: the "
         "training clips of the run's adapter)")
-    add("--prompts", type=Path, help="a text file with one prompt per line, for training runs "
+    add("--prompts", type=existing, help="a text file with one prompt per line, for training runs "
         "(default: the run's preview prompt)")
     add("--videos-per-prompt", type=int_in(1, 10**6), default=1, help="for training runs "
         "(default: 1)")
@@ -144,8 +143,6 @@ def check(args):
     if (args.prompts or args.videos_per_prompt > 1) and not trained:
         raise BadInput("--prompts and --videos-per-prompt apply to folders of train.py; none is "
                        "given.")
-    if args.prompts:
-        check_exists(args.prompts, "give a text file with one prompt per line")
     for path in args.runs:
         if not path.is_dir():
             raise BadInput(f"{path} is not a folder; give a folder that train.py or generate.py "
@@ -153,8 +150,7 @@ def check(args):
     return args
 
 
-# ------------------------------------------------------------------------------------------------
-# The table
+# --- The table ----------------------------------------------------------------------------------
 
 
 def explain(runs):

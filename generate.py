@@ -14,7 +14,7 @@ Axes: B videos, C channels, F frames, h w latent, H W image.
 import itertools
 import json
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -26,18 +26,8 @@ import sampler
 from model import TINY, is_tiny, load
 from sampler import Sampling, read_sampling
 from support import adapters, export, machine, media
-from support.files import (
-    BadInput,
-    check_exists,
-    check_weights,
-    log,
-    output_folder,
-    print_line,
-    read_size,
-    slug,
-    write_json,
-)
-from support.flags import Parser, float_in, int_in, non_empty
+from support.files import BadInput, log, output_folder, print_line, slug, write_json
+from support.flags import Parser, existing, float_in, hub_folder, int_in, non_empty, read_size
 
 
 def main(argv=None):
@@ -95,8 +85,7 @@ def generate(args, s, pipe, loaded, jobs, clip):
                                      args.negative_prompt, args.batch)
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags
+# --- Flags --------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
@@ -120,7 +109,7 @@ def add_model_flags(add):
         "other programs; the first one with a clip provides clip and settings")
     add("--scale", type=float_in(-100, 100), nargs="+", default=[1.0], help="scale of each "
         "adapter; 0 is the base model (default: 1)")
-    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
+    add("--weights", type=hub_folder, help="base model, a hub-layout folder (default: tiny model)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda or mps if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
@@ -136,7 +125,7 @@ def add_sampling_flags(add):
     """Flags for sampling, Diffusion Motion Transfer and refining."""
     add("--noise-prior", type=float_in(0, 1), help="p in the starting latents √p·inverted + "
         "√(1-p)·noise (default: the method's: VMC 1, MotionDirector 0.5, NewMove 0)")
-    add("--init-video", type=Path, help="invert this clip instead of the adapter's")
+    add("--init-video", type=existing, help="invert this clip instead of the adapter's")
     add("--inversion-steps", type=int_in(1, 10**4), help="DDIM inversion steps (default: --steps, "
         "else the method's; with --dmt one per timestep)")
     add("--sampler", choices=tuple(sampler.SAMPLERS), help="default: the method's, else ddim")
@@ -145,9 +134,10 @@ def add_sampling_flags(add):
     add("--guidance", type=float_in(0, 1000), help="classifier-free guidance scale (default: the "
         "method's, else 9, with --dmt 10; tiny model: 4)")
     add("--batch", type=int_in(1), default=1, help="videos per batch on a GPU (default: 1)")
-    add("--dmt", type=Path, help="Diffusion Motion Transfer from this clip, without training")
+    add("--dmt", type=existing, help="Diffusion Motion Transfer from this clip, without training")
     add("--checkpointing", choices=("on", "off"), help="for --dmt (default: on with --weights)")
-    add("--refine", type=Path, help="a model to refine each video, e.g. ZeroScope XL's folder")
+    add("--refine", type=hub_folder, help="a model to refine each video, e.g. ZeroScope XL's "
+        "folder")
     add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the video's)")
     add("--refine-steps", type=int_in(1), default=50, help="sampling steps (default: 50)")
     add("--refine-guidance", type=float_in(0, 1000), help="default: 15; tiny model: 4")
@@ -166,45 +156,38 @@ def check(args):
         raise BadInput(f"--scale: {len(args.scale)} numbers for {len(args.adapter)} --adapter; "
                        "give one for each.")
     args.scale = args.scale * len(args.adapter) if len(args.scale) == 1 else args.scale
-    check_weights(args.weights)
-    check_weights(args.refine, "--refine")
-    for clip in filter(None, (args.dmt, args.init_video)):
-        check_exists(clip, "give a video file or a folder of images")
     merged = args.save_merged
     if merged and (merged.exists() or merged.suffix not in ("", ".pth")):
         raise BadInput(f"--save-merged {merged}: expected the name of a new folder, or of a .pth.")
     return data.read_prompts(args.prompts) if args.prompts else [args.prompt] * bool(args.prompt)
 
 
-# ------------------------------------------------------------------------------------------------
-# Settings: the model's defaults, then the adapter's, then DMT's, then the flags
+# --- Settings: the model's defaults, then the adapter's, then DMT's, then the flags -------------
 
 
 def resolve_settings(args, pipe, loaded):
     """The Sampling, and the adapter that provides clip and settings, or None. Fills in missing
     flags. Raises BadInput if an adapter's clip is missing or does not fit."""
     tiny, factor = is_tiny(args.weights), pipe.vae.config.factor
-    s = Sampling(guidance=4.0 if tiny else 9.0)
-    shape = {"frames": 16, "size": ((pipe.unet.config.sample_size or 32) * factor,) * 2, "fps": 8.0,
-             "negative_prompt": "", "checkpointing": "off" if tiny else "on"}
+    values = asdict(Sampling(guidance=4.0 if tiny else 9.0)) | {
+        "frames": 16, "size": ((pipe.unet.config.sample_size or 32) * factor,) * 2,
+        "negative_prompt": "", "checkpointing": "off" if tiny else "on"}
     source = next((a for a in loaded if a.latents is not None), next(iter(loaded), None))
     if source and "method" in source.meta:  # trained here
-        s = read_sampling(source.path, source.meta)
-        shape["fps"] = s.fps
+        values |= asdict(read_sampling(source.path, source.meta))
     if source and source.latents is not None:
         _, frames, h, w = source.latents.shape
-        shape |= {"frames": frames, "size": (h * factor, w * factor)}
+        values |= {"frames": frames, "size": (h * factor, w * factor)}
     if args.dmt:
-        sampling, own_shape = dmt_defaults(pipe.schedule.num_train_timesteps, tiny)
-        s, shape = replace(s, **sampling), shape | own_shape
+        values |= dmt_defaults(pipe.schedule.num_train_timesteps, tiny)
     if args.sampling_steps and not args.inversion_steps:
         args.inversion_steps = 0  # as many as sampling steps, not the adapter's
     if args.init_video and args.noise_prior is None:
-        args.noise_prior = s.noise_prior or 1.0
-    given = {f.name: getattr(args, f.name, None) for f in fields(Sampling)}
-    s = replace(s, **{name: value for name, value in given.items() if value is not None})
-    for name, value in shape.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        args.noise_prior = values["noise_prior"] or 1.0
+    for name, default in values.items():
+        value = getattr(args, name, None)
+        setattr(args, name, default if value is None else value)
+    s = Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
     if s.noise_prior and not (args.dmt or args.init_video):
         check_clip(args, source, factor)
     return s, source
@@ -259,8 +242,7 @@ def starting_clip(args, pipe, s, source):
     return pipe.encode(video[None], sampler.generator(args.seed, 5) if args.dmt else None)
 
 
-# ------------------------------------------------------------------------------------------------
-# Refining
+# --- Refining -----------------------------------------------------------------------------------
 
 
 def load_refiner(args, pipe):
@@ -292,13 +274,12 @@ def refine(args, pipe, video, prompt, seed):
                           skip=steps - remaining)[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# Diffusion Motion Transfer (Yatim et al. 2023): motion transfer without training. The clip is
-# inverted. A new video starts from the low frequencies of that noise; during sampling its latents
-# are optimized so that features of the UNet change over time like the clip's. Settings, layers and
-# the order of steps follow the published code. Differences not in docs/methods.md: latents are
-# fp32; the loss omits each frame's difference to itself, which is 0; the step up is the exact
-# inverse of the step down, where that code is one timestep off.
+# --- Diffusion Motion Transfer (Yatim et al. 2023): motion transfer without training ------------
+# The clip is inverted. A new video starts from the low frequencies of that noise; during sampling
+# its latents are optimized so that features of the UNet change over time like the clip's. Settings,
+# layers and the order of steps follow the published code. Differences not in docs/methods.md:
+# latents are fp32; the loss omits each frame's difference to itself, which is 0; the step up is the
+# exact inverse of the step down, where that code is one timestep off.
 
 
 NEGATIVE = "bad quality, distortions, unrealistic, distorted image, watermark, signature"
@@ -314,9 +295,9 @@ def dmt_defaults(timesteps, tiny):
     """Sampling settings and shape. Real models are inverted with one step per timestep; the tiny
     one with as many as sampling steps, since 700 steps take half a minute on a CPU."""
     if tiny:
-        return {"guidance": 4.0}, {}
-    return {"guidance": 10.0, "inversion_steps": timesteps - 1}, {
-        "negative_prompt": NEGATIVE, "frames": 24, "size": (320, 576)}
+        return {"guidance": 4.0}
+    return {"guidance": 10.0, "inversion_steps": timesteps - 1, "negative_prompt": NEGATIVE,
+            "frames": 24, "size": (320, 576)}
 
 
 class StopForward(Exception):
@@ -365,17 +346,6 @@ def low_frequencies(x, factor=4):
     return resize(small, (h, w)).view(x.shape)
 
 
-def nearest(times, t):
-    """The timestep in `times` nearest to t."""
-    return min(times, key=lambda other: abs(other - t))
-
-
-def guided_timesteps(s, pipe):
-    """The timesteps at which latents are optimized."""
-    count = max(1, int(s.sampling_steps * GUIDED_SHARE))
-    return pipe.schedule.timesteps(s.sampling_steps)[:count]
-
-
 def optimize_latents(pipe, x, t, text, target, rate):
     """The latents x after some Adam steps toward the target features."""
     latents = x.detach().clone().requires_grad_()
@@ -404,42 +374,43 @@ def transfer_motion(args, s, pipe, loaded, jobs, clip):
     """Yields (job, video (3, F, H, W)) per job, with the motion of clip (1, C, F, h, w)."""
     pipe.unet.checkpointing = args.checkpointing == "on"
     adapters.apply_adapters(pipe, loaded, args.scale)
-    steps = s.inversion_steps or s.sampling_steps
-    times = pipe.schedule.timesteps(steps)
-    levels = {times[0]} | {nearest(times, t) for t in guided_timesteps(s, pipe)}
-    inverted = {}
+    S, caption, features = pipe.schedule, pipe.encode_text([args.caption]), {}
+    steps, times = s.inversion_steps or s.sampling_steps, S.timesteps(s.sampling_steps)
+    levels = S.timesteps(steps)
+    guided = times[: max(1, int(s.sampling_steps * GUIDED_SHARE))]
+    nearest = {t: min(levels, key=lambda level: abs(level - t)) for t in guided}
 
-    def keep(t, x):
-        if t in levels:
-            inverted[t] = x
+    def keep(level, x):
+        if level in nearest.values():
+            features[level] = frame_features(pipe, x, level, caption)
 
-    sampler.invert(pipe, clip, steps, args.caption, keep, "inverting")
+    inverted = sampler.invert(pipe, clip, steps, args.caption, keep, "inverting")
+    a = S.alpha_bar_at(levels[0], clip)
+    noise = (inverted - a**0.5 * clip) / (1 - a) ** 0.5
+    inverted = S.add_noise(clip, noise, times[0])  # at the level of the first sampling step
+    targets = {t: features[nearest[t]] for t in guided}
     for job in jobs:
-        yield job, transfer_one(args, s, pipe, clip, inverted, *job)
+        yield job, transfer_one(args, s, pipe, inverted, targets, *job)
 
 
-def transfer_one(args, s, pipe, clip, inverted, prompt, seed):
-    """A video (3, F, H, W) of the prompt. inverted: {timestep: latents of the clip's inversion}."""
-    S, times = pipe.schedule, pipe.schedule.timesteps(s.sampling_steps)
-    guided = guided_timesteps(s, pipe)
-    rates = torch.linspace(*ADAM_RATES, len(guided)).tolist()
-    texts = prompt, args.caption, args.negative_prompt
-    text, caption, empty = (pipe.encode_text([p]) for p in texts)
+def transfer_one(args, s, pipe, inverted, targets, prompt, seed):
+    """A video (3, F, H, W) of the prompt. inverted (1, C, F, h, w): the clip at the first timestep;
+    targets: {timestep: features of the clip} for the timesteps at which latents are optimized."""
+    times = pipe.schedule.timesteps(s.sampling_steps)
+    rates = dict(zip(targets, torch.linspace(*ADAM_RATES, len(targets)).tolist()))
+    text, empty = pipe.encode_text([prompt]), pipe.encode_text([args.negative_prompt])
     predict = sampler.classifier_free_guidance(pipe.predict, text, empty, s.guidance)
     g = sampler.generator(seed, 4)
 
     def edit(x, t):
-        if t in guided:
-            level = nearest(inverted, t)
-            target = frame_features(pipe, inverted[level], level, caption)
-            x = optimize_latents(pipe, x, t, text, target, rates[guided.index(t)])
-        return x if t == times[-1] else step_down_and_up(S, predict, x, t, s.sampling_steps, g)
+        if t in targets:
+            x = optimize_latents(pipe, x, t, text, targets[t], rates[t])
+        if t == times[-1]:
+            return x
+        return step_down_and_up(pipe.schedule, predict, x, t, s.sampling_steps, g)
 
-    # The inversion's noise, moved to the first step's level, with new high frequencies.
-    top, noise = max(inverted), sampler.seeded_randn(clip.shape[1:], [seed]).to(clip)
-    a = S.alpha_bar_at(top, clip)
-    found = (inverted[top] - a**0.5 * clip) / (1 - a) ** 0.5
-    start = noise + low_frequencies(S.add_noise(clip, found, times[0])) - low_frequencies(noise)
+    noise = sampler.seeded_randn(inverted.shape[1:], [seed]).to(inverted)
+    start = noise + low_frequencies(inverted) - low_frequencies(noise)  # new high frequencies
     return sampler.sample(pipe, [prompt], start, [seed], s.sampling_steps, s.guidance,
                           negative=args.negative_prompt, progress="transferring the motion",
                           edit=edit)[0]

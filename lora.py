@@ -19,8 +19,7 @@ import sampler
 from support import adapters, fast, formats
 from support.files import BadInput
 
-# ------------------------------------------------------------------------------------------------
-# Layer sets
+# --- Layer sets ---------------------------------------------------------------------------------
 
 _LINEARS = r"attn{}\.to_(q|k|v|out\.0)"
 _SPATIAL, _TEMPORAL = r".*\.attentions\.", r"(transformer_in|.*\.temp_attentions\..*)\."
@@ -112,8 +111,7 @@ def lora_targets(unet, layers):
     return found
 
 
-# ------------------------------------------------------------------------------------------------
-# The parts of a method, as settings. `build(pipe, seed, clip)` makes the object to train.
+# --- The parts of a method, as settings. Their `build` makes the object to train ----------------
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,7 @@ class PlaceholderToken:
                               self.initializer_token, seed)
 
 
-# ------------------------------------------------------------------------------------------------
-# Objects with trainable parameters
+# --- Objects with trainable parameters ----------------------------------------------------------
 
 
 class Trained:
@@ -371,8 +368,7 @@ def set_trainable(trainables, train=(), frozen=(), clip=0):
     return tokens
 
 
-# ------------------------------------------------------------------------------------------------
-# The optimizer
+# --- The optimizer ------------------------------------------------------------------------------
 
 
 def build_optimizer(parts, trainables):

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sampler import NoiseSchedule, seeded_randn
 from support import fast, hub
 from support.fast import Dropout, TemporalConv1d
-from support.files import BadInput, read_fields, read_json, reading
+from support.files import read_fields, read_json, reading
 from support.hub import TextConfig, UNetConfig, VAEConfig
 from support.machine import DTYPES, autocast, to_device
 from support.tokenizer import has_word, tokenize, words_to_ids
@@ -36,8 +36,7 @@ def is_tiny(weights):
     return weights is None or Path(weights).resolve() == TINY.resolve()
 
 
-# ------------------------------------------------------------------------------------------------
-# Reshaping: time into the batch axis, space into tokens
+# --- Reshaping: time into the batch axis, space into tokens -------------------------------------
 
 
 def fold_frames(video):
@@ -69,8 +68,7 @@ def over_time(x, frames):
     return to_tokens(x).reshape(BF // frames, frames, h * w, C).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers shared by the UNet and the VAE
+# --- Layers shared by the UNet and the VAE ------------------------------------------------------
 
 
 class Resnet(nn.Module):
@@ -148,8 +146,7 @@ class Attention(nn.Module):
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers of the video UNet
+# --- Layers of the video UNet -------------------------------------------------------------------
 
 
 class GEGLU(nn.Module):
@@ -359,8 +356,7 @@ class UpBlock(Block):
         return x if self.last else self.upsamplers[0](x, skips[-1].shape[-2:])
 
 
-# ------------------------------------------------------------------------------------------------
-# The video UNet
+# --- The video UNet -----------------------------------------------------------------------------
 
 
 class UNet(nn.Module):
@@ -425,12 +421,10 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, skips, time, text, frames)
         x = F.silu(self.conv_norm_out(x))
-        if torch.is_autocast_enabled(x.device.type):
-            # The last layer runs in fp32, since guidance amplifies bf16 rounding.
-            with torch.autocast(x.device.type, enabled=False):
-                weight, bias = self.conv_out.weight.float(), self.conv_out.bias.float()
-                return unfold_frames(F.conv2d(x.float(), weight, bias, padding=1), length)
-        return unfold_frames(self.conv_out(x), length)
+        # The last layer runs in fp32, since guidance amplifies bf16 rounding.
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.conv_out(x.to(self.conv_out.weight.dtype))
+        return unfold_frames(x, length)
 
     @property
     def checkpointing(self):
@@ -443,8 +437,7 @@ class UNet(nn.Module):
             block.checkpointing = on
 
 
-# ------------------------------------------------------------------------------------------------
-# The VAE
+# --- The VAE ------------------------------------------------------------------------------------
 
 
 VAE_EPS = 1e-6
@@ -574,10 +567,6 @@ class VAE(nn.Module):
         moments = [torch.cat(self.encode(f), 1) for f in fold_frames(video).split(batch)]
         return unfold_frames(torch.cat(moments), video.shape[2]).chunk(2, dim=1)
 
-    def encode_video(self, video):
-        """(B, 3, F, H, W) in [-1, 1] -> posterior means (B, C, F, h, w), scaled for the UNet."""
-        return self.moments(video)[0] * self.config.scaling_factor
-
     def decode_video(self, latents):
         """Scaled latents (B, C, F, h, w) -> (B, 3, F, H, W) in [-1, 1]."""
         pixels = latents.shape[-2] * latents.shape[-1] * self.config.factor**2
@@ -587,8 +576,7 @@ class VAE(nn.Module):
         return unfold_frames(torch.cat(frames), latents.shape[2])
 
 
-# ------------------------------------------------------------------------------------------------
-# The text encoder
+# --- The text encoder ---------------------------------------------------------------------------
 
 
 class TextEncoder(nn.Module):
@@ -634,8 +622,7 @@ class TextEncoder(nn.Module):
         return tower.ln_final(tower.transformer(x, attn_mask=causal))
 
 
-# ------------------------------------------------------------------------------------------------
-# The pipeline, and loading it from a folder in the hub's layout
+# --- The pipeline, and loading it from a folder in the hub's layout -----------------------------
 
 
 @dataclass
@@ -710,9 +697,6 @@ def load(folder=None, device="cpu", precision="fp32", keep=None):
     file is missing, damaged, or does not match its config.json.
     """
     folder = TINY if folder is None else Path(folder)
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give one in the hub's layout: unet/, vae/, "
-                       "text_encoder/ and scheduler/.")
     if other := other_backbone(folder):
         return other.load(folder, device, precision, keep)
     half = keep is not None and precision != "fp32"
@@ -735,8 +719,7 @@ def other_backbone(folder):
 
 def load_unet(folder, device="cpu", dtype=torch.float32):
     """The UNet of a hub-layout folder, or of a .pth next to its config.json. Raises BadInput."""
-    convert = lambda state, unet: hub.unet_from_pth(state, unet)
-    return _load(UNet, UNetConfig, Path(folder) / "unet", device, dtype, convert)
+    return _load(UNet, UNetConfig, Path(folder) / "unet", device, dtype, hub.unet_from_pth)
 
 
 def load_vae(folder, device="cpu", dtype=torch.float32):

@@ -17,19 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support import adapters
-from support.files import (
-    BadInput,
-    escaped,
-    field_errors,
-    log,
-    number,
-    one_of,
-    print_line,
-    read_fields,
-    read_json,
-    reading,
-)
+from support import adapters, files
+from support.files import BadInput, log, number, one_of, print_line, read_fields, read_json, reading
 
 # Defaults of diffusers' DDIMScheduler, for fields missing in a file.
 DIFFUSERS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0,
@@ -66,7 +55,7 @@ class NoiseSchedule:
         return read_fields(cls, values, path)
 
     def __post_init__(self):
-        if wrong := field_errors(NoiseSchedule, vars(self)):
+        if wrong := files.field_errors(NoiseSchedule, vars(self)):
             raise BadInput(f"scheduler: {'; '.join(wrong)}")
         self.dpm_spacing = self.dpm_spacing or self.timestep_spacing
         if self.alpha_bar is None:
@@ -148,8 +137,7 @@ def check_return(schedule, method, steps):
                        "not be reconstructed; choose ddim, or a noise prior of 0.")
 
 
-# ------------------------------------------------------------------------------------------------
-# Randomness and timestep distributions
+# --- Randomness and timestep distributions ------------------------------------------------------
 
 
 def generator(*key):
@@ -176,13 +164,7 @@ def timestep_weights(T, alpha=0.5):
     return weights / weights.sum()
 
 
-def sample_timesteps(weights, n, generator):
-    """n timesteps (n,) from the probabilities `weights` (T,)."""
-    return torch.multinomial(weights, n, replacement=True, generator=generator)
-
-
-# ------------------------------------------------------------------------------------------------
-# Guidance and samplers
+# --- Guidance and samplers ----------------------------------------------------------------------
 
 
 def classifier_free_guidance(network, text, empty=None, scale=1.0):
@@ -298,8 +280,7 @@ def step_generators(seeds):
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm": dpm_solver}
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling with a pipeline (model.Pipeline)
+# --- Sampling with a pipeline (model.Pipeline) --------------------------------------------------
 
 
 @torch.no_grad()
@@ -338,12 +319,12 @@ def sample(pipe, prompts, start, seeds, steps=50, guidance=9.0, method="ddim", n
 
 
 @contextmanager
-def progress_bar(title, count, on_step):
+def progress_bar(title, count, on_step=None):
     """on_step, wrapped to advance a progress bar of `count` steps if there is a title."""
     if title is None:
         yield on_step
         return
-    with tqdm(total=count, desc=escaped(title), delay=2, leave=False) as bar:
+    with tqdm(total=count, desc=title, delay=2, leave=False) as bar:
         def step(t, x):
             bar.update()
             if on_step:
@@ -390,15 +371,13 @@ def sample_videos(pipe, loaded, scales, jobs, s, shape, clip=None, negative="", 
     pipe.store_frozen({name for adapter in loaded for name in adapter.tensors})
     if s.noise_prior and inverted is None:
         inverted = invert_clip()
-    total = len(jobs) * s.sampling_steps
-    title = escaped(progress or "")
-    with tqdm(total=total, desc=title, delay=2, disable=progress is None) as bar:
-        for i in range(0, len(jobs), batch):
+    first_jobs = range(0, len(jobs), batch)
+    with progress_bar(progress, len(first_jobs) * s.sampling_steps) as on_step:
+        for i in first_jobs:
             prompts, seeds = zip(*jobs[i : i + batch])
             start = seeded_randn(shape, seeds)
             if inverted is not None:
                 start = blend_noise(inverted, start.to(inverted), s.noise_prior)
-            on_step = lambda t, x, count=len(seeds): bar.update(count)
             yield from zip(jobs[i : i + batch], sample(
                 pipe, prompts, start, seeds, s.sampling_steps, s.guidance, s.sampler, negative,
-                on_step=on_step))
+                on_step))

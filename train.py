@@ -31,8 +31,8 @@ import sampler
 from lora import PlaceholderToken, Trainable
 from losses import LOSSES, appearance_debiased, mse, unseen_by_cosine
 from support import adapters, machine, media, runs
-from support.files import BadInput, check_weights, log, output_folder, read_size, slug
-from support.flags import Parser, float_in, int_in, non_empty
+from support.files import BadInput, log, output_folder, slug
+from support.flags import Parser, existing, float_in, hub_folder, int_in, non_empty, read_size
 from support.recipe import CHOICES, METHODS, Recipe, method, split_settings
 
 CHOICES |= {"loss": LOSSES, "sampler": sampler.SAMPLERS, "augment": data.AUGMENTATIONS}
@@ -56,8 +56,7 @@ def main(argv=None):
         sys.exit(128 + signal)
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line: flags that all methods share, and name=value for the method's settings
+# --- The command line: flags that all methods share, and a method's settings, name=value --------
 
 
 def parse(argv):
@@ -80,12 +79,12 @@ def add_data_flags(add):
     """Flags for the method and its data."""
     add("--method", default="vmc", choices=METHODS, metavar="NAME", help="training method: "
         f"{', '.join(METHODS)} (default: vmc)")
-    add("--video", type=Path, nargs="+", default=[], help="training clips: video files, folders of "
-        "numbered images, or folders of clips")
+    add("--video", type=existing, nargs="+", default=[], help="training clips: video files, "
+        "folders of numbered images, or folders of clips")
     add("--prompt", type=non_empty, nargs="+", default=[], help="one caption for all clips, or one "
         "per clip. Describe the motion, 'a bird is flying', or use the token, 'a bird doing the "
         "sks' (default: the clip's .txt file, else its name)")
-    add("--images", type=Path, nargs="+", default=[], help="images of a subject (newmove), or "
+    add("--images", type=existing, nargs="+", default=[], help="images of a subject (newmove), or "
         "images alone (motiondirector)")
     add("--image-prompt", type=non_empty, help="caption of the images: 'a X* dog' (default: each "
         "image's .txt file, else its name)")
@@ -106,7 +105,7 @@ def add_training_flags(add):
     add("--steps", type=int_in(1, 10**7), help="training steps (default: the method's)")
     add("--seed", type=int_in(0, 2**31), default=0, help="random seed (default: 0)")
     add("--batch", type=int_in(1, 4096), help="total batch size (default: one per process)")
-    add("--weights", type=Path, help="base model, a hub-layout folder (default: the tiny model)")
+    add("--weights", type=hub_folder, help="base model, a hub-layout folder (default: tiny model)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda or mps if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
@@ -135,7 +134,6 @@ def resolve_settings(flags, settings):
     Fills in the flags that depend on it. Raises BadInput."""
     if not flags.video and not flags.images:
         raise BadInput("no training data; give --video clip.mp4, or --images FOLDER.")
-    check_weights(flags.weights)
     recipe, clips = METHODS[flags.method], data.check_clips(flags.video, flags.prompt)
     images = media.find_images(flags.images)
     kind = data_kind(clips, images)
@@ -179,7 +177,7 @@ def check_data(flags, recipe, kind, clips):
         raise BadInput(f"--prior: {flags.method} uses no regularization clips; newmove, dreambooth "
                        "and custom-diffusion do.")
     if flags.prior not in (None, "none", "folder", "world", "generated"):
-        data.check_clips([flags.prior], None)
+        existing(flags.prior)
     for name in ("subject_start", "absorber_steps"):
         second_stage = recipe.is_trainable("appearance", "subject")
         if second_stage and recipe.steps <= recipe.keywords.get(name, 0):
@@ -190,8 +188,7 @@ def check_data(flags, recipe, kind, clips):
                        "--preview-prompt and --preview-every.")
 
 
-# ------------------------------------------------------------------------------------------------
-# Preparation
+# --- Preparation --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -297,8 +294,7 @@ def check_schedule(recipe, schedule, preview_steps):
         sampler.check_steps(schedule, recipe.inversion_steps, "inversion_steps")
 
 
-# ------------------------------------------------------------------------------------------------
-# The training loop, the same for all methods: a method yields losses, each for one backward pass
+# --- The training loop. A method yields losses, each for one backward pass ----------------------
 
 
 def train(run, folder, optimizer, before):
@@ -385,10 +381,10 @@ def check_finite(record, folder, scaler):
                    "(motion.lr=…), or give --precision fp32.")
 
 
-# ------------------------------------------------------------------------------------------------
-# The methods. The decorator has the settings of the paper or, if it gives none, of its code. The
-# function is the algorithm, with the settings that the paper varies as keywords; `ex` is one
-# training example (see Example). docs/methods.md compares paper, published code and this code.
+# --- The methods --------------------------------------------------------------------------------
+# The decorator has the settings of the paper or, if it gives none, of its code. The function is the
+# algorithm, with the settings that the paper varies as keywords; `ex` is one training example.
+# docs/methods.md compares paper, published code and this code.
 
 
 @method("VMC, Eq. 17 and App. D; clipping and sampling from its code", shape=(8, 320, 576),
@@ -597,8 +593,7 @@ TINY = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# The interface of the methods
+# --- The interface of the methods ---------------------------------------------------------------
 
 
 @dataclass
@@ -663,7 +658,7 @@ class Example:
             x0 = self.pipe.encode(augment(clip.video, self.g)[None], self.g)
         if t is None:
             weights = sampler.timestep_weights(self.T, alpha)
-            t = int(sampler.sample_timesteps(weights, 1, self.g))
+            t = int(torch.multinomial(weights, 1, True, generator=self.g))
         noise = torch.randn(x0.shape, generator=self.g)
         noise = machine.to_device(noise, self.pipe.device)
         x = S.add_noise(x0, noise, t)
@@ -790,8 +785,7 @@ class Example:
         return self.records
 
 
-# ------------------------------------------------------------------------------------------------
-# Previews
+# --- Previews -----------------------------------------------------------------------------------
 
 
 def appearance_is_lost(run, step, video):

@@ -1,4 +1,4 @@
-"""Speed and memory, next to diffusers with the official training loops.
+"""Speed and memory, next to the diffusers UNet in the same training and sampling loops.
 
     python benchmarks/bench.py cpu      # the tiny model; 10 minutes
     python benchmarks/bench.py gpu      # ZeroScope's size with random weights; 5 minutes
@@ -25,43 +25,41 @@ from sides import ROOT, model
 from support import machine, media
 from support.files import read_json, write_json
 
-PRECISIONS = ("bf16", "fp32", "fp16")  # the most important one first
-SHAPES = {"vmc": (8, 320, 576), "motiondirector": (16, 384, 384), "newmove": (16, 384, 384),
-          "customize-a-video": (16, 256, 256), "": (24, 320, 576)}  # F, H, W; "": of sampling
-LATENTS = "Sampled latents"  # the case of their error
-GROWTH = {  # time over the number of frames and the rank, each with its train.py settings
-    "Step time of vmc": {f"{n} frames": f"--method vmc --frames {n}" for n in (8, 16, 24, 32)},
-    "Step time of motiondirector": {
-        f"rank {n}": f"--method motiondirector motion.rank={n} appearance.rank={n}"
-        for n in (4, 32, 128)}}
+SHAPES = {  # command: F, H, W
+    "train.py --method vmc": (8, 320, 576), "train.py --method motiondirector": (16, 384, 384),
+    "train.py --method newmove": (16, 384, 384),
+    "train.py --method customize-a-video": (16, 256, 256), "generate.py": (24, 320, 576)}
 SMALL = {"cpu": (16, 64, 64), "dry": (4, 64, 64)}  # shape of all rows of these commands
+GROUPS = (("bf16", ""), ("bf16", " --checkpointing on"), ("fp32", ""), ("fp16", ""))
+LATENTS = "Sampled latents"  # the case of their error
 WARM, SIDE_SECONDS = 2, 20  # untimed steps; seconds after which one timed step is enough
 
 
-# ------------------------------------------------------------------------------------------------
-# Rows
+# --- Rows ---------------------------------------------------------------------------------------
 
 
 def list_rows(command):
     """The rows of the table, the most important first. The case of a row is the command that it
     measures."""
-    methods, rows = [f"train.py --method {name}" for name in SHAPES if name], []
-    shape = SMALL.get(command)
+    rows, small = [], SMALL.get(command)
 
-    def add(precision, *cases):
-        for case in cases:
-            own = next(shape for name, shape in SHAPES.items() if name in case)
-            steps = 1 if case.startswith("train.py") else 2 if shape else 5
-            rows.append({"case": case, "precision": precision, "shape": shape or own,
-                         "steps": steps, "seconds": {}, "peak": {}, "relative": {}, "errors": {}})
+    def add(case, precision, shape):
+        steps = 1 if case.startswith("train.py") else 2 if small else 5
+        rows.append({"case": case, "precision": precision, "shape": shape, "steps": steps,
+                     "seconds": {}, "peak": {}, "relative": {}, "errors": {}})
 
-    add("bf16", *methods, "generate.py", LATENTS)
-    add("bf16", *[f"{case} --checkpointing on" for case in methods])
-    add("fp32", *methods, "generate.py")
-    if command != "cpu":  # fp16 is slow on CPUs
-        add("fp16", *methods, "generate.py")
-        return rows
-    add("bf16", *GROWTH)
+    for precision, flags in GROUPS:
+        for case, shape in SHAPES.items():
+            slow = precision == "fp16" and command == "cpu"
+            if not slow and (case.startswith("train.py") or not flags):
+                add(case + flags, precision, small or shape)
+    add(LATENTS, "bf16", small or SHAPES["generate.py"])
+    if command == "cpu":
+        for frames in (8, 24, 32):
+            add("train.py --method vmc", "bf16", (frames, 64, 64))
+        for rank in (4, 128):
+            ranks = f"motion.rank={rank} appearance.rank={rank}"
+            add(f"train.py --method motiondirector {ranks}", "bf16", small)
     return rows
 
 
@@ -69,13 +67,10 @@ def measure(here, row):
     """Times, peak memory and the outputs' difference of the sides."""
     if row["case"] == LATENTS:
         return accuracy(here, row)
-    if row["case"] in GROWTH:
-        return growth(here, row)
-    builders, outputs = {"ours": sides.sample_ours, "diffusers": sides.sample_official}, {}
-    if row["case"].startswith("train.py"):
-        builders = {"ours": sides.train_ours}
-        if hasattr(sides.OfficialLoop, row["case"].rpartition(" ")[2]):
-            builders["diffusers"] = lambda *args: sides.OfficialLoop(*args).step
+    build = sides.training if row["case"].startswith("train.py") else sides.sampling
+    builders, outputs = {"ours": build}, {}
+    if row["case"] in SHAPES:
+        builders["diffusers"] = partial(sides.with_diffusers, build)
     groups = [builders] if here.device == "cpu" else [{n: b} for n, b in builders.items()]
     for group in groups:
         try:
@@ -83,30 +78,18 @@ def measure(here, row):
         except torch.OutOfMemoryError:
             row["errors"] |= dict.fromkeys(group, "out of memory")
     if row["case"] == "generate.py" and len(outputs) == 2:
-        ours, official = outputs.values()
-        row["difference"] = relative_error(ours, official)
+        row["difference"] = relative_error(*outputs.values())
 
 
 def accuracy(here, row):
     """The relative error of sampled latents by precision. The reference is fp32 without
     TensorFloat-32, which cuDNN's convolutions use by default."""
     torch.backends.cudnn.allow_tf32 = False
-    reference = sides.sample_ours(here, row | {"precision": "fp32"})()
+    reference = sides.sampling(here, row | {"precision": "fp32"})()
     torch.backends.cudnn.allow_tf32 = True
-    for precision in PRECISIONS:
-        sampled = sides.sample_ours(here, row | {"precision": precision})()
+    for precision in machine.DTYPES:
+        sampled = sides.sampling(here, row | {"precision": precision})()
         row["relative"][f"error in {precision}"] = relative_error(sampled, reference)
-
-
-def growth(here, row):
-    """The time of a training step by settings, relative to the first."""
-    builders = {}
-    for name, settings in GROWTH[row["case"]].items():
-        case = row | {"case": f"train.py {settings}"}
-        builders[name] = lambda here, row, case=case: sides.train_ours(here, case)
-    take_turns(here, row, builders)
-    times = [statistics.median(seconds) for seconds in row["seconds"].values()]
-    row["relative"] = {name: time / times[0] for name, time in zip(builders, times)}
 
 
 def relative_error(x, reference):
@@ -158,8 +141,7 @@ def run(here):
         print(f"{time.perf_counter() - began:4.0f} s  {line_of(row)}")
 
 
-# ------------------------------------------------------------------------------------------------
-# docs/speed.md
+# --- docs/speed.md ------------------------------------------------------------------------------
 
 
 def line_of(row):
@@ -188,15 +170,20 @@ def page(files):
     """Put results into docs/speed.json, and their tables between the marks of docs/speed.md."""
     path, text = ROOT / "docs" / "speed.md", (ROOT / "docs" / "speed.md").read_text()
     saved = read_json(path.with_suffix(".json"))
-    saved |= {result["command"]: result for result in map(read_json, files)}
+    for result in map(read_json, files):
+        saved[result["command"]] = result
     for command, result in saved.items():
-        lines = [line_of(row) for row in result["rows"]]
-        table = ["| command | precision | F×H×W | ms per step | diffusers | speedup |",
-                 "|---|---|---|---|---|---|", *[line for line in lines if line[0] == "|"], "",
-                 f"{result['machine']}, torch {result['torch']}, diffusers {result['diffusers']}.",
-                 "", *[f"- {line}" for line in lines if line[0] != "|"], ""]
+        table = "| command | precision | F×H×W | ms per step | diffusers | speedup |\n"
+        table += "|---|---|---|---|---|---|\n"
+        notes = (f"\n{result['machine']}, torch {result['torch']}, diffusers "
+                 f"{result['diffusers']}.\n\n")
+        for row in result["rows"]:
+            if row["relative"]:
+                notes += f"- {line_of(row)}\n"
+            else:
+                table += f"{line_of(row)}\n"
         before, mark, after = text.partition(f"<!-- {command} -->\n")
-        text = before + mark + "\n".join(table) + after[after.index("<!-- end -->"):]
+        text = before + mark + table + notes + after[after.index("<!-- end -->"):]
     path.write_text(text)
     write_json(path.with_suffix(".json"), saved)
 

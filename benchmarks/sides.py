@@ -1,17 +1,12 @@
-"""The two sides that bench.py measures: the product, and the official loops on the diffusers UNet.
-
-As in the official code, the diffusers UNet keeps fp32 weights under autocast, LoRA layers wrap
-linear layers, the text is encoded at every step (VMC: once), MotionDirector runs two forward passes
-before its two backward passes, and NewMove batches the clip with the regularization clip. On both
-sides latents are cached.
-"""
+"""The two sides that bench.py measures: the product, and the same loops with the diffusers UNet."""
 import contextlib
 import itertools
 import sys
 import tempfile
-from dataclasses import asdict, replace
-from functools import cache, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -19,14 +14,13 @@ sys.path[:0] = [str(ROOT)]
 import diffusers  # noqa: E402
 import open_clip  # noqa: E402, F401  (must not be imported inside `with torch.device`)
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 import lora  # noqa: E402
 import model  # noqa: E402
 import sampler  # noqa: E402
 import train  # noqa: E402
-from support import machine  # noqa: E402
+from support import adapters, machine  # noqa: E402
 from support.hub import TextConfig, UNetConfig, VAEConfig  # noqa: E402
 
 PROMPT, GUIDANCE = "a ball doing the sks", 9.0
@@ -38,8 +32,7 @@ SIZES = {"gpu": ([320, 640, 1280, 1280], [128, 256, 512, 512], 1024, 23),
          "dry": ([32, 32, 64, 64], [32, 32, 64, 64], 128, 2)}
 
 
-# ------------------------------------------------------------------------------------------------
-# The product
+# --- The product --------------------------------------------------------------------------------
 
 
 def random_model(size, folder, device, precision="fp32", keep=None):
@@ -73,7 +66,7 @@ def prepare(here, row):
         return train.prepare(*train.parse([str(arg) for arg in argv]))
 
 
-def train_ours(here, row):
+def training(here, row):
     """The training step of train.py."""
     run, count = prepare(here, row), itertools.count()
     parameters = list(run.trained.values())
@@ -90,19 +83,14 @@ def train_ours(here, row):
     return step
 
 
-def sampling_inputs(here, row):
-    """A model, and (prompt states, empty states, starting latents)."""
+@torch.no_grad()
+def sampling(here, row):
+    """Guided DDIM to latents."""
     pipe = model.load(None, here.device, row["precision"], keep=())
     frames, *sides = row["shape"]
     shape = [pipe.unet.config.in_channels, frames, *(n // pipe.vae.config.factor for n in sides)]
-    with torch.no_grad():
-        start = sampler.seeded_randn(shape, [0]).to(here.device)
-        return pipe, (pipe.encode_text([PROMPT]), pipe.encode_text([""]), start)
-
-
-def sample_ours(here, row):
-    """Guided DDIM to latents."""
-    pipe, (text, empty, start) = sampling_inputs(here, row)
+    start = sampler.seeded_randn(shape, [0]).to(here.device)
+    text, empty = pipe.encode_text([PROMPT]), pipe.encode_text([""])
 
     @torch.no_grad()
     def step():
@@ -112,144 +100,44 @@ def sample_ours(here, row):
     return step
 
 
-# ------------------------------------------------------------------------------------------------
-# The official loops
+# --- The reference: the diffusers UNet in the same loops ----------------------------------------
 
 
-def load_unet(ours, dtype=torch.float32):
-    """The diffusers UNet with the weights of the product's, frozen and in eval mode."""
+def with_diffusers(build, here, row):
+    """A side of the product, built with the diffusers UNet."""
+    with (mock.patch.object(model, "load", partial(load_reference, model.load)),
+          mock.patch.object(adapters, "fingerprint", lambda unet: "")):
+        return build(here, row)
+
+
+def load_reference(load, folder, device, precision="fp32", keep=None):
+    """Stands in for model.load: a pipeline with the diffusers UNet. Its weights are in fp32 for
+    training, as in the official codes, and in the precision of the row for sampling."""
+    pipe = load(folder, device)
+    pipe.precision = precision
     with torch.device("meta"):
-        unet = diffusers.UNet3DConditionModel.from_config(asdict(ours.config))
-    unet.load_state_dict({name: t.to(dtype) for name, t in ours.state_dict().items()}, assign=True)
-    return unet.eval().requires_grad_(False)
+        unet = diffusers.UNet3DConditionModel.from_config(asdict(pipe.unet.config))
+    dtype = machine.DTYPES[precision if keep == () else "fp32"]
+    state = {name: tensor.to(dtype) for name, tensor in pipe.unet.state_dict().items()}
+    unet.load_state_dict(state, assign=True)
+    unet.forward = partial(forward, unet.forward)
+    for name, module in unet.named_modules():  # bypass temporal layers for a single frame
+        kind = name.split(".")[-2:-1]
+        if name == "transformer_in" or kind == ["temp_attentions"]:
+            module.forward = partial(temporal_layer, module.forward, lambda x: (x,))
+        elif kind == ["temp_convs"]:
+            module.forward = partial(temporal_layer, module.forward, lambda x: x)
+    pipe.unet = unet.eval().requires_grad_(False)
+    return pipe
 
 
-class WrappedLinear(nn.Module):
-    """A linear layer with a LoRA on top, as in the official MotionDirector code."""
-
-    def __init__(self, linear, rank, dropout):
-        super().__init__()
-        new = partial(nn.Linear, bias=False, device=linear.weight.device)
-        self.linear, self.dropout, self.scale = linear, nn.Dropout(dropout), 1.0
-        self.down, self.up = new(linear.in_features, rank), new(rank, linear.out_features)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x):
-        return self.linear(x) + self.dropout(self.up(self.down(x))) * self.scale
+def forward(diffusers_forward, x, t, text, temporal=True):
+    """The diffusers forward pass with the interface of model.UNet.forward."""
+    x = x.repeat(len(text) // len(x), 1, 1, 1, 1)
+    t = t.to(x.device) if torch.is_tensor(t) else t
+    return diffusers_forward(x, t, text).sample
 
 
-def bypass_temporal_layers(unet):
-    """Skip the temporal layers for a single frame, as the official UNet does."""
-    for name, module in unet.named_modules():
-        if name == "transformer_in" or name.split(".")[-2:-1] == ["temp_attentions"]:
-            module.forward = partial(skip_single_frame, module.forward, lambda x: (x,))
-        elif name.split(".")[-2:-1] == ["temp_convs"]:
-            module.forward = partial(skip_single_frame, module.forward, lambda x: x)
-
-
-def skip_single_frame(forward, skip, x, *args, num_frames, **more):
-    """Bypass a temporal layer for a single frame, as the official codes do."""
-    return forward(x, *args, num_frames=num_frames, **more) if num_frames > 1 else skip(x)
-
-
-class OfficialLoop:
-    """The official training loop of a row's method."""
-
-    def __init__(self, here, row):
-        run = prepare(here, row)
-        self.clips, self.pipe = [run.clips[0], *run.prior[:1]], replace(run.pipe, unet=None)
-        self.autocast = partial(machine.autocast, here.device, row["precision"])
-        self.unet = load_unet(model.load(None, here.device).unet).train()
-        bypass_temporal_layers(self.unet)
-        self.lora, self.trained, groups = {}, {}, []
-        for name, part in run.recipe.parts.items():
-            if isinstance(part, lora.Trainable) and part.trainable:
-                self.trained[name] = self.add(name, part)
-                groups.append({"params": self.trained[name], "lr": part.lr})
-        self.backward, self.optimizer = getattr(self, run.recipe.name), torch.optim.AdamW(groups)
-        if run.recipe.name == "vmc":
-            self.encode = cache(self.encode)
-
-    def add(self, name, part):
-        """The parameters of a part: its LoRA or, for rank 0, those of the UNet."""
-        if not part.rank:
-            return [p.requires_grad_() for p in lora.select(self.unet, part.layers).values()]
-        self.lora[name] = []
-        for site, linear in lora.lora_targets(self.unet, part.layers).items():
-            owner, _, last = site.rpartition(".")
-            self.lora[name].append(WrappedLinear(linear, part.rank, part.dropout))
-            setattr(self.unet.get_submodule(owner), last, self.lora[name][-1])
-        return [m.weight for layer in self.lora[name] for m in (layer.down, layer.up)]
-
-    def step(self):
-        self.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def predict(self, x, t, text):
-        with self.autocast():
-            return self.unet(x, t.to(x.device), text).sample.float()
-
-    @torch.no_grad()
-    def encode(self, prompt):
-        with self.autocast():
-            return self.pipe.text_encoder([prompt])
-
-    def noised(self):
-        """All clips as one batch: noisy latents, target, timesteps and text."""
-        S, latents = self.pipe.schedule, torch.cat([clip.latents for clip in self.clips])
-        noise = torch.randn_like(latents)
-        t = torch.randint(S.num_train_timesteps, (len(latents),))
-        text = torch.cat([self.encode(clip.prompt) for clip in self.clips])
-        return S.target(latents, noise, t), (S.add_noise(latents, noise, t), t, text)
-
-    def vmc(self):
-        target, inputs = self.noised()
-        out = self.predict(*inputs)
-        difference = lambda v: (v[:, :, 1:] - v[:, :, :-1]).abs()
-        cosine = F.cosine_similarity(difference(out), difference(target), dim=2)
-        (1 - cosine).mean().backward()
-        nn.utils.clip_grad_norm_(self.trained["motion"], 1.0)
-
-    def newmove(self):
-        target, inputs = self.noised()
-        out = self.predict(*inputs)
-        (F.mse_loss(out[:1], target[:1]) + 0.5 * F.mse_loss(out[1:], target[1:])).backward()
-        nn.utils.clip_grad_norm_(self.trained["motion"], 1.0)
-
-    def motiondirector(self):
-        target, (x, t, text) = self.noised()
-        i = int(torch.randint(x.shape[2], ()))
-        for layer in self.lora["motion"]:
-            layer.scale = 0.0
-        frame = self.predict(x[:, :, i : i + 1], t, text)
-        for layer in self.lora["motion"]:
-            layer.scale = 1.0
-        out = self.predict(x, t, text)
-        debiased = lambda v: 2**0.5 * v - v[:, :, i : i + 1]
-        F.mse_loss(frame, target[:, :, i : i + 1]).backward()
-        kept = [p.grad.clone() for p in self.trained["appearance"]]
-        (F.mse_loss(out, target) + F.mse_loss(debiased(out), debiased(target))).backward()
-        for p, grad in zip(self.trained["appearance"], kept):  # the second gradient is discarded
-            p.grad = grad
-
-
-def sample_official(here, row):
-    """Guided DDIM by the pipeline of diffusers, to latents."""
-    pipe, (text, empty, start) = sampling_inputs(here, row)
-    unet = load_unet(model.load(None, here.device).unet, machine.DTYPES[row["precision"]])
-    config = vars(pipe.schedule).copy()
-    del config["alpha_bar"], config["dpm_spacing"]
-    official = diffusers.TextToVideoSDPipeline(
-        None, None, None, unet, diffusers.DDIMScheduler.from_config(config))
-    official.set_progress_bar_config(disable=True)
-    frames, height, width = row["shape"]
-
-    def step():
-        with machine.autocast(here.device, row["precision"]):
-            return official(height=height, width=width, num_frames=frames, latents=start,
-                            num_inference_steps=row["steps"], guidance_scale=GUIDANCE,
-                            prompt_embeds=text, negative_prompt_embeds=empty,
-                            output_type="latent").frames
-
-    return step
+def temporal_layer(layer_forward, skip, x, *args, num_frames, **more):
+    """A temporal layer, bypassed for a single frame."""
+    return layer_forward(x, *args, num_frames=num_frames, **more) if num_frames > 1 else skip(x)

@@ -35,8 +35,7 @@ def random_stream(*key):
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. The noise schedule: the share of signal ᾱ falls from 1 to nearly 0
+# --- 1. The noise schedule: the share of signal ᾱ falls from 1 to nearly 0 ----------------------
 
 
 def make_alpha_bar():
@@ -60,8 +59,7 @@ def alpha_bar_prev(t):
     return ALPHA_BAR[max(t, 0)].item()
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Forward process and training target
+# --- 2. Forward process and training target -----------------------------------------------------
 
 
 def add_noise(x0, eps, t):
@@ -81,8 +79,7 @@ def to_x0_eps(v, x, a):
     return a**0.5 * x - (1 - a) ** 0.5 * v, a**0.5 * v + (1 - a) ** 0.5 * x
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The loss
+# --- 3. The loss --------------------------------------------------------------------------------
 
 
 def residual(x):
@@ -102,8 +99,7 @@ print(f"loss of x against 0.5·x + 3, −x: {vmc_loss(0.5 * x + 3, x):.3f}, {vmc
 # 0.000: neither scale nor offset costs anything. 2.000: the sign does.
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Model, clip and trainable layers
+# --- 4. Model, clip and trainable layers --------------------------------------------------------
 
 
 def load_model():
@@ -124,8 +120,7 @@ def encode_clip(pipe):
     return pipe.encode(video[None], random_stream(SEED, 0, 0, 7))
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Training (VMC Algorithm 1)
+# --- 5. Training (VMC Algorithm 1) --------------------------------------------------------------
 
 
 def training_loss(pipe, x0, step):
@@ -159,8 +154,7 @@ def train(pipe, trainable, x0, steps):
     return losses
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Inversion and sampling
+# --- 6. Inversion and sampling ------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -19,22 +19,22 @@ BEGIN, END = "<!-- settings -->\n", "<!-- /settings -->"
 def settings_table():
     """One row per setting, one column per method, and a list of the settings that depend on the
     training data."""
-    values, meanings = {}, {}
+    table, meanings = {}, {}  # {setting: {method: cell}}, {setting: meaning}
     for name, recipe in METHODS.items():
         frames, height, width = recipe.shape
-        values[name] = {"`--frames`": str(frames), "`--size`": f"{width}x{height}",
-                        "`--fps`": f"{recipe.fps:g}"}
-        tiny = recipe.override(train.TINY.get(name, "")).settings()
-        for setting, value in recipe.settings().items():
+        shape = {"--frames": frames, "--size": f"{width}x{height}", "--fps": recipe.fps}
+        tiny = shape | recipe.override(train.TINY.get(name, "")).settings()
+        for setting, value in (shape | recipe.settings()).items():
             default, small = write_value(value) or "–", write_value(tiny[setting]) or "–"
-            values[name][f"`{setting}`"] = default + f" ({small})" * (small != default)
+            cell = default if small == default else f"{default} ({small})"
+            table.setdefault(setting, {})[name] = cell
         for action in recipe.parser()._actions:
-            meanings[f"`{action.dest}`"] = action.help.rpartition(" (")[0].replace("|", "/")
+            meanings[action.dest] = action.help.rpartition(" (")[0].replace("|", "/")
     lines = ["| setting | " + " | ".join(METHODS) + " | meaning |",
              "|---" * (len(METHODS) + 2) + "|"]
-    for setting in dict.fromkeys(s for row in values.values() for s in row):
-        cells = [row.get(setting, "") for row in values.values()]
-        lines.append(f"| {setting} | {' | '.join(cells)} | {meanings.get(setting, '')} |")
+    for setting, cells in table.items():
+        values = " | ".join(cells.get(name, "") for name in METHODS)
+        lines.append(f"| `{setting}` | {values} | {meanings.get(setting, '')} |")
     lines += ["", "Settings that depend on the training data:", ""]
     for (name, kind), line in train.BY_DATA.items():
         lines.append(f"- `{name}` with {kind}: `{line}`")

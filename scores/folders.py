@@ -43,8 +43,7 @@ class Run:
     compared: list = field(default_factory=list)  # the samples with prompts that all runs share
 
 
-# ------------------------------------------------------------------------------------------------
-# Files that train.py and generate.py wrote
+# --- Files that train.py and generate.py wrote --------------------------------------------------
 
 
 @dataclass
@@ -112,8 +111,7 @@ def find_training(generated):
     return None
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading runs
+# --- Reading runs -------------------------------------------------------------------------------
 
 
 def read_runs(args):

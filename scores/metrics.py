@@ -33,8 +33,7 @@ class Scorers:
         self.copy_score = f"copy score ({'SSCD' if sscd else self.clip.name + ' features'})"
 
 
-# ------------------------------------------------------------------------------------------------
-# Metrics of one video
+# --- Metrics of one video -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -94,8 +93,7 @@ def find_tracks(sample, args):
     return found
 
 
-# ------------------------------------------------------------------------------------------------
-# Summary of a run
+# --- Summary of a run ---------------------------------------------------------------------------
 
 
 def choose_shared(runs):
@@ -105,8 +103,7 @@ def choose_shared(runs):
     shared, excluded = set.intersection(*prompts), []
     for run in runs:
         run.compared = [s for s in run.samples if s.prompt in shared or not shared]
-        if len(run.compared) < len(run.samples):
-            count = len(run.samples) - len(run.compared)
+        if count := len(run.samples) - len(run.compared):
             excluded.append(f"{run.name} {count} of {len(run.samples)} videos")
     if excluded:
         return [f"The prompts differ. The columns cover the {len(shared)} prompts that all runs "
@@ -119,40 +116,46 @@ def choose_shared(runs):
 
 def summary(run, args, scorers):
     """{metric: number or None} of a run: means over the compared samples, and diversity."""
-    by_prompt = {}
+    by_prompt, rows = {}, []
     for s in run.compared:
         by_prompt.setdefault(s.prompt, []).append(s)
-    names = dict.fromkeys(name for s in run.compared for name in s.metrics)
-    average = lambda samples, name: mean([s.metrics.get(name) for s in samples])
-    table = {name: average(run.compared, name) for name in names}
-    several = by_prompt.values()
-    if len(several) > 1:  # MotionDirector's metric, for prompts with very different appearance
-        table["appearance diversity"] = mean([average(s, scorers.alignment) for s in several])
-    distances = {"diversity (1 − CLIP cosine)": lambda v: clips.diversity([s.features for s in v])}
-    if scorers.lpips:
-        distances["diversity (LPIPS)"] = lambda v: lpips_distance(v, args, scorers)
-    for name, distance in distances.items():
-        if any(len(samples) > 1 for samples in several):
-            table[name] = mean([distance(samples) for samples in several])
-    return table
+    for samples in by_prompt.values():
+        row = {}
+        if len(by_prompt) > 1:  # MotionDirector's metric, for prompts of very different appearance
+            row["appearance diversity"] = means([s.metrics for s in samples])[scorers.alignment]
+        if len(samples) > 1:
+            row["diversity (1 − CLIP cosine)"] = clips.diversity([s.features for s in samples])
+        if len(samples) > 1 and scorers.lpips:
+            row["diversity (LPIPS)"] = lpips_distance(samples, args, scorers)
+        rows.append(row)
+    return means([s.metrics for s in run.compared]) | means(rows)
 
 
-def mean(values):
-    """The mean of the values that are not None, or None without any."""
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else None
+def means(rows):
+    """{name: mean of the values that are not None, or None without any} of several
+    {name: number or None}."""
+    values, out = {}, {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, [])
+            if value is not None:
+                values[name].append(value)
+    for name, found in values.items():
+        out[name] = sum(found) / len(found) if found else None
+    return out
 
 
 @torch.no_grad()
 def lpips_distance(samples, args, scorers):
-    """The mean frame-by-frame distance over all pairs of videos, or None without pairs."""
-    frames = [s.video.transpose(0, 1).to(args.device) for s in samples]
-    pairs = [(a, b) for i, a in enumerate(frames) for b in frames[:i]]
-    return mean([scorers.lpips(a, b).mean().item() for a, b in pairs])
+    """The mean frame-by-frame distance over all pairs of videos."""
+    frames, distances = [s.video.transpose(0, 1).to(args.device) for s in samples], []
+    for i, a in enumerate(frames):
+        for b in frames[:i]:
+            distances.append(scorers.lpips(a, b).mean().item())
+    return sum(distances) / len(distances)
 
 
-# ------------------------------------------------------------------------------------------------
-# Copies
+# --- Copies -------------------------------------------------------------------------------------
 
 
 def count_copies(runs, table, args, scorers):
@@ -162,8 +165,8 @@ def count_copies(runs, table, args, scorers):
     for run in runs:
         scores = [s.metrics[name] for s in run.compared if name in s.metrics]
         if scores and threshold is not None:
-            copies = sum(score > threshold for score in scores)
-            table[run.name]["share of copies"] = copies / len(scores)
+            above = torch.tensor(scores, dtype=torch.float64) > threshold
+            table[run.name]["share of copies"] = above.double().mean().item()
     return threshold
 
 
@@ -173,14 +176,13 @@ def copy_threshold(runs, name, args):
     if args.copy_threshold is not None or args.sscd:
         return 0.25 if args.copy_threshold is None else args.copy_threshold
     base = []
-    for run in runs:
-        if is_base(run.generated):
-            base += [s.metrics[name] for s in run.samples if name in s.metrics]
+    for run in filter(is_base, runs):
+        base += [s.metrics[name] for s in run.samples if name in s.metrics]
     return torch.tensor(base).quantile(0.99).item() if base else None
 
 
-def is_base(generated):
+def is_base(run):
     """True for samples of the base model from noise: no adapter with a scale except 0, and no
     inverted clip."""
-    return generated is not None and bool(generated.videos) and not generated.noise_prior and (
-        not generated.adapter or not any(generated.scale))
+    made = run.generated
+    return bool(made.videos) and not made.noise_prior and not (made.adapter and any(made.scale))

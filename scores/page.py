@@ -26,7 +26,7 @@ def direction(metric):
 
 def fill(template, content):
     """A template of this folder with JSON content, escaped so that no prompt can end the script."""
-    text = json.dumps(nan_to_none(content), ensure_ascii=True, default=str).replace("<", "\\u003c")
+    text = json.dumps(nan_to_none(content)).replace("<", "\\u003c")
     return (TEMPLATES / template).read_text(encoding="utf-8").replace("__CONTENT__", text)
 
 
@@ -39,49 +39,41 @@ def embed(video, fps):
 
 
 def read_log(path):
-    """The steps of train.py's log.jsonl, {"step", "loss", "seen": [{"t", "mse"} per prediction], …}
-    each. If a step occurs twice, the last line counts. Invalid lines, e.g. one cut off by a kill,
-    are skipped."""
+    """[(step, loss, [(t, squared error) per prediction])] of train.py's log.jsonl. If a step occurs
+    twice, the last line counts. Lines that are cut off by a kill, or not finite, are skipped."""
     rows = {}
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(Exception):
             row = json.loads(line)
-            if type(row["step"]) is int and isinstance(row["seen"], list):
-                rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
+            seen = [(int(record["t"]), float(record["mse"])) for record in row["seen"]]
+            if math.isfinite(sum(error for _, error in seen) + row["loss"]):
+                rows[int(row["step"])] = row["loss"], seen
+    return [(step, *rows[step]) for step in sorted(rows)]
 
 
-def loss_curves(rows, bins=4, limit=100):
+def loss_curves(rows, bins=4):
     """{title: {line: [(step, mean)]}} for the loss, and for the squared error in bins of timesteps.
 
     The error is small at high timesteps, where the input is almost pure noise. The loss therefore
     jumps with the sampled timesteps, and the binned error does not.
     """
-    losses, errors = [], []
-    for row in rows:
-        losses.append((row["step"], row.get("loss")))
-        for record in row["seen"]:
-            if isinstance(record, dict) and is_number(record.get("t")):
-                errors.append((row["step"], record["t"], record.get("mse")))
-    curves = {"loss": {"all steps": thin(losses, limit)}}
-    if errors:
-        width = math.ceil((int(max(t for _, t, _ in errors)) + 1) / bins)
-        lines = curves["squared error of the prediction, by timestep"] = {}
-        for low in range(0, bins * width, width):
-            points = [(step, mse) for step, t, mse in errors if low <= t < low + width]
-            lines[f"t {low}–{low + width - 1}"] = thin(points, limit)
+    losses, errors, largest = [], [], 0
+    for step, loss, seen in rows:
+        losses.append((step, loss))
+        for t, error in seen:
+            errors.append((step, t, error))
+            largest = max(largest, t)
+    curves = {"loss": {"all steps": thin(losses)}}
+    width = math.ceil((largest + 1) / bins)
+    lines = curves["squared error of the prediction, by timestep"] = {}
+    for low in range(0, bins * width, width):
+        points = [(step, error) for step, t, error in errors if low <= t < low + width]
+        lines[f"t {low}–{low + width - 1}"] = thin(points)
     return curves
 
 
-def is_number(value):
-    """True for a finite number."""
-    return isinstance(value, (int, float)) and abs(value) < 1e300
-
-
-def thin(points, limit):
-    """Average neighboring points (step, value), to at most `limit` points. Values that are not
-    numbers are dropped."""
-    points = [p for p in points if is_number(p[1])]
+def thin(points, limit=100):
+    """Average neighboring points (step, value), to at most `limit` points."""
     size, curve = max(1, math.ceil(len(points) / limit)), []
     for i in range(0, len(points), size):
         group = points[i : i + size]
@@ -90,16 +82,15 @@ def thin(points, limit):
 
 
 def metric_curves(runs, table):
-    """{training folder: {metric: [(step, value)]}} over the steps whose adapters were scored."""
+    """{training folder: {metric: {step: value}}} over the steps whose adapters were scored."""
     curves = {}
     for run in runs:
-        if run.training and run.generated.steps_trained is not None:
+        step = run.generated.steps_trained
+        if run.training and step is not None:
+            metrics = curves.setdefault(run.training.folder, {})
             for metric, value in table[run.name].items():
-                if value is not None:
-                    curve = curves.setdefault(run.training.folder, {}).setdefault(metric, {})
-                    curve.setdefault(run.generated.steps_trained, value)
-    return {folder: {metric: sorted(curve.items()) for metric, curve in metrics.items()}
-            for folder, metrics in curves.items() if max(map(len, metrics.values())) > 2}
+                metrics.setdefault(metric, {})[step] = value
+    return curves
 
 
 def report(runs, table, notes):

@@ -2,6 +2,7 @@
 
 Axes: C channels, F frames, h w latent.
 """
+import itertools
 from dataclasses import asdict, replace
 
 import data
@@ -26,29 +27,30 @@ def sample_folder(path, training, out, args):
     if not result.is_file():
         raise BadInput(f"{path} has no {result.name}: the run has not saved yet, or was trained on "
                        "images alone; give a folder that generate.py wrote.")
-    s = sampler.read_sampling(result, read_meta(result))
-    plan = {NOISE: (result, 0.0, replace(s, noise_prior=0.0))}
+    meta = read_meta(result)
+    s = sampler.read_sampling(result, meta)
+    # {name: (adapter, scale, Sampling, step)}. Curves over steps begin, at step 0, from the latents
+    # that the later steps begin from.
+    plan = {NOISE: (result, 0.0, replace(s, noise_prior=0.0), None if s.noise_prior else 0)}
     if s.noise_prior:
-        plan[START] = result, 0.0, s
-    plan[path.name] = result, 1.0, s
+        plan[START] = result, 0.0, s, 0
+    plan[path.name] = result, 1.0, s, int(meta["step"])
     for earlier in sorted(path.glob(f"steps/*/{result.name}")):
-        plan[f"step {int(earlier.parent.name)}"] = earlier, 1.0, s
+        step = int(earlier.parent.name)
+        plan[f"step {step}"] = earlier, 1.0, s, step
     prompts = data.read_prompts(args.prompts) if args.prompts else [training.preview_prompt]
-    seeds = range(args.videos_per_prompt)
-    jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
-    for prompt, _ in jobs:
-        data.check_prompt(prompt)
+    prompts = dict.fromkeys(map(data.check_prompt, prompts))  # each once
+    jobs = list(itertools.product(prompts, range(args.videos_per_prompt)))
     folders = {}
     for name, settings in plan.items():
         folders[name] = out / ("result" if name == path.name else slug(name))
-        step_0 = START if START in plan else NOISE  # curves begin from the same latents as later
-        sample_adapter(folders[name], *settings, name, jobs, training, args, name == step_0)
+        sample_adapter(folders[name], *settings, jobs, training, args)
     return folders
 
 
-def sample_adapter(folder, path, scale, s, name, jobs, training, args, is_step_0=False):
-    """Sample all jobs, (prompt, seed), into a folder, with the adapter at `path` and Sampling s.
-    Raises BadInput."""
+def sample_adapter(folder, path, scale, s, step, jobs, training, args):
+    """Sample all jobs, (prompt, seed), into a folder, with the adapter at `path`, which was trained
+    for `step` steps, and Sampling s. Raises BadInput."""
     pipe = model.load(training.weights, args.device, machine.default_precision(args.device))
     adapter = adapters.read_adapter(path, pipe)
     if s.noise_prior and adapter.latents is None:
@@ -58,12 +60,11 @@ def sample_adapter(folder, path, scale, s, name, jobs, training, args, is_step_0
     H, W = (side // pipe.vae.config.factor for side in training.size)
     shape = pipe.unet.config.in_channels, frames, H, W
     sampled = sampler.sample_videos(pipe, [adapter], [scale], jobs, s, shape, latents,
-                                    progress=f"sampling {name}")
+                                    progress=f"sampling {folder.name}")
     videos = []
     for i, ((prompt, seed), video) in enumerate(sampled):
         videos.append([f"{i:03d}-{slug(prompt)}-seed{seed}.mp4", prompt, seed])
         media.write_video(folder / videos[-1][0], video, training.fps)
-    step = int(adapter.meta["step"]) if scale else 0 if is_step_0 else None
     write_json(folder / "settings.json", asdict(s) | {
         "adapter": [str(path)], "scale": [scale], "weights": training.weights, "fps": training.fps,
         "frames": frames, "steps_trained": step, "videos": videos})

@@ -21,22 +21,20 @@ def build_study(runs, ratings, question):
     names of the runs. Raises BadInput, e.g. if two trained models have no prompt in common."""
     rng, pairs, key = random.Random(), [], {}
     for a, b in combinations(runs, 2):
-        b_samples, count = {(s.prompt, s.seed): s for s in b.samples}, len(pairs)
-        for s in a.samples:
-            if (s.prompt, s.seed) not in b_samples:
-                continue
+        of_b = {(s.prompt, s.seed): s for s in b.samples}
+        common = [(s, of_b[s.prompt, s.seed]) for s in a.samples if (s.prompt, s.seed) in of_b]
+        one, two = (Path(run.training.folder) if run.training else run.path for run in (a, b))
+        if not common and one != two and (a.training or b.training):
+            raise BadInput(f"--user-study: {one.name} and {two.name} have no prompt and seed in "
+                           "common; give --prompts FILE, with prompts for all of train.py's "
+                           "folders.")
+        for samples in common:
             sides = []
-            for run, sample in ((a, s), (b, b_samples[s.prompt, s.seed])):
-                side = {"id": f"{rng.getrandbits(48):x}", "video": embed(sample.video, sample.fps)}
-                key[side["id"]] = run.name
-                sides.append(side)
+            for run, s in zip((a, b), samples):
+                sides.append({"id": f"{rng.getrandbits(48):x}", "video": embed(s.video, s.fps)})
+                key[sides[-1]["id"]] = run.name
             sides.sort(key=lambda side: side["id"])
-            pairs.append({"prompt": s.prompt, "sides": sides})
-        folders = [run.training.folder if run.training else run.path for run in (a, b)]
-        if len(pairs) == count and folders[0] != folders[1] and (a.training or b.training):
-            names = " and ".join(Path(folder).name for folder in folders)
-            raise BadInput(f"--user-study: {names} have no prompt and seed in common; give "
-                           "--prompts FILE, with prompts for all of train.py's folders.")
+            pairs.append({"prompt": samples[0].prompt, "sides": sides})
     if not pairs:
         raise BadInput("--user-study: expected two runs with videos of the same prompts and seeds.")
     references = [r for run in runs for r in run.references]
@@ -83,6 +81,5 @@ def count_votes(paths, key=None):
 def binomial_p(wins, n):
     """The two-sided exact binomial test against a fair coin: the probability of a count at least as
     far from n/2 as `wins`."""
-    distance = abs(wins - n / 2)
-    counts = [k for k in range(n + 1) if abs(k - n / 2) >= distance]
-    return min(1.0, sum(math.comb(n, k) for k in counts) / 2**n)
+    fewer = min(wins, n - wins)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -44,8 +43,7 @@ def escaped(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], str(text))
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -102,17 +100,18 @@ def read_fields(cls, values, source):
     Raises BadInput, naming the source, for values that are missing, of another type, not finite, or
     outside the field's range (`number`, `one_of`).
     """
-    wrong = field_errors(cls, values)
+    given = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+    wrong = field_errors(cls, given)
     for f in fields(cls):
-        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+        if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
             wrong.append(f"{f.name} is missing")
     if wrong:
         raise BadInput(f"{source}: {'; '.join(wrong[:3])}. Restore the original file.")
-    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+    return cls(**given)
 
 
 def field_errors(cls, values):
-    """One message per wrong value among a dataclass's fields in `values`."""
+    """One message per wrong value, of {name: value} for fields of a dataclass."""
     wrong = []
     for f in fields(cls):
         if f.name in values and (expected := expected_values(f, values[f.name])):
@@ -150,8 +149,7 @@ def has_type(value, kind):
     return isinstance(value, kind)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tensors
+# --- Tensors ------------------------------------------------------------------------------------
 
 
 INTEGERS = ("position_ids", "num_batches_tracked", "alpha")  # names that may hold integers
@@ -237,42 +235,7 @@ def save_tensors(path, tensors, meta):
             file.write(text.ljust(size))
 
 
-# ------------------------------------------------------------------------------------------------
-# Values of flags, checked before anything is loaded
-
-
-def check_weights(path, flag="--weights"):
-    """Raises BadInput, with the download command, if a weights folder is missing. None stands for
-    the tiny model."""
-    if path is None or Path(path).is_dir():
-        return
-    found = re.fullmatch(r"(?:.*(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)", str(path))
-    is_hub_name = found and not Path(path).parent.is_dir()
-    name = found[1] if is_hub_name else "cerspense/zeroscope_v2_576w"
-    folder = name.partition("/")[2]
-    raise BadInput(f"{flag} {path} is not a local folder in the hub's layout (unet/, vae/, "
-                   "text_encoder/, scheduler/). To download one: pip install huggingface_hub; "
-                   f"hf download {name} --local-dir {folder}; then give {flag} {folder}.")
-
-
-def check_exists(path, advice):
-    """Raises BadInput if a path does not exist."""
-    if not Path(path).exists():
-        raise BadInput(f"{path} does not exist; {advice}.")
-
-
-def read_size(text):
-    """"576x320", a width and a height in pixels, as (height, width). Raises BadInput."""
-    found = re.fullmatch(r"(\d{1,4})[x×X](\d{1,4})", text.strip(), re.ASCII)
-    sides = [int(side) for side in found.groups()] if found else [0]
-    if any(side % 8 or not 8 <= side <= 4096 for side in sides):
-        raise BadInput(f"{text!r}: expected WIDTHxHEIGHT in pixels, multiples of 8 up to 4096, "
-                       "e.g. 576x320.")
-    return sides[1], sides[0]
-
-
-# ------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing ------------------------------------------------------------------------------------
 
 
 UNFINISHED = ".unfinished"  # a folder inside the output folder, for files that are being written
@@ -312,18 +275,13 @@ def append_line(path, text):
 
 
 def nan_to_none(value):
-    """The value with None in place of NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {k: nan_to_none(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [nan_to_none(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as JSON holds it: None for NaN and infinity, text for paths."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def write_json(path, content):
     """Write a JSON file atomically. Paths become text."""
-    text = json.dumps(nan_to_none(content), indent=1, ensure_ascii=False, default=str)
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(nan_to_none(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path, text):

@@ -1,11 +1,14 @@
-"""Command-line flags with ranges, and one-line errors that suggest the nearest known name."""
+"""Command-line flags: types that check values, and one-line errors that suggest the nearest known
+name."""
 import argparse
 import difflib
 import functools
 import math
+import re
 import sys
+from pathlib import Path
 
-from support.files import BadInput
+from support.files import BadInput, escaped
 
 RENAMED = {"--negative": "--negative-prompt", "--seeds": "--videos-per-prompt",
            "--save": "--save-merged", "--keep-every": "--save-every"}
@@ -39,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print one line and exit."""
-        self.exit(2, f"error: {' '.join(message.removeprefix('argument ').split())}\n")
+        self.exit(2, f"error: {escaped(' '.join(message.removeprefix('argument ').split()))}\n")
 
 
 def int_in(low, high=2**31):
@@ -77,3 +80,33 @@ def non_empty(text):
     if not text.strip():
         raise BadInput("the text is empty.")
     return text
+
+
+def read_size(text):
+    """"576x320", a width and a height in pixels, as (height, width). Raises BadInput."""
+    found = re.fullmatch(r"(\d{1,4})[x×X](\d{1,4})", text.strip(), re.ASCII)
+    sides = [int(side) for side in found.groups()] if found else [0]
+    if any(side % 8 or not 8 <= side <= 4096 for side in sides):
+        raise BadInput(f"{text!r}: expected WIDTHxHEIGHT in pixels, multiples of 8 up to 4096, "
+                       "e.g. 576x320.")
+    return sides[1], sides[0]
+
+
+def existing(text):
+    """An argument type: a path that exists."""
+    if not Path(text).exists():
+        raise BadInput(f"{text} does not exist; correct the path.")
+    return Path(text)
+
+
+def hub_folder(text):
+    """An argument type: a local folder. The error has the download command."""
+    if Path(text).is_dir():
+        return Path(text)
+    found = re.fullmatch(r"(?:.*(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)", text)
+    is_hub_name = found and not Path(text).parent.is_dir()
+    name = found[1] if is_hub_name else "cerspense/zeroscope_v2_576w"
+    folder = name.partition("/")[2]
+    raise BadInput(f"{text} is not a local folder in the hub's layout (unet/, vae/, text_encoder/, "
+                   "scheduler/). To download one: pip install huggingface_hub; "
+                   f"hf download {name} --local-dir {folder}; then give {folder}.")

@@ -65,14 +65,14 @@ def read_foreign(state, meta, unet, path, clip=0, full_weights=False):
 def match_names(state, parameters, config):
     """({layer: {"A", "B" or "alpha": tensor}}, {parameter name: full tensor}) of a file. Raises
     ValueError if a tensor matches no layer."""
-    names = {n: n for n in parameters}
-    if any(re.search(r"(input|middle|output)_blocks?[._]\d", n) for n in state):  # ModelScope names
-        names |= {pth_name(n, config.layers_per_block): n for n in parameters}
-    for name, hub in list(names.items()):
-        if name.endswith(".weight") and parameters[hub].dim() > 1:  # no LoRA on norms
-            names[name.removesuffix(".weight")] = hub.removesuffix(".weight")
-    names |= {n.replace(".", "_"): hub for n, hub in names.items()}  # kohya
-    layers, full, unknown = {}, {}, []
+    modelscope = any(re.search(r"(input|middle|output)_blocks?[._]\d", n) for n in state)
+    names, layers, full, unknown = {}, {}, {}, []
+    for hub, parameter in parameters.items():
+        name = pth_name(hub, config.layers_per_block) if modelscope else hub
+        names[hub] = names[name] = names[name.replace(".", "_")] = hub  # with underscores: kohya
+        if name.endswith(".weight") and parameter.dim() > 1:  # no LoRA on norms
+            name, hub = name.removesuffix(".weight"), hub.removesuffix(".weight")
+            names[hub] = names[name] = names[name.replace(".", "_")] = hub
     for name, tensor in state.items():
         short = re.sub(PREFIX, "", name, count=1)
         short = short.replace(".processor.", ".").replace(".base_layer.", ".")
@@ -123,8 +123,7 @@ def build_pair(layer, found, shape):
     return A, fit(B, (c_out, rank, *[1] * len(kernel)), f"{layer} B (up)")
 
 
-# ------------------------------------------------------------------------------------------------
-# Scales
+# --- Scales -------------------------------------------------------------------------------------
 
 
 # peft's settings that change the update, with their defaults, and those that do not change it.
@@ -179,8 +178,7 @@ def match_pattern(patterns, layer, default):
                  if re.match(rf"(.*\.)?({pattern})$", layer)), default)
 
 
-# ------------------------------------------------------------------------------------------------
-# MotionDirector's lists
+# --- MotionDirector's lists ---------------------------------------------------------------------
 
 
 _ENDS = r"to_(q|k|v|out\.0)", r"ff\.net\.(0\.proj|2)"

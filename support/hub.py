@@ -12,8 +12,7 @@ import torch
 
 from support.files import BadInput, number, one_of, read_tensors
 
-# ------------------------------------------------------------------------------------------------
-# config.json: fields that define the network. `one_of` rejects unsupported values.
+# --- config.json: fields that define the network. `one_of` rejects unsupported values. ----------
 
 
 @dataclass
@@ -84,8 +83,7 @@ class TextConfig:
     model_type: str = one_of("clip_text_model")
 
 
-# ------------------------------------------------------------------------------------------------
-# Finding and loading
+# --- Finding and loading ------------------------------------------------------------------------
 
 
 def find_weights(folder):
@@ -111,22 +109,21 @@ def read_weights(folder):
 
 def load_strictly(module, state, source):
     """load_state_dict(strict=True) with a one-line error. Raises BadInput."""
-    expected = module.state_dict()
-    errors = [f"{name} is missing" for name in expected if name not in state]
-    for name, t in state.items():
-        e = expected.get(name)
-        if e is None:
-            errors.append(f"{name} is unexpected")
-        elif e.shape != t.shape or e.is_floating_point() != t.is_floating_point():
-            errors.append(f"{name} is {t.dtype} {tuple(t.shape)}, expected {tuple(e.shape)}")
+    kind = lambda t: f"{'float' if t.is_floating_point() else 'integer'} {tuple(t.shape)}"
+    found = {name: kind(t) for name, t in state.items()}
+    expected = {name: kind(t) for name, t in module.state_dict().items()}
+    errors = []
+    for name in expected | found:
+        actual, required = found.get(name, "missing"), expected.get(name, "none")
+        if actual != required:
+            errors.append(f"{name} is {actual}, expected {required}")
     if errors:
         raise BadInput(f"{source} does not match its config.json: {len(errors)} tensors differ, "
                        f"e.g. {'; '.join(errors[:5])}")
     module.load_state_dict(state, strict=True, assign=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# The text encoder and CLIP, which are open_clip modules here
+# --- The text encoder and CLIP, which are open_clip modules here --------------------------------
 
 HUB_TEXT_NAMES = [  # (part of a hub name, part of an open_clip name), replaced in this order
     ("text_model.", ""),
@@ -160,23 +157,6 @@ def text_from_hub(state):
             if len(qkv) == 3 and qkv[0].dim() and len({t.shape for t in qkv}) == 1:
                 out[f"{stem.replace('self_attn', 'attn')}in_proj_{kind}"] = torch.cat(qkv)
                 out = {n: t for n, t in out.items() if n not in names}
-    return out
-
-
-def text_to_hub(state):
-    """The inverse of text_from_hub."""
-    out = {}
-    for name, tensor in state.items():
-        tensors = {"": tensor}
-        for kind in ("weight", "bias"):
-            if name.endswith(f"attn.in_proj_{kind}"):
-                tensors = dict(zip("qkv", tensor.chunk(3)))
-                name = name.replace(f"attn.in_proj_{kind}", "self_attn.{}_proj." + kind)
-        for hub, open_clip in reversed(HUB_TEXT_NAMES[1:]):
-            if "self_attn" not in name or open_clip != "attn.out_proj":
-                name = name.replace(open_clip, hub)
-        for letter, t in tensors.items():
-            out["text_model." + name.format(letter)] = t.contiguous()
     return out
 
 
@@ -214,8 +194,7 @@ def vae_from_legacy(state):
     return state
 
 
-# ------------------------------------------------------------------------------------------------
-# ModelScope's original .pth
+# --- ModelScope's original .pth -----------------------------------------------------------------
 
 # {the hub's name: ModelScope's name}, outside the blocks and inside a resnet
 _PTH_OUTER = {"conv_in": "input_blocks.0.0", "transformer_in": "input_blocks.0.1",

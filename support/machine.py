@@ -11,8 +11,7 @@ import torch
 
 from support.files import BadInput, log
 
-# ------------------------------------------------------------------------------------------------
-# Device and precision
+# --- Device and precision -----------------------------------------------------------------------
 
 
 def find_device(device=None):
@@ -71,8 +70,7 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=cuda)
 
 
-# ------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun
+# --- Several processes, started by torchrun -----------------------------------------------------
 
 
 def distributed():
@@ -125,8 +123,7 @@ def all_reduce_gradients(parameters):
             torch.distributed.all_reduce(p.grad)
 
 
-# ------------------------------------------------------------------------------------------------
-# Signals and errors
+# --- Signals and errors -------------------------------------------------------------------------
 
 
 class Stop:

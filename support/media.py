@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, ImageSequence
 
-from support.files import BadInput, atomic_write, check_exists, log, reading
+from support.files import BadInput, atomic_write, log, reading
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".gif", ".avi", ".mpg", ".mpeg", ".ts", ".mts",
           ".m2ts", ".flv", ".wmv", ".3gp", ".ogv")
@@ -37,8 +37,7 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow raises at twice this number
 log_once = cache(log)
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading ------------------------------------------------------------------------------------
 
 
 def natural(path):
@@ -194,7 +193,6 @@ def find_images(paths):
     """The image files that the paths name: files, or folders of them. Raises BadInput."""
     found = []
     for path in map(Path, paths):
-        check_exists(path, "give an image, or a folder of images")
         inside = list_folder(path) if path.is_dir() else [path]
         images = [p for p in inside if p.suffix.lower() in IMAGES]
         if not images:
@@ -248,8 +246,7 @@ def fit(pixels, size):
     return x[0, :, top : top + H, left : left + W] / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing ------------------------------------------------------------------------------------
 
 
 def to_pixels(video):

@@ -19,23 +19,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from support import adapters, media
-from support.files import (
-    BadInput,
-    append_line,
-    check_digest,
-    log,
-    print_line,
-    read_json,
-    read_meta,
-    reading,
-    save_tensors,
-    write_json,
-)
+from support import adapters, files, media
+from support.files import BadInput, log, print_line, read_json, reading, write_json
 from support.recipe import write_value
 
-# ------------------------------------------------------------------------------------------------
-# Settings
+# --- Settings -----------------------------------------------------------------------------------
 
 
 def fixed_settings(run):
@@ -81,8 +69,7 @@ def write_settings(run):
         "clips": [c.path for c in run.clips], "fixed": fixed_settings(run)})
 
 
-# ------------------------------------------------------------------------------------------------
-# State
+# --- State --------------------------------------------------------------------------------------
 
 
 def save_state(path, step, run, optimizer):
@@ -91,8 +78,8 @@ def save_state(path, step, run, optimizer):
     for name, p in run.trained.items():
         for kind, tensor in {"": p, **optimizer.state.get(p, {})}.items():
             tensors[f"{kind}:{name}"] = tensor
-    save_tensors(path, tensors, {"step": str(step), "prior": clips_digest(run.prior),
-                                 "scaler": json.dumps(run.scaler.state_dict())})
+    files.save_tensors(path, tensors, {"step": str(step), "prior": clips_digest(run.prior),
+                                       "scaler": json.dumps(run.scaler.state_dict())})
 
 
 def load_state(path, run, optimizer):
@@ -101,8 +88,8 @@ def load_state(path, run, optimizer):
     if not os.path.lexists(path):
         return 0
     with reading(path, "start again in a new --out"):
-        tensors, meta = load_file(path), read_meta(path)
-        check_digest(path, tensors)
+        tensors, meta = load_file(path), files.read_meta(path)
+        files.check_digest(path, tensors)
         step = int(meta["step"])
         if meta["prior"] != clips_digest(run.prior):
             raise BadInput(f"{path.parent}: the regularization clips (--prior) have changed; start "
@@ -121,8 +108,7 @@ def load_state(path, run, optimizer):
     return step
 
 
-# ------------------------------------------------------------------------------------------------
-# The folder
+# --- The folder ---------------------------------------------------------------------------------
 
 
 class Folder:
@@ -138,7 +124,7 @@ class Folder:
     def log(self, line):
         """Append one step's line to log.jsonl."""
         if self.writes:
-            append_line(self.path / "log.jsonl", json.dumps(line))
+            files.append_line(self.path / "log.jsonl", json.dumps(line))
 
     def kept(self):
         """A text: the state from which --resume would continue."""
@@ -235,8 +221,7 @@ def metadata(run):
             "inversion_model": recipe.inversion_model, "guidance": recipe.guidance}
 
 
-# ------------------------------------------------------------------------------------------------
-# Output to the terminal and the log
+# --- Output to the terminal and the log ---------------------------------------------------------
 
 
 def step_record(step, losses, norm, seen, run, started):

@@ -21,9 +21,10 @@ import generate
 import lora
 import model
 import sampler
-from support import hub, media
+from support import media
 from support.files import digest
 from tiny import world
+from tiny.train import text_to_hub
 
 # ------------------------------------------------------------------------------------------------
 # The stock
@@ -59,7 +60,7 @@ def make_weights(place):
         state = cls(config(**{k: v for k, v in values.items() if k in config.__annotations__})
                     ).state_dict()
         if part == "text_encoder":
-            state = hub.text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
+            state = text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
         name = "diffusion_pytorch_model" if part != "text_encoder" else "model"
         save_file({n: t.half().contiguous() for n, t in state.items()},
                   folder / part / f"{name}.safetensors", {"format": "pt"})

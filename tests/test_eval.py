@@ -508,13 +508,15 @@ def test_training_clips_are_measured_as_training_read_them(tmp_path):
     assert (sample.video - expected).abs().mean() < 0.02
 
 
-def test_samples_have_the_settings_of_the_adapter(tmp_path, monkeypatch):
-    made, sample = [], sampler.sample
+def test_samples_have_the_settings_of_the_adapter(tmp_path, monkeypatch, bars):
+    """The title of a progress bar has no control characters of the run's name."""
+    made, sample, run = [], sampler.sample, tmp_path / "run \x1b[2J"
     monkeypatch.setattr(sampler, "sample", lambda *a, **k: made.append(a[4:7]) or sample(*a, **k))
-    write_trained(tmp_path / "run", write_clip(tmp_path), steps=(1,), sampler="ddpm", guidance=2.5)
+    write_trained(run, write_clip(tmp_path), steps=(1,), sampler="ddpm", guidance=2.5)
     (tmp_path / "prompts.txt").write_text("a star hopping")
-    score(tmp_path / "run", "--prompts", tmp_path / "prompts.txt")
+    score(run, "--prompts", tmp_path / "prompts.txt")
     assert len(made) > 2 and set(made) == {(2, 2.5, "ddpm")}
+    assert bars["sampling result"] == 2 and "\x1b" not in "".join(bars)
 
 
 @pytest.mark.parametrize("file,message", [
@@ -584,8 +586,8 @@ def test_training_runs_are_sampled_and_plotted_over_steps(tmp_path):
     assert table["run"] == table["step 2"] != table["base, start"] != table["base, noise"]
     shown = content(score.page)
     curve = next(iter(shown["curves"].values()))["text alignment (tiny CLIP)"]
-    assert curve[0] == [0, table["base, start"]["text alignment (tiny CLIP)"]]
-    assert [step for step, _ in curve] == [0, 1, 2]
+    assert curve["0"] == table["base, start"]["text alignment (tiny CLIP)"]
+    assert curve.keys() == {"0", "1", "2"}
     losses = shown["runs"][2]["losses"]
     assert losses["loss"]["all steps"] == [[0, 1], [1, 0.5], [2, pytest.approx(1 / 3)]]
     error = losses["squared error of the prediction, by timestep"]
@@ -593,6 +595,8 @@ def test_training_runs_are_sampled_and_plotted_over_steps(tmp_path):
     assert len(shown["references"]) == 1 and any("base, start" in note for note in shown["notes"])
     assert {p.name for p in (score.page.parent / "samples" / "run").iterdir()} == {
         "base-noise", "base-start", "result", "step-1", "step-2"}
+    dom = browse(score.page)
+    assert dom.count("<polyline") > 8 and "<figcaption>temporal consistency (tiny CLIP) ↑" in dom
 
 
 @pytest.mark.parametrize("inversion,prior,same", [("base", 1.0, True), ("tuned", 1.0, False),
@@ -658,16 +662,18 @@ def test_damaged_files_of_a_run_are_refused(name, text, message, tmp_path, capsy
 
 
 @pytest.mark.parametrize("text,rows", [
-    ("", []), ("x\n\x00\n[]\n", []), ('{"step": 1, "seen": []}\n{"step": 1, "seen": [3]}', [1]),
-    ('\n{"step": "x", "seen": []}\n{"step": 2, "seen": []}\n{"st', [2])])
+    ("", []), ("x\n\x00\n[]\n", []),
+    ('{"step": 1, "loss": 1, "seen": []}\n{"step": 1, "loss": 3, "seen": []}', [(1, 3, [])]),
+    ('\n{"step": "x", "loss": 1, "seen": []}\n{"step": 2, "loss": 1, "seen": []}\n{"st',
+     [(2, 1, [])]),
+    ('{"step": 3, "loss": NaN, "seen": []}\n{"step": 4, "loss": 1, "seen": [3]}', []),
+    ('{"step": 5, "loss": 1, "seen": [{"t": 1e999, "mse": 1}]}', [])])
 def test_lines_that_are_no_step_are_left_out_of_the_loss_curve(text, rows, tmp_path):
     """The last line of a step counts."""
     (tmp_path / "log.jsonl").write_text(text)
     found = page.read_log(tmp_path / "log.jsonl")
-    assert [row["step"] for row in found] == rows and (rows != [1] or found[0]["seen"] == [3])
-    assert page.read_log(tmp_path / "none") == []
-    nothing = page.loss_curves([{"step": 0, "loss": None, "seen": [{"t": None}, 3]}])
-    assert nothing == page.loss_curves([]) == {"loss": {"all steps": []}}
+    assert found == rows and page.read_log(tmp_path / "none") == []
+    assert page.loss_curves(found)["loss"]["all steps"] == [row[:2] for row in rows]
 
 
 def test_a_run_without_its_clip_or_its_adapter_is_refused(tmp_path):
@@ -696,11 +702,12 @@ def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("generated,base", [
     ({"adapter": []}, True), ({"adapter": ["a"], "scale": [0.0]}, True),
-    ({"adapter": ["a"]}, False), ({"adapter": [], "noise_prior": 0.5}, False), (None, False)])
+    ({"adapter": ["a"]}, False), ({"adapter": [], "noise_prior": 0.5}, False),
+    ({"videos": []}, False)])
 def test_the_threshold_of_copies_is_the_base_models_own_score(generated, base):
     """The base model: samples from noise without an adapter, or at scale 0."""
     args = SimpleNamespace(copy_threshold=None, sscd=None)
-    generated = generated and folders.GeneratedInfo(videos=[["a.mp4", "a", 0]], **generated)
+    generated = folders.GeneratedInfo(**{"videos": [["a.mp4", "a", 0]]} | generated)
     scored = [SimpleNamespace(metrics={"copies": i / 200}) for i in range(101)]
     run = SimpleNamespace(generated=generated, samples=scored)
     found = metrics.copy_threshold([run], "copies", args)

@@ -10,7 +10,8 @@ from conftest import FULL_TEXT, FULL_UNET, ROOT
 from safetensors.torch import save_file
 
 import model
-from support import hub, media
+from support import media
+from tiny.train import text_to_hub
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +48,7 @@ def full_size_folder(tmp_path_factory):
         (folder / name / "config.json").write_text(json.dumps(config))
         state = random_state(module)
         if name == "text_encoder":
-            state = hub.text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
+            state = text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
         save_file(state, folder / name / "diffusion_pytorch_model.safetensors")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(

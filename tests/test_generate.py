@@ -19,7 +19,8 @@ import model
 import sampler
 import train
 from support import adapters, flags, media
-from support.files import BadInput, check_weights, read_size
+from support.files import BadInput
+from support.flags import hub_folder, read_size
 from support.recipe import METHODS
 from tiny import world
 
@@ -373,10 +374,10 @@ def test_dmt_has_the_published_settings(tiny, clip, adapter, monkeypatch):
     s = resolved(tiny, "--dmt", clip)
     assert (s.sampling_steps, s.inversion_steps, s.guidance, s.negative_prompt) == (50, 0, 4, "")
     assert s.size == (64, 64) and s.checkpointing == "off"
-    sampling, shape = generate.dmt_defaults(1000, tiny=False)
-    assert sampling == {"guidance": 10.0, "inversion_steps": 999}
-    assert shape["negative_prompt"].startswith("bad quality, distortions")
-    assert len(generate.guided_timesteps(s.s, tiny)) == 20 and generate.ADAM_STEPS == 10
+    real = generate.dmt_defaults(1000, tiny=False)
+    assert (real["guidance"], real["inversion_steps"]) == (10.0, 999)
+    assert real["negative_prompt"].startswith("bad quality, distortions")
+    assert generate.GUIDED_SHARE == 0.4 and generate.ADAM_STEPS == 10
     with monkeypatch.context() as patched:  # other weights
         patched.setattr(generate, "is_tiny", lambda weights: False)
         for more in ([], ["--adapter", adapter]):
@@ -468,45 +469,45 @@ def test_a_step_down_and_up_returns_to_its_noise_level():
     assert 0 < (noise * eps).mean() < 0.999  # part of it is fresh
 
 
-def transfer(tiny, latents, monkeypatch, s):
-    """The inversion {t: latents} that dmt uses."""
-    seen = {}
-    one = generate.transfer_one
-    monkeypatch.setattr(generate, "transfer_one", lambda args, s, pipe, clip, inverted, *job: (
-        seen.update(inverted), one(args, s, pipe, clip, inverted, *job))[1])
+def transfer(tiny, latents, s):
     s.args.caption = "a thing hopping"
     list(generate.transfer_motion(s.args, s.s, tiny, [], [("a star", 0)], latents))
-    return seen
 
 
 def test_the_first_steps_are_optimized_towards_the_clip_at_their_timestep(tiny, clip, latents,
                                                                          monkeypatch):
-    """The clip is inverted once, and kept at the levels that are needed."""
     s, calls = resolved(tiny, "--dmt", clip, "--steps", 5, "--frames", FRAMES), []
     monkeypatch.setattr(generate, "optimize_latents", lambda pipe, x, t, text, target, rate: (
         calls.append((t, target)), x)[1])
-    inverted = transfer(tiny, latents, monkeypatch, s)
-    source = tiny.encode_text(["a thing hopping"])
+    transfer(tiny, latents, s)
+    inverted, source = {}, tiny.encode_text(["a thing hopping"])
+    sampler.invert(tiny, latents, 5, "a thing hopping", lambda t, x: inverted.update({t: x}))
     assert [t for t, _ in calls] == tiny.schedule.timesteps(5)[:2]
     for t, target in calls:
         assert torch.equal(target[0], generate.frame_features(tiny, inverted[t], t, source)[0])
-    assert torch.equal(inverted[max(inverted)], sampler.invert(tiny, latents, 5, "a thing hopping"))
 
 
 def test_dmt_starts_from_the_noise_of_the_inversion_at_the_first_timestep(tiny, clip, latents,
                                                                          monkeypatch):
     """Coarse detail is that of the clip's inverted noise, wherever the inversion ended."""
-    s = resolved(tiny, "--dmt", clip, "--steps", 2)
-    S, starts, s.args.caption = tiny.schedule, [], "a thing"
+    s = resolved(tiny, "--dmt", clip, "--steps", 2, "--inversion-steps", 5)
+    S, starts = replace(tiny.schedule, timestep_spacing="leading"), []
+    first, top = S.timesteps(2)[0], S.timesteps(5)[0]
     eps = sampler.seeded_randn(latents.shape[1:], [sampler.generator(3)])
+    monkeypatch.setattr(tiny, "schedule", S)
     monkeypatch.setattr(sampler, "sample", lambda m, p, start, *a, **k: starts.append(start) or [0])
-    for top in (S.timesteps(2)[0], 699):
-        inverted = {top: S.add_noise(latents, eps, top)}
-        generate.transfer_one(s.args, s.s, tiny, latents, inverted, "a star", 0)
-    expected = generate.low_frequencies(S.add_noise(latents, eps, S.timesteps(2)[0]))
+
+    def invert(pipe, clip, steps, prompt, on_step, progress):
+        for t in S.timesteps(steps):
+            on_step(t, clip)
+        return S.add_noise(clip, eps, top)
+
+    monkeypatch.setattr(sampler, "invert", invert)
+    transfer(tiny, latents, s)
+    expected = generate.low_frequencies(S.add_noise(latents, eps, first))
     noise = sampler.seeded_randn(latents.shape[1:], [0])
-    for start in starts:
-        assert relative(start, noise - generate.low_frequencies(noise) + expected) < 1e-4
+    assert first < top
+    assert relative(starts[0], noise - generate.low_frequencies(noise) + expected) < 1e-4
 
 
 def test_the_command_transfers_a_motion(clip, bars, tmp_path):
@@ -543,11 +544,11 @@ X = ["--prompt", "x"]
     ([*X, "--noise-prior", "2"], "0 to 1"),
     ([*X, "--sampler", "ddmi"], "--sampler: invalid choice"),
     ([*X, "--save-merged", "{p}/m.safetensors"], "a new folder, or of a .pth"),
-    ([*X, "--dmt", "{p}/c.mp4", "--noise-prior", "1"], "--dmt has its own start"),
+    ([*X, "--dmt", "{a}", "--noise-prior", "1"], "--dmt has its own start"),
     ([*X, "--adapter", "{a}", "--scale", "1", "2"], "2 numbers for 1"),
     ([*X, "--weights", "cerspense/zeroscope_v2_576w"],
      "hf download cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w"),
-    ([*X, "--refine", "https://example.com/x"], "--refine .* is not a local folder"),
+    ([*X, "--refine", "https://example.com/x"], "--refine: .* is not a local folder"),
     ([*X, "--weights", "{p}/empty.txt"], "is not a local folder"),
     ([*X, "--dmt", "{p}/none.mp4"], "none.mp4 does not exist"),
     ([*X, "--out", "{p}/empty.txt"], "empty.txt"),
@@ -606,9 +607,8 @@ def test_an_error_is_one_line_without_a_traceback(tmp_path):
     ("/nowhere/at/all", "is not a local folder"), (__file__, "is not a local folder")])
 def test_missing_weights_are_answered_with_the_download_command(path, message):
     with pytest.raises(BadInput, match=message):
-        check_weights(path)
-    check_weights(TINY)
-    check_weights(None)
+        hub_folder(path)
+    assert hub_folder(str(TINY)) == TINY
 
 
 def test_sizes_are_read_from_text():
@@ -620,6 +620,7 @@ def test_sizes_are_read_from_text():
 
 @pytest.mark.parametrize("argv,message", [
     (["--steps", "0"], "error: --steps: 0: "), (["--steps"], "--steps: expected one argument"),
+    (["--steps", "\x1b[2J"], "error: --steps: \\x1b[2J: "),
     (["--step", "3"], "did you mean --steps?"), (["lost"], "error: 'lost' belongs to no flag")])
 def test_flags_are_answered_in_one_line(argv, message, capsys):
     parser = flags.Parser(description="x")

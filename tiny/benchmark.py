@@ -73,8 +73,7 @@ METRICS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Trials and cells
+# --- Trials and cells ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,7 @@ FROM_NOISE = [Cell(tuned=False), Cell()]
 FROM_OWN = [Cell(tuned=False, start="own"), Cell(start="own")]
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
+# --- Training -----------------------------------------------------------------------------------
 
 
 def scenes_of(trial):
@@ -249,8 +247,7 @@ def train_trial(trial, out):
     write_json(folder / "seconds.json", {"seconds": round(time.time() - started)})
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling and measuring
+# --- Sampling and measuring ---------------------------------------------------------------------
 
 
 def sample(trial, out, cell):
@@ -339,8 +336,7 @@ def pans(videos, reading):
     return measurements.camera_shift(pixels, background) <= -1
 
 
-# ------------------------------------------------------------------------------------------------
-# Results
+# --- Results ------------------------------------------------------------------------------------
 
 RECORDS = ROOT / "docs" / "trials.json"
 
@@ -410,8 +406,7 @@ class Results:
         write_text(RECORDS, head[:-1] + ', "trials": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
-# ------------------------------------------------------------------------------------------------
-# The table of the methods
+# --- The table of the methods -------------------------------------------------------------------
 
 
 def interval(values, draws=2000):

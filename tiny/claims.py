@@ -32,9 +32,9 @@ from tiny.claims_spec import CLAIMS, Side, own, trials_of  # noqa: E402
 
 DOCS = ROOT / "docs"
 
-# ------------------------------------------------------------------------------------------------
-# Statistics. The unit is a training run: its value is the mean over its prompts, and runs are
-# paired by motion and seed.
+# --- Statistics ---------------------------------------------------------------------------------
+# The unit is a training run: its value is the mean over its prompts, and runs are paired by motion
+# and seed.
 
 
 def mean(values):
@@ -207,8 +207,7 @@ def halving_steps(results):
 SPECIAL = {claims_spec.PHI: phi_effect, claims_spec.HALF: halving_steps}
 
 
-# ------------------------------------------------------------------------------------------------
-# Running
+# --- Running ------------------------------------------------------------------------------------
 
 
 def sides_of(comparison):
@@ -245,8 +244,7 @@ def missing(todo, results, seed=None):
     return left
 
 
-# ------------------------------------------------------------------------------------------------
-# The page
+# --- The page -----------------------------------------------------------------------------------
 
 
 def number(record):
@@ -293,8 +291,7 @@ def bullet(comparison, record):
             f"{over_motions(record)}{''.join(at)}\n")
 
 
-# ------------------------------------------------------------------------------------------------
-# The chart
+# --- The chart ----------------------------------------------------------------------------------
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
 WIDE, HIGH, LEFT, TOP = 330, 240, 52, 34  # of a panel's field and its margins, pixels
@@ -338,8 +335,7 @@ def panel(title, points, left):
     return out
 
 
-# ------------------------------------------------------------------------------------------------
-# Command
+# --- Command ------------------------------------------------------------------------------------
 
 
 def main():

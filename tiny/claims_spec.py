@@ -19,8 +19,7 @@ MARGIN = 0.05  # of "no worse than", for shares and correlations
 LEVEL = 0.9  # share of the base's appearance score at which methods are compared
 STEPS, SAVE_EVERY = 200, 50  # of every arm with ten clips
 
-# ------------------------------------------------------------------------------------------------
-# The arms: each is trained on every motion with both seeds
+# --- The arms: each is trained on every motion with both seeds ----------------------------------
 
 NM, CAV, MD = "newmove", "customize-a-video", "motiondirector"
 MD1 = "motiondirector, one clip"
@@ -114,8 +113,7 @@ ADDITIONS = {  # what is added to a trial: a function from the trial to fields o
     "a camera pan": lambda t: {"motion": pan_of(t)},
 }
 
-# ------------------------------------------------------------------------------------------------
-# Comparisons
+# --- Comparisons --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -220,8 +218,7 @@ def mixing(kind):
     return better("agreement", mixed, "base", why=why), better("appearance", mixed, off)
 
 
-# ------------------------------------------------------------------------------------------------
-# The claims
+# --- The claims ---------------------------------------------------------------------------------
 
 CLAIMS = {
     1: Claim("The temporal layers are required: spatial layers alone are not enough",

@@ -34,8 +34,7 @@ class Reading:
     frame_shapes: torch.Tensor
 
 
-# ------------------------------------------------------------------------------------------------
-# Color and background
+# --- Color and background -----------------------------------------------------------------------
 
 
 def distance_to_backgrounds(pixels):
@@ -89,8 +88,7 @@ def read_color(pixels, distance):
     return color, clip_votes.argmax(-1), decide(votes, total, error)
 
 
-# ------------------------------------------------------------------------------------------------
-# Shape
+# --- Shape --------------------------------------------------------------------------------------
 
 
 def largest_component(mask):
@@ -151,8 +149,7 @@ def fit_shape(cover, x, y, area):
     return best.values, TEMPLATE_ANGLE[best.indices]
 
 
-# ------------------------------------------------------------------------------------------------
-# Motion
+# --- Motion -------------------------------------------------------------------------------------
 
 
 def camera_shift(pixels, background):
@@ -234,8 +231,7 @@ def total_rotation(angle, shape):
     return step.sum(1)
 
 
-# ------------------------------------------------------------------------------------------------
-# All together
+# --- All together -------------------------------------------------------------------------------
 
 
 def read(video):

@@ -112,8 +112,7 @@ LATENT_STD = 0.5
 PRECISION = "bf16"  # five times as fast as fp32 on a recent CPU
 
 
-# ------------------------------------------------------------------------------------------------
-# Shared by all stages: files, learning rate, EMA, the loop
+# --- Shared by all stages: files, learning rate, EMA, the loop ----------------------------------
 
 
 def write_component(out, name, config, state, file="diffusion_pytorch_model.safetensors",
@@ -196,8 +195,7 @@ def run(stage, module, loss_of, export, args, no_decay=()):
             export(args, ema.state)
 
 
-# ------------------------------------------------------------------------------------------------
-# VAE
+# --- VAE ----------------------------------------------------------------------------------------
 
 
 def random_frames(scenes, g):
@@ -240,8 +238,7 @@ def train_vae(args):
     run("vae", vae, loss_of, export, args)
 
 
-# ------------------------------------------------------------------------------------------------
-# CLIP
+# --- CLIP ---------------------------------------------------------------------------------------
 
 
 def word_directions():
@@ -349,15 +346,30 @@ def export_clip(args, state):
     last = f"transformer.resblocks.{CLIP_CONFIG['text_cfg']['layers'] - 1}."
     stem = ("token_embedding", "positional_embedding", "transformer.", "ln_final")
     text = {n: t for n, t in state.items() if n.startswith(stem) and not n.startswith(last)}
-    write_component(args.out, "text_encoder", TEXT_CONFIG, hub.text_to_hub(text),
-                    "model.safetensors")
+    write_component(args.out, "text_encoder", TEXT_CONFIG, text_to_hub(text), "model.safetensors")
     rest = {n: t for n, t in state.items() if n not in text}
     write_component(args.out, "clip", CLIP_CONFIG, rest, "model.safetensors",
                     "open_clip_config.json")
 
 
-# ------------------------------------------------------------------------------------------------
-# UNet
+def text_to_hub(state):
+    """open_clip's text tensors with the hub's names: the inverse of hub.text_from_hub."""
+    out = {}
+    for name, tensor in state.items():
+        tensors = {"": tensor}
+        for kind in ("weight", "bias"):
+            if name.endswith(f"attn.in_proj_{kind}"):
+                tensors = dict(zip("qkv", tensor.chunk(3)))
+                name = name.replace(f"attn.in_proj_{kind}", "self_attn.{}_proj." + kind)
+        for new, old in reversed(hub.HUB_TEXT_NAMES[1:]):
+            if "self_attn" not in name or old != "attn.out_proj":
+                name = name.replace(old, new)
+        for letter, t in tensors.items():
+            out["text_model." + name.format(letter)] = t.contiguous()
+    return out
+
+
+# --- UNet ---------------------------------------------------------------------------------------
 
 
 def build_unet(args):
@@ -567,7 +579,8 @@ class LatentPool:
         for rows in torch.arange(self.size).split(64):
             video = self.render(self.scenes[rows], g).to(self.args.device)
             with torch.no_grad(), machine.autocast(self.args.device, PRECISION):
-                latents.append(self.vae.encode_video(video).float())
+                mean, _ = self.vae.moments(video)
+                latents.append((mean * self.vae.config.scaling_factor).float())
         self.latents = torch.cat(latents)
 
     def batch(self, step, g, motion):

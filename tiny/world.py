@@ -134,8 +134,7 @@ def is_shape(shape, *names):
     return torch.isin(shape, torch.tensor([SHAPES.index(n) for n in names]))
 
 
-# ------------------------------------------------------------------------------------------------
-# Motions without a name
+# --- Motions without a name ---------------------------------------------------------------------
 
 
 def interpolate_corners(corners, smooth):
@@ -231,8 +230,7 @@ def interpolate_keyframes(keyframes, u):
     return torch.lerp(value(0), value(1), (at - i)[:, None].expand(B, 5, -1)).transpose(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Trajectories
+# --- Trajectories -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -295,8 +293,7 @@ def trajectory(scenes, frames=FRAMES, times=None):
                       s.angle[:, None] + angle, width, pan)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rendering
+# --- Rendering ----------------------------------------------------------------------------------
 
 
 def _polygon(radii, start=-math.pi / 2):
@@ -394,8 +391,7 @@ def render(scenes, frames=FRAMES, times=None):
     return video * 2 - 1
 
 
-# ------------------------------------------------------------------------------------------------
-# Captions
+# --- Captions -----------------------------------------------------------------------------------
 
 
 def caption(color=None, shape=None, motion=None, speed="", background=None):
@@ -432,8 +428,7 @@ def captions(scenes, generator=None, motion=True):
     return out
 
 
-# ------------------------------------------------------------------------------------------------
-# Command
+# --- Command ------------------------------------------------------------------------------------
 
 
 def write_clip(path, motion, seed):
