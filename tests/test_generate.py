@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FULL_UNET, ROOT, TINY, expect_error, relative
+from conftest import ROOT, TINY, expect_error, relative
 from safetensors.torch import load_file, save_file
 
 import data
@@ -17,7 +17,7 @@ import model
 import sampler
 import train
 from support import adapters, media
-from support.files import BadInput, check_weights, read_size
+from support.files import BadInput, read_size
 from support.recipe import METHODS
 from tiny import world
 
@@ -352,10 +352,8 @@ def test_dmt_features_are_those_of_a_whole_pass_which_stops_after_them(tiny):
     assert after and all(torch.equal(a[0], b.mean((2, 3))) for a, b in zip(got, expected))
 
 
-def test_dmt_reads_the_layers_of_the_published_code():
-    with torch.device("meta"):
-        unet = model.UNet(model.UNetConfig(**FULL_UNET))
-    names = [n for n, _ in unet.named_modules() if re.fullmatch(generate.LAYERS, n)]
+def test_dmt_reads_the_layers_of_the_published_code(full):
+    names = [n for n, _ in full.named_modules() if re.fullmatch(generate.LAYERS, n)]
     assert sorted(names) == ["up_blocks.1.resnets.1.conv2", "up_blocks.1.temp_convs.1",
                              "up_blocks.1.upsamplers.0"]
 
@@ -486,8 +484,12 @@ X = ["--prompt", "x"]
     ([*X, "--save-merged", "{p}/m.safetensors"], "a new folder, or of a .pth"),
     ([*X, "--dmt", "{p}/c.mp4", "--noise-prior", "1"], "--dmt has its own start"),
     ([*X, "--adapter", "{a}", "--scale", "1", "2"], "2 numbers for 1"),
-    ([*X, "--weights", "cerspense/zeroscope_v2_576w"],
+    ([*X, "--weights", "org/name"], "hf download org/name --local-dir name"),
+    ([*X, "--weights", "https://huggingface.co/org/name"], "hf download org/name --local-dir name"),
+    ([*X, "--weights", "hf.co/org/name"], "hf download org/name"),
+    ([*X, "--weights", "zeroscope_v2_576w"],
      "hf download cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w"),
+    ([*X, "--weights", "/nowhere/at/all"], "is not a local folder"),
     ([*X, "--refine", "https://example.com/x"], "--refine .* is not a local folder"),
     ([*X, "--weights", "{p}/empty.txt"], "is not a local folder"),
     ([*X, "--dmt", "{p}/none.mp4"], "none.mp4 does not exist"),
@@ -532,19 +534,6 @@ def test_errors_before_anything_is_sampled(argv, message, adapter, tmp_path, mon
     argv += ["--out", tmp_path / "o"]
     expect_error(argv, message.format(p=tmp_path), capsys, generate.main)
     assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize("path,message", [
-    ("org/name", "hf download org/name --local-dir name"),
-    ("https://huggingface.co/org/name", "hf download org/name --local-dir name"),
-    ("hf.co/org/name", "hf download org/name"), ("https://x.org/a.zip", "is not a local folder"),
-    ("zeroscope_v2_576w", "cerspense/zeroscope_v2_576w --local-dir zeroscope_v2_576w"),
-    ("/nowhere/at/all", "is not a local folder"), (__file__, "is not a local folder")])
-def test_missing_weights_are_answered_with_the_download_command(path, message):
-    with pytest.raises(BadInput, match=message):
-        check_weights(path)
-    check_weights(TINY)
-    check_weights(None)
 
 
 def test_sizes_are_read_from_text():
