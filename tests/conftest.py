@@ -219,15 +219,10 @@ def losses_of(out):
     return [record["loss"] for record in log_of(out)]
 
 
-def same_tensors(a, b):
-    """True if two files hold equal tensors."""
-    one, two = load_file(a), load_file(b)
-    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
-
-
 def same_weights(a, b, name="vmc.safetensors"):
     """True if the adapters in two folders are equal."""
-    return same_tensors(a / name, b / name)
+    one, two = load_file(a / name), load_file(b / name)
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
 def expect_error(argv, message, capsys, main=train.main):

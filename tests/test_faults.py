@@ -61,8 +61,7 @@ def train_flags(place, method, *more):
     return ["--method", method, "--video", place / "clips/hop.mp4", "--weights", place / "weights",
             "--size", "64x64", "--frames", 4, "--precision", "fp32", "--steps", STEPS,
             "--save-every", 2, "--preview-every", 2, "--preview-steps", 1, "--out", "out",
-            "sampling_steps=2",
-            *MORE[method], *more]
+            "sampling_steps=2", *MORE[method], *more]
 
 
 def call(script, *argv):
@@ -85,28 +84,29 @@ def watch(out, act):
     def audited(name, args):
         known = name in ("open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "os.rmdir")
         if known and str(args[0]).startswith((str(out), out.name)):
-            removes = name in ("os.remove", "os.rmdir")
-            event(name, not removes and (name != "open" or args[2] & WRITES))
+            opened = name == "open" and args[2] & WRITES
+            if opened and not str(args[0]).endswith("log.jsonl"):  # other files are renamed
+                assert files.UNFINISHED in str(args[0]), f"{args[0]} is not written atomically"
+            event(name, opened or name in ("os.rename", "os.mkdir", "os.chmod"))
 
     def fsync(handle):
         event("os.fsync")
         flush(handle)
 
-    def begin(name, function, *args, **more):
-        event(name, False)
-        if name == "library":  # safetensors writes a temporary file of its own next to the path
-            part = args[1].with_name(".tmpXyz")
-            part.write_bytes(b"half")
-            event("half a file", False)
-            part.unlink()
-        return function(*args, **more)
+    def begin(name, function):
+        def phase(*args, **more):
+            event(name, False)
+            if name == "library":  # safetensors writes a temporary file of its own next to the path
+                part = args[1].with_name(".tmpXyz")
+                part.write_bytes(b"half")
+                event("half a file", False)
+                part.unlink()
+            return function(*args, **more)
+
+        return phase
 
     for name, (owner, function) in PHASES.items():
-        wrapped = partial(begin, name, getattr(owner, function))
-        if isinstance(owner, type):
-            setattr(owner, function, lambda self, *a, to=wrapped, **k: to(self, *a, **k))
-        else:
-            setattr(owner, function, wrapped)
+        setattr(owner, function, begin(name, getattr(owner, function)))
     sys.addaudithook(audited)
     os.fsync = fsync
 
@@ -117,7 +117,6 @@ def start(command, folder, act=None):
 
     def action():
         os.chdir(folder)
-        os.dup2(sys.stderr.fileno(), 2)
         if act:
             watch(folder / "out", act)
         command()
