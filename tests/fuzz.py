@@ -397,11 +397,11 @@ def act(case):
     os._exit(code)
 
 
-def wait(pid):
+def wait(pid, seconds=LIMIT):
     """A process's exit code, or minus its signal. After a limit, which is longer on a busy machine,
     the process gets SIGTERM, and a third of the limit later SIGKILL."""
     started, asked = time.time(), False
-    limit = LIMIT * max(1, os.getloadavg()[0] / os.cpu_count())
+    limit = seconds * max(1, os.getloadavg()[0] / os.cpu_count())
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:

@@ -522,7 +522,7 @@ def test_links_pipes_and_folders_in_place_of_files(name, kind, place, unkilled, 
     else:
         os.mkfifo(path) if kind == "a pipe" else path.mkdir()
     pid = start(call(train, *train_flags(place, "vmc", "--resume", "--steps", 6)), tmp_path)
-    if code := fuzz.wait(pid):
+    if code := fuzz.wait(pid, 120):
         check_one_line(tmp_path, code)
     if kind == "a link":
         assert [p.name for p in outside.iterdir()] == ["mine"] or name == "samples"
