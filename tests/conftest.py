@@ -1,6 +1,7 @@
 """Shared by the tests: paths, the tiny model, clips, optional packages, and ways to run a command.
 """
 import gc
+import json
 import os
 import re
 import signal
@@ -8,15 +9,18 @@ import sys
 import tempfile
 import threading
 import traceback
+from fractions import Fraction
 from pathlib import Path
 
 # One thread: the tests start processes of their own, and waiting threads slow a shared machine.
 # Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import av  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +124,27 @@ def hop(folder):
     return folder / "videos" / "0.mp4"
 
 
+def encode(path, pixels, rate=8, codec="libx264", pix_fmt="yuv420p", times=None, **more):
+    """Write pixels (F, H, W, 3 or 4) uint8 as any program might. times: seconds of each frame;
+    more: attributes of the codec context. Returns the path."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        if times:
+            more["time_base"] = Fraction(1, 1000)
+        for name, value in more.items():
+            setattr(stream.codec_context, name, value)
+        for i, image in enumerate(pixels):
+            kind = "rgba" if image.shape[2] == 4 else "rgb24"
+            frame = av.VideoFrame.from_ndarray(image, format=kind)
+            if times:
+                frame.pts, frame.time_base = round(1000 * times[i]), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
 @pytest.fixture(autouse=True)
 def handlers():
     """A command that runs in this process replaces its signal handlers. This restores them."""
@@ -127,6 +152,21 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(owner, name, note): from now on, note(…) precedes each call of a function."""
+    def replace(owner, name, note):
+        function = getattr(owner, name)
+
+        def noted(*args, **more):
+            note(*args, **more)
+            return function(*args, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    return replace
 
 
 @pytest.fixture
@@ -167,6 +207,22 @@ def prepare_run(method, video, parent, *more):
     parent.mkdir(parents=True, exist_ok=True)
     out = tempfile.mkdtemp(dir=parent)
     return train.prepare(*train.parse(flags_of(method, video, out, *more)))
+
+
+def log_of(out):
+    """The records of a run's log.jsonl."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().split("\n") if line]
+
+
+def losses_of(out):
+    """The losses of a run's steps."""
+    return [record["loss"] for record in log_of(out)]
+
+
+def same_weights(a, b, name="vmc.safetensors"):
+    """True if the adapters in two folders are equal."""
+    one, two = load_file(a / name), load_file(b / name)
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
 def expect_error(argv, message, capsys, main=train.main):

@@ -18,9 +18,7 @@ import model
 import sampler
 from scores import folders, metrics, page, samples, study
 from scores.clip import (
-    CLIP,
     SSCD,
-    copy_score,
     diversity,
     load_clip,
     pick_score,
@@ -30,7 +28,7 @@ from scores.clip import (
 from scores.tracks import motion_fidelity, track
 from support import adapters, media, tokenizer
 from support.files import BadInput
-from support.hub import clip_from_hub, load_strictly
+from support.hub import clip_from_hub
 from tiny import world
 
 
@@ -73,28 +71,34 @@ def test_consistency_falls_when_frames_are_mixed(clip):
     assert steady > mixed + 0.05
 
 
-def test_clip_and_pick_score_equal_transformers():
-    """A narrow CLIPModel with random weights: image and text features, and PickScore."""
-    transformers = pytest.importorskip("transformers")
+@pytest.mark.parametrize("hub", (True, False))
+def test_any_model_of_open_clip_equals_transformers(hub, transformers, tmp_path):
+    """A narrow model with random weights, its file in either format: image and text features, and
+    PickScore."""
     import open_clip
 
     torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    tower = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
              "num_attention_heads": 2, "hidden_act": "gelu"}
     theirs = transformers.CLIPModel(transformers.CLIPConfig(
         text_config=tower | {"vocab_size": 49408, "max_position_embeddings": 77,
                              "eos_token_id": 49407},
         vision_config=tower | {"image_size": 32, "patch_size": 8}, projection_dim=16)).eval()
-    net = open_clip.model.CLIP(
-        16, {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8,
-             "mlp_ratio": 2.0},
-        {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2,
-         "mlp_ratio": 2.0})
-    load_strictly(net, clip_from_hub(theirs.state_dict()), "random")
-    ours = CLIP(net, tokenizer.tokenize, 32)
-    video = torch.rand(3, 3, 32, 32) * 2 - 1
+    own = {"layers": 2, "width": 32}
+    (tmp_path / "narrow.json").write_text(json.dumps({
+        "embed_dim": 16, "vision_cfg": own | {"image_size": 32, "patch_size": 8, "head_width": 16},
+        "text_cfg": own | {"context_length": 77, "vocab_size": 49408, "heads": 2}}))
+    open_clip.add_model_config(tmp_path / "narrow.json")
+    state = theirs.state_dict() if hub else clip_from_hub(theirs.state_dict())
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
+    ours = load_clip("narrow", tmp_path / "w.safetensors")
+    video = clips(1)[1][0]
+    frames = F.interpolate((video.transpose(0, 1) + 1) / 2, (32, 32), mode="bicubic",
+                           antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN,
+                                                          open_clip.OPENAI_DATASET_STD))
     with torch.no_grad():
-        pictures = theirs.get_image_features(video.transpose(0, 1))
+        pictures = theirs.get_image_features((frames - mean) / std)
         words = theirs.get_text_features(tokenizer.tokenize(["a red star", "two"]))
     pictures, words = (getattr(x, "pooler_output", x) for x in (pictures, words))
     assert torch.allclose(ours.frame_features(video), F.normalize(pictures, dim=-1), atol=1e-5)
@@ -102,17 +106,6 @@ def test_clip_and_pick_score_equal_transformers():
     assert torch.allclose(texts, F.normalize(words, dim=-1), atol=1e-5)
     expected = theirs.logit_scale.exp() * F.cosine_similarity(pictures, words[:1]).mean()
     assert pick_score(ours, video, "a red star") == pytest.approx(expected.item(), abs=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------
-# Copying
-
-
-def test_copies_are_found_and_others_are_not(clip):
-    _, videos = clips(4)
-    features = [clip.frame_features(v) for v in videos]
-    assert copy_score(features[0], features[:1]) == pytest.approx(1, abs=1e-5)
-    assert copy_score(features[0], features[1:]) < 1 - 1e-3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -275,40 +268,6 @@ def test_metrics_of_the_tiny_world_fall_for_reversed_videos_and_other_prompts(tm
     assert table["back"]["trajectory correlation"] < -0.99
     assert table["back"]["motion fidelity"] < table["left"]["motion fidelity"] - 0.5
     assert table["left"]["same kind of motion"] == 1 and table["back"]["same kind of motion"] == 0
-
-
-@pytest.mark.parametrize("hub", (True, False))
-def test_any_model_of_open_clip_with_local_weights(hub, tmp_path):
-    """A narrow model under a name of its own, its file in either format: the same features."""
-    import open_clip
-
-    tower = {"layers": 2, "width": 32}
-    config = {"embed_dim": 16, "vision_cfg": tower | {"image_size": 32, "patch_size": 8,
-                                                      "head_width": 16},
-              "text_cfg": tower | {"context_length": 77, "vocab_size": 49408, "heads": 2}}
-    (tmp_path / "narrow.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "narrow.json")
-    net = open_clip.create_model("narrow", pretrained=None, load_weights=False).eval()
-    state = dict(net.state_dict())
-    if hub:
-        transformers = pytest.importorskip("transformers")
-        like = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
-                "num_attention_heads": 2, "hidden_act": "gelu"}
-        theirs = transformers.CLIPModel(transformers.CLIPConfig(
-            text_config=like | {"vocab_size": 49408, "max_position_embeddings": 77},
-            vision_config=like | {"image_size": 32, "patch_size": 8}, projection_dim=16))
-        state = theirs.state_dict()
-        net.load_state_dict(clip_from_hub(state), strict=False)
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
-    clip = load_clip("narrow", tmp_path / "w.safetensors")
-    _, videos = clips(1)
-    with torch.no_grad():
-        frames = F.interpolate((videos[0].transpose(0, 1) + 1) / 2, (32, 32), mode="bicubic",
-                               antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN,
-                                                              open_clip.OPENAI_DATASET_STD))
-        expected = F.normalize(net.encode_image((frames - mean) / std), dim=-1)
-    assert torch.allclose(clip.frame_features(videos[0]), expected, atol=1e-5)
 
 
 def test_metrics_that_are_nan_are_left_empty(tmp_path):
@@ -508,10 +467,10 @@ def test_training_clips_are_measured_as_training_read_them(tmp_path):
     assert (sample.video - expected).abs().mean() < 0.02
 
 
-def test_samples_have_the_settings_of_the_adapter(tmp_path, monkeypatch, bars):
+def test_samples_have_the_settings_of_the_adapter(tmp_path, spy, bars):
     """The title of a progress bar has no control characters of the run's name."""
-    made, sample, run = [], sampler.sample, tmp_path / "run \x1b[2J"
-    monkeypatch.setattr(sampler, "sample", lambda *a, **k: made.append(a[4:7]) or sample(*a, **k))
+    made, run = [], tmp_path / "run \x1b[2J"
+    spy(sampler, "sample", lambda *inputs, **more: made.append(inputs[4:7]))
     write_trained(run, write_clip(tmp_path), steps=(1,), sampler="ddpm", guidance=2.5)
     (tmp_path / "prompts.txt").write_text("a star hopping")
     score(run, "--prompts", tmp_path / "prompts.txt")

@@ -331,14 +331,18 @@ def test_a_saved_folder_loads_as_the_same_model(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
-def test_diffusers_loads_a_saved_folder_and_a_pth_is_read_back(unet, base, tmp_path):
-    Theirs(**NARROW_UNET).save_config(tmp_path / "base" / "unet")
-    pipe = SimpleNamespace(unet=unet, text_encoder=None)
+@pytest.mark.parametrize("nested", (True, False))
+def test_diffusers_loads_a_saved_folder_and_a_pth_is_read_back(nested, unet, base, tmp_path):
+    """ModelScope has other names, and convolutions of width 1 for some linear layers."""
+    (tmp_path / "base/unet").mkdir(parents=True)
+    (tmp_path / "base/unet/config.json").write_text(json.dumps(NARROW_UNET))
+    pipe, path = SimpleNamespace(unet=unet, text_encoder=None), tmp_path / "base/unet/unet.pth"
     export.save_hub(pipe, tmp_path / "new", tmp_path / "base")
     opened = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "new" / "unet").state_dict()
-    export.save_pth(pipe, tmp_path / "unet.pth")
-    back = hub.unet_from_pth(torch.load(tmp_path / "unet.pth", weights_only=True), unet)
-    for state in (opened, back):
+    export.save_pth(pipe, path)
+    if nested:
+        torch.save({"state_dict": torch.load(path)}, path)
+    for state in (opened, model.load_unet(tmp_path / "base").state_dict()):
         assert set(state) == set(base)
         assert all(torch.equal(t.float(), base[n].half().float()) for n, t in state.items())
 
@@ -346,7 +350,9 @@ def test_diffusers_loads_a_saved_folder_and_a_pth_is_read_back(unet, base, tmp_p
 def test_a_pth_has_the_names_and_shapes_of_the_released_file(full):
     table = json.loads((ROOT / "tests/reference/unet_modelscope_pth_map.json").read_text())
     state = export.as_pth(full.state_dict(), full)
-    assert {n: list(t.shape) for n, t in state.items()} == dict(table.values())
+    names = {n: hub.pth_name(n) for n in full.state_dict()}
+    assert len(table) == len(state) == 1480
+    assert table == {n: [name, list(state[name].shape)] for n, name in names.items()}
 
 
 def test_weights_too_large_for_fp16_are_refused(unet, tmp_path):

@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import FULL_TEXT, FULL_UNET, ROOT
-from safetensors.torch import save_file
+from conftest import FULL_TEXT, FULL_UNET, ROOT, log_of
+from fuzz_stock import write_weights
 
 import model
 from support import media
-from tiny.train import text_to_hub
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +23,12 @@ def run(script, *flags):
     return done
 
 
-def random_state(module):
+def random_tensors(module):
     """Small fp16 weights for a module on the meta device, with norms near one."""
     generator, state = torch.Generator().manual_seed(0), {}
     for name, t in module.state_dict().items():
         fan = max(1, t[0].numel()) if t.dim() > 1 else 100
-        x = torch.randn(t.shape, generator=generator) * (0.5 / fan**0.5)
+        x = torch.randn(t.shape, generator=generator, device="cpu") * (0.5 / fan**0.5)
         state[name] = (x + 1 if "norm" in name and name.endswith("weight") else x).half()
     return state
 
@@ -40,16 +39,10 @@ def full_size_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     vae = {"block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.18215}
     with torch.device("meta"):
-        parts = {"unet": (model.UNet(model.UNetConfig(**FULL_UNET)), FULL_UNET),
-                 "vae": (model.VAE(model.VAEConfig(**vae)), vae),
-                 "text_encoder": (model.TextEncoder(model.TextConfig(**FULL_TEXT)), FULL_TEXT)}
-    for name, (module, config) in parts.items():
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(config))
-        state = random_state(module)
-        if name == "text_encoder":
-            state = text_to_hub({n.removeprefix("tower."): t for n, t in state.items()})
-        save_file(state, folder / name / "diffusion_pytorch_model.safetensors")
+        write_weights(folder, {
+            "unet": (model.UNet, model.UNetConfig, FULL_UNET),
+            "vae": (model.VAE, model.VAEConfig, vae),
+            "text_encoder": (model.TextEncoder, model.TextConfig, FULL_TEXT)}, random_tensors)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(
         {"beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1,
@@ -65,8 +58,7 @@ def test_two_training_steps_and_one_sampling_step(full_size_folder, tmp_path):
                "--out", tmp_path / "run", *size)
     print(done.stdout)
     assert "74,342,400 parameters in 96 tensors (the UNet has 1,411,233,860)" in done.stdout
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().split("\n")
-           if line]
+    log = log_of(tmp_path / "run")
     assert len(log) == 2 and all(0 < line["loss"] < 2 and line["grad"] > 0 for line in log)
     print(log)
     run("generate.py", "--adapter", tmp_path / "run" / "vmc.safetensors", "--prompt", "a bird",

@@ -1,18 +1,24 @@
-"""A seeded part of the campaign in fuzz.py, and all inputs that must work.
+"""A seeded part of the campaign in fuzz.py, and inputs that must work.
 
-    FUZZ_CASES=3000 SEED=1 pytest -m slow tests/test_fuzz.py     # the campaign
+    FUZZ_CASES=3000 SEED=1 pytest -m slow tests/test_fuzz.py                # the campaign
+    FUZZ_FIRST=177 FUZZ_CASES=1 SEED=1 pytest -m slow tests/test_fuzz.py -k weights   # one case
 """
+import json
 import os
 import signal
 import subprocess
 import sys
 
 import fuzz
+import fuzz_stock as stock
 import pytest
 from conftest import ROOT
 
-KINDS = [kind for kind in fuzz.KINDS if kind != "fine"]
-CASES, SEED = int(os.environ.get("FUZZ_CASES", 3000)), int(os.environ.get("SEED", 1))
+from support.recipe import METHODS, write_value
+from train import TINY
+
+FIRST, CASES, SEED = (int(os.environ.get(name, default)) for name, default in (
+    ("FUZZ_FIRST", 0), ("FUZZ_CASES", 3000), ("SEED", 1)))
 
 
 @pytest.fixture(scope="module")
@@ -23,43 +29,83 @@ def place(tmp_path_factory):
         yield place
 
 
-@pytest.mark.parametrize("cases,seed", [(4, 0), pytest.param(
-    CASES // len(KINDS) + 1, SEED, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_damaged_inputs_are_refused_in_one_line_or_work(kind, cases, seed, place):
-    counts, faults = fuzz.campaign(place, [(kind, n) for n in range(cases)], seed)
-    print(fuzz.table(counts))
-    assert not faults, "\n".join(faults)
+@pytest.mark.parametrize("numbers,seed", [(range(4), 0), pytest.param(
+    range(FIRST, FIRST + CASES // len(fuzz.KINDS) + 1), SEED, marks=pytest.mark.slow)],
+    ids=("some", "all"))
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_damaged_inputs_are_refused_in_one_line_or_work(kind, numbers, seed, place):
+    faults = fuzz.campaign(place, kind, numbers, seed)
+    assert not faults, faults
 
 
-def test_inputs_that_must_work(place):
-    _, faults = fuzz.campaign(place, [("fine", n) for n in range(len(fuzz.stock.FINE))], 0)
-    assert not faults, "\n".join(faults)
+TEXTS = ("中文 é 😀!", "-", "a\tb <script>alert(1)</script>", "../../x", "a " * 70, "100% {a} \\n")
+ADAPTERS = [*(f"adapters/{name}.safetensors" for name in ("vmc", "motiondirector", "newmove")),
+            *(f"foreign/{name}" for name in stock.FOREIGN)]
 
 
-@pytest.mark.parametrize("code,text,must,outcome", [
-    (2, "warning: x\nerror: x", "", "refused"), (0, "", "", "worked"), (0, "", "work", "worked"),
-    (0, "", "refuse", "nonsense"), (2, "error: x", "work", "lost"), (2, "error: x\ny", "", "lines"),
-    (2, "usage: x\nx: error: y", "", "lines"), (2, "", "", "lines"), (3, "error: x", "", "exit"),
-    (1, "Traceback (most recent call last):\nValueError: x", "", "traceback"),
-    (2, "Traceback (most recent call last):\nerror: x", "", "traceback"),
-    (-signal.SIGABRT, "double free", "", "crash"), (-signal.SIGKILL, "", "", "hang"),
-    (143, "stopped", "", "long")])
-def test_outcomes_are_judged_by_exit_code_and_text(code, text, must, outcome):
-    assert fuzz.judge(code, text, must) == outcome
+def unheard_of(folder):
+    """Names of other versions in all configurations."""
+    for path in folder.rglob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_name": None, "new": [1]}))
 
 
-def test_the_campaign_detects_other_files_and_wrong_results(place, tmp_path, monkeypatch):
+def caption(case, text):
+    clip = case.take("clips/hop.mp4")
+    clip.with_suffix(".txt").write_bytes(text.encode())
+    case.train("--video", clip)
+
+
+def all_settings(case, name):
+    """A method with all its settings given, each with its default."""
+    settings = METHODS[name].override(TINY[name]).settings().items()
+    case.train(*fuzz.hop_of(case.place, name), *[
+        f"{k}={write_value(v)}" for k, v in settings if k not in ("steps", "prior")])
+
+
+def other_weights(case, change):
+    folder = case.take("weights")
+    change(folder)
+    case.generate("--weights", folder, "--prompt", "a star", "--size", "64x64")
+
+
+FINE = {  # {description: (function of a case and an input, inputs)}
+    "a clip": (lambda case, name: case.train("--video", case.place / "clips" / name), stock.CLIPS),
+    "an adapter": (lambda case, name: case.generate(
+        "--adapter", case.place / name, "--prompt", "a star"), ADAPTERS),
+    "a prompt": (lambda case, text: case.generate("--prompt", text), TEXTS),
+    "a caption": (caption, TEXTS), "all settings": (all_settings, METHODS),
+    "weights": (other_weights, (unheard_of,)),
+    "to score": (lambda case, name: case.score(case.take(name)), ("set", "clips")),
+}
+
+
+@pytest.mark.parametrize("what", FINE)
+def test_inputs_that_must_work(what, place):
+    make, inputs = FINE[what]
+    for one in inputs:
+        def prepare(case, one=one):
+            make(case, one)
+            case.must = "work"
+
+        fault = fuzz.attempt(place, prepare, what)[1]
+        assert not fault, fault
+
+
+def test_the_campaign_detects_tracebacks_hangs_other_files_and_wrong_results(place):
     def litter(case):
         case.call(lambda argv: (case.folder / "stray").touch())
-        case.truth = lambda: ["other numbers"] if case.number else []
+        case.truth = lambda: ["other numbers"] * case.number
 
-    monkeypatch.setitem(fuzz.KINDS, "litter", litter)
-    assert fuzz.attempt(place, "litter", 0, 0)[1] == ["worked", "stray"]
-    assert fuzz.attempt(place, "litter", 1, 0)[1] == ["nonsense", "stray"]
-    argv = ["--frames", "4", "rank=2", "--prompt", "a star"]
-    assert fuzz.given(argv)[0]["--prompt"] == "a star"
+    assert fuzz.attempt(place, litter, "litter", 0)[0] == ["worked", "stray"]
+    assert fuzz.attempt(place, litter, "litter", 1)[0] == ["nonsense", "stray"]
+    assert fuzz.given(["--frames", "4", "rank=2", "--prompt", "a star"])[0]["--prompt"] == "a star"
     assert fuzz.differs("steps", 3, "4") and not fuzz.differs("steps", 3, "3.0")
+    for code, text, must in (
+            (0, "", "refuse"), (2, "error: x", "work"), (2, "error: x\ny", ""), (2, "", ""),
+            (2, "Traceback (most recent call last):\nerror: x", ""), (3, "error: x", ""),
+            (-signal.SIGABRT, "double free", ""), (-signal.SIGKILL, "", "")):
+        assert fuzz.judge(code, text, must) not in fuzz.GOOD
+    assert fuzz.judge(2, "warning: x\nerror: x", "") == "refused"
 
 
 @pytest.mark.parametrize("more,code", [({}, 0), ({"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},

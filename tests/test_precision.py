@@ -1,20 +1,13 @@
 """fp16: training with loss scaling, on the CPU."""
 import functools
-import json
 import math
 
 import pytest
 import torch
-from conftest import expect_error, run_training
+from conftest import log_of, run_training, same_weights
 from safetensors.torch import load_file
 
 import train
-
-
-def log_of(out):
-    """The records of log.jsonl, by step."""
-    lines = (out / "log.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines if line]
 
 
 def test_an_overflow_skips_the_step_and_resume_is_exact(hop, tmp_path, monkeypatch):
@@ -28,8 +21,7 @@ def test_an_overflow_skips_the_step_and_resume_is_exact(hop, tmp_path, monkeypat
                for out in ("whole", "parts")]
     assert skipped[0][0] and not all(skipped[0])  # the scale falls until gradients are finite
     assert skipped[0] == skipped[1]
-    whole, parts = (load_file(tmp_path / out / "vmc.safetensors") for out in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow
@@ -49,10 +41,3 @@ def test_every_method_trains_in_fp16(method, hop, tmp_path):
     error = (flat["fp16"] - flat["fp32"]).norm() / flat["fp32"].norm()
     print(f"{method}: {error:.4f}, {sum('skipped' in r for r in records)} steps skipped")
     assert error < 0.05, method
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["clip_grad=2"], "max_grad_norm"), (["look.lr=1"], "appearance.lr"),
-    (["motion.rates=attn1:2"], "motion.lr_multipliers"), (["--keep-every", 5], "--save-every")])
-def test_an_old_name_gives_the_new_one(argv, message, hop, capsys):
-    expect_error(["--video", hop, *argv], message, capsys)
