@@ -6,9 +6,9 @@
 
 One function per stop draws images and charts to docs/tour/ and returns numbers, which
 docs/tour/numbers.json keeps. The page is written by hand, except for three kinds of places:
-`0.86<!--9 cosine-->` is a number of stop 9, the block after `<!-- code: losses.residual_cosine -->` is that function's body,
-and the one after `<!-- table: 3 -->` is the table of stop 3. Trained models and samples are kept
-in out/tour.
+`0.86<!--9 mse-->` is a number of stop 9, the block after `<!-- code: losses.mse -->` is that
+function's body, and the one after `<!-- table: 3 -->` is the table of stop 3. Trained models and
+samples are kept in out/tour.
 
 Axes: N videos, C channels, F frames, h w latent, H W pixels.
 """
