@@ -650,7 +650,7 @@ def test_a_run_without_its_clip_or_its_adapter_is_refused(tmp_path):
     ((".", "--out", "file/x"), "file"), ((".", "--clip-weights", "x"), "requires --clip"),
     ((), "expected folders to score"), (("--votes", "none.json"), "none.json|study-key.json"),
     (("--votes", "."), "study-key.json"), ((".", "--keyframes", "3"), "two or more"),
-    ((".", "--prompts", "none.txt"), "--prompts and --videos-per-prompt apply to"),
+    ((".", "--prompts", "file"), "--prompts and --videos-per-prompt apply to"),
     ((".", "--motion-class", "1"), "requires --classifier"), ((".", "--out", "."), "is not empty")])
 def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

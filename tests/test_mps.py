@@ -7,9 +7,12 @@ The emulated device "mac" stores its numbers in CPU tensors. An operation fails 
 - copies to the device without waiting: MPS reads the source later, when it may be freed.
 Not emulated: missing and wrong kernels, autocast, memory, rounding, speed.
 """
+import multiprocessing
+import sys
+
 import pytest
 import torch
-from conftest import end_of, flags_of, fork
+from conftest import flags_of
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -81,31 +84,49 @@ def run(op, args, kwargs):
     return return_and_correct_aliasing(op, args, kwargs, out)
 
 
-def on_mac(action, stderr):
-    """Run an action in a forked process where "mac" is a device. Fails with its messages."""
-    def start():
-        _setup_privateuseone_for_python_backend("mac")
-        torch.mac.get_amp_supported_dtype = list
-        with Mac():
-            action()
-
-    assert end_of(fork(start, stderr)) == 0, stderr.read_text()
+def on_mac(stderr, action, *inputs):
+    """Run action(*inputs) in a new process where "mac" is a device. Fails with its messages."""
+    process = FORK.Process(target=start, args=(stderr, action, *inputs))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, stderr.read_text()
 
 
-@pytest.mark.parametrize("action, message", [
-    (lambda x: x.double(), "float64"), (lambda x: x + torch.ones(3), "and the CPU"),
-    (lambda x: torch.rand(3, device="mac"), "random"),
-    (lambda x: torch.ones(3).to("mac", non_blocking=True), "wait")])
-def test_the_emulated_device_has_the_limits(action, message, tmp_path):
+def start(stderr, action, *inputs):
+    sys.stderr = stderr.open("w", buffering=1)
+    _setup_privateuseone_for_python_backend("mac")
+    torch.mac.get_amp_supported_dtype = list
+    with Mac():
+        action(*inputs)
+
+
+# The autograd engine of a process knows the devices of its first backward pass. The server that
+# forks the processes has had none.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload([__name__])
+
+
+def wrong(kind):
+    x = torch.ones(3)
+    on_device = x.to("mac")
+    if kind == "wait":
+        x.to("mac", non_blocking=True)
+    elif kind == "random":
+        torch.rand(3, device="mac")
+    else:
+        on_device.double() if kind == "float64" else on_device + x
+
+
+@pytest.mark.parametrize("message", ["float64", "and the CPU", "random", "wait"])
+def test_the_emulated_device_has_the_limits(message, tmp_path):
     with pytest.raises(AssertionError, match=message):
-        on_mac(lambda: action(torch.ones(3).to("mac")), tmp_path / "stderr")
+        on_mac(tmp_path / "stderr", wrong, message)
 
 
 @pytest.mark.parametrize("method", train.METHODS)
 def test_every_method_trains_a_step(method, hop, tmp_path):
     more = "--steps", 1, "--device", "mac", "--precision", "fp32", "--checkpointing", "on"
-    flags = flags_of(method, hop, tmp_path / "run", *more)
-    on_mac(lambda: train.main(flags), tmp_path / "stderr")
+    on_mac(tmp_path / "stderr", train.main, flags_of(method, hop, tmp_path / "run", *more))
 
 
 @pytest.mark.parametrize("flags", [["--sampler", name] for name in sampler.SAMPLERS] + [["--dmt"]])
@@ -113,17 +134,18 @@ def test_every_sampler_samples(flags, hop, tmp_path):
     flags = [*flags, *([str(hop)] if flags == ["--dmt"] else ["--init-video", str(hop)])]
     flags += ["--prompt", "a red star", "--steps", "2", "--frames", "4", "--device", "mac",
               "--precision", "fp32", "--out", str(tmp_path / "out")]
-    on_mac(lambda: generate.main(flags), tmp_path / "stderr")
+    on_mac(tmp_path / "stderr", generate.main, flags)
+
+
+def predict():
+    net = Latte(LatteConfig(num_layers=1, caption_channels=8, attention_head_dim=4)).to("mac")
+    text = torch.cat([torch.randn(1, 5, 8), torch.ones(1, 5, 1)], -1)
+    x, t, text = (v.to("mac") for v in (torch.randn(1, 4, 2, 8, 8), torch.tensor(5), text))
+    net(x, t, text).mean().backward()
 
 
 def test_latte_predicts(tmp_path):
-    def predict():
-        net = Latte(LatteConfig(num_layers=1, caption_channels=8, attention_head_dim=4)).to("mac")
-        text = torch.cat([torch.randn(1, 5, 8), torch.ones(1, 5, 1)], -1)
-        x, t, text = (v.to("mac") for v in (torch.randn(1, 4, 2, 8, 8), torch.tensor(5), text))
-        net(x, t, text).mean().backward()
-
-    on_mac(predict, tmp_path / "stderr")
+    on_mac(tmp_path / "stderr", predict)
 
 
 def test_a_mac_uses_mps(monkeypatch):
