@@ -67,6 +67,16 @@ def optional(package):
                                "pip install -r requirements-test.txt")
 
 
+class Optional:
+    """A package whose use skips the test where it is missing."""
+
+    def __init__(self, package):
+        self.package = package
+
+    def __getattr__(self, name):
+        return getattr(optional(self.package), name)
+
+
 @pytest.fixture(scope="session")
 def diffusers():
     return optional("diffusers")

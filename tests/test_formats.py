@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NARROW_UNET, ROOT, relative
+from conftest import NARROW_UNET, ROOT, Optional, relative
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -15,19 +15,17 @@ import model
 from support import export, formats, hub
 from support.files import BadInput
 
-diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
-from diffusers import utils as their_utils  # noqa: E402
-from diffusers.loaders import PeftAdapterMixin  # noqa: E402
-
+diffusers, peft = Optional("diffusers"), Optional("peft")
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
 Q, K, OUT, FF = (BLOCK + n for n in ("attn1.to_q", "attn2.to_k", "attn1.to_out.0", "ff.net.2"))
 CONV, TIME = "down_blocks.1.resnets.0.conv1", "up_blocks.1.temp_convs.0.conv2.3"
 ALL = [Q, K, OUT, FF, CONV, TIME, "mid_block.temp_attentions.0.proj_in"]
 
 
-class Theirs(diffusers.UNet3DConditionModel, PeftAdapterMixin):
+def their_unet():
     """The reference: diffusers' UNet, with the LoRA loading that its pipelines have."""
+    bases = diffusers.UNet3DConditionModel, diffusers.loaders.PeftAdapterMixin
+    return type("Theirs", bases, {})(**NARROW_UNET)
 
 
 def noise(*shape, seed=0, size=0.3):
@@ -43,12 +41,12 @@ def pair(W, rank, seed=0):
 def base():
     """One set of weights for all, without zeros."""
     torch.manual_seed(0)
-    return {n: t + noise(*t.shape, size=0.1) for n, t in Theirs(**NARROW_UNET).state_dict().items()}
+    return {n: t + noise(*t.shape, size=0.1) for n, t in their_unet().state_dict().items()}
 
 
 @pytest.fixture
 def theirs(base):
-    unet = Theirs(**NARROW_UNET).eval()
+    unet = their_unet().eval()
     unet.load_state_dict(base)
     return unet
 
@@ -152,10 +150,10 @@ def renamed(*changes):
 COMFY = ("^unet", "diffusion_model")
 OTHER = {  # other notations of peft's names, each with alpha = r
     "adapter's name": renamed((r"weight$", "my-own.weight")),
-    "lora.down": their_utils.convert_state_dict_to_diffusers,
+    "lora.down": diffusers.utils.convert_state_dict_to_diffusers,
     "to_q_lora.down": renamed((r"\.lora_A", "_lora.down"), (r"\.lora_B", "_lora.up"),
                               (r"to_out\.0", "to_out"), (r"\.to_", ".processor.to_")),
-    "kohya": their_utils.convert_state_dict_to_kohya,
+    "kohya": diffusers.utils.convert_state_dict_to_kohya,
     "ComfyUI": renamed(COMFY),
     "ComfyUI, kohya's ends": renamed(COMFY, ("lora_A", "lora_down"), ("lora_B", "lora_up")),
     "ComfyUI, ModelScope's names": lambda state: {
@@ -179,7 +177,7 @@ def test_alphas_in_tensors(kind, theirs, unet, base):
     alphas = {f"unet.{layer}.alpha": i + 1.0 for i, layer in enumerate(ALL)}
     theirs.load_lora_adapter(dict(state), network_alphas=alphas, prefix="unet")
     if kind == "kohya":
-        state = their_utils.convert_state_dict_to_kohya(state)
+        state = diffusers.utils.convert_state_dict_to_kohya(state)
         alphas = {re.sub(r"\.(?!alpha)", "_", f"lora_{n}"): a for n, a in alphas.items()}
     state |= {n: torch.tensor(a) for n, a in alphas.items()}
     assert_equal(merged(base, *formats.read_foreign(state, {}, unet, "x")), fused(theirs), base)

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from conftest import ROOT, prepare_run, relative, run_training
+from conftest import ROOT, Optional, prepare_run, relative, run_training
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -21,8 +21,7 @@ from latte.tokenizer import Tokenizer
 from latte.transformer import LAYERS, Latte, LatteConfig
 from support.files import BadInput
 
-HUB = "diffusers", "tokenizers", "transformers"
-diffusers, tokenizers, transformers = map(pytest.importorskip, HUB)
+diffusers, tokenizers, transformers = map(Optional, ("diffusers", "tokenizers", "transformers"))
 FULL = dict(num_layers=28, num_attention_heads=16, attention_head_dim=72, in_channels=4,
             out_channels=8, caption_channels=4096, sample_size=64, patch_size=2)
 SMALL = FULL | dict(num_layers=2, attention_head_dim=4, caption_channels=32, sample_size=8)
