@@ -684,6 +684,8 @@ class Example:
     def train(self, *parts, frozen=()):
         """From now on, train `parts`, keep `frozen` active but fixed, disable the rest. If each
         clip has its own LoRA, this selects the LoRA of the last next_clip()."""
+        if isinstance(frozen, str):
+            raise BadInput(f"train: frozen={frozen!r}; expected a tuple, ({frozen!r},).")
         if not any(map(self.is_trainable, parts)):
             raise BadInput(f"{' and '.join(parts)}: no trainable parameters with these settings, "
                            f"but step {self.step} trains them; choose layers.")

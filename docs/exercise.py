@@ -48,10 +48,6 @@ HEUN = '''def heun(schedule, predict, x, steps, seeds=None, on_step=None):
 '''
 
 
-# ------------------------------------------------------------------------------------------------
-# Copying
-
-
 def copy(number):
     """Make exercises/<number>. Exits with an error if it exists."""
     folder, (title, file, names) = folder_of(number), EXERCISES[number]
@@ -94,29 +90,31 @@ def remove(text, name):
     return "".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------
-# Checking
-
-
 def check(number):
-    """Run `report` in a process whose modules are those of exercises/<number>."""
+    """Run `report` in a process whose modules are those of exercises/<number>. Returns its exit
+    status, 1 if a check is not right yet."""
     folder = folder_of(number)
     if not folder.exists():
         sys.exit(f"error: {folder} does not exist; python docs/exercise.py {number} makes it.")
-    code = f"import exercise; exercise.report({number})"
+    code = f"import exercise, sys; sys.exit(not exercise.report({number}))"
     # The current folder comes first on the path of -c.
     environment = os.environ | {"PYTHONPATH": str(ROOT / "docs"), "PYTHONIOENCODING": "utf-8"}
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment).returncode
 
 
 def report(number):
-    """Print one line per check."""
+    """Print one line per check. Returns True if all are right."""
+    right = True
     try:
         checks = importlib.import_module("exercise_checks").CHECKS[number - 1]
         for title, expected, find in checks():
-            print(line_of(title, expected, find), flush=True)
+            line = line_of(title, expected, find)
+            print(line, flush=True)
+            right &= line.startswith("right")
     except Exception as error:  # an import failed, mostly
         print(f"not yet  {describe(error)}")
+        return False
+    return right
 
 
 def line_of(title, expected, find):
@@ -124,28 +122,41 @@ def line_of(title, expected, find):
     try:
         found = find()
     except Exception as error:
-        if type(error).__name__ != expected:
-            return f"not yet  {title}: {describe(error)}"
-        found = expected
-    if equal(expected, found):
+        return f"not yet  {title}: {describe(error)}"
+    if shapes(expected) != shapes(found):
+        return f"not yet  {title}: expected shape {shapes(expected)}, found {shapes(found)}"
+    expected, found = elements(expected), elements(found)
+    if len(expected) == len(found) and all(map(equal, expected, found)):
         return f"right    {title}"
     return f"not yet  {title}: expected {show(expected)}, found {show(found)}"
 
 
+def shapes(value):
+    """The shape of a tensor, or the shapes of the tensors in a list; () for numbers."""
+    values = value if isinstance(value, list) else [value]
+    found = [str(tuple(x.shape)) for x in values if getattr(x, "shape", ())]
+    return " and ".join(found) or "()"
+
+
+def elements(value):
+    """The numbers of a tensor, or of the tensors in a list, in one list."""
+    if isinstance(value, list):
+        return sum(map(elements, value), [])
+    return value.flatten().tolist() if hasattr(value, "tolist") else [value]
+
+
 def equal(expected, found):
-    """True for equal values and lists, if floats are equal to a thousandth."""
-    if isinstance(expected, list):
-        return len(expected) == len(found) and all(map(equal, expected, found))
+    """True for equal values, if floats are equal to a thousandth."""
     if isinstance(found, float):
         return math.isclose(expected, found, rel_tol=1e-3, abs_tol=1e-6)
     return expected == found
 
 
-def show(value):
-    """A value, with five digits for numbers, which may be in lists."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(show, value))}]"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+def show(values):
+    """The first eight values, with five digits for numbers."""
+    shown = [f"{v:.5g}" if isinstance(v, float) else str(v) for v in values[:8]]
+    text = ", ".join(shown + ["…"] * (len(values) > 8))
+    return text if len(values) == 1 else f"[{text}]"
 
 
 def describe(error):
@@ -166,7 +177,7 @@ def main():
     args = parser.parse_args()
     if args.number not in EXERCISES:
         sys.exit(f"error: {args.number}: expected the number of an exercise, 1 to 12.")
-    (check if args.check else copy)(args.number)
+    sys.exit((check if args.check else copy)(args.number))
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/base.md", "docs/claims.md",
-                                  "docs/equations.md", "docs/methods.md", "docs/results.md",
-                                  "docs/speed.md"])
+                                  "docs/equations.md", "docs/exercises.md", "docs/methods.md",
+                                  "docs/results.md", "docs/speed.md", "docs/tour.md"])
 def test_links_of_a_page_exist(page):
     for path in re.findall(r"\]\(([\w./-]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(path).exists(), path

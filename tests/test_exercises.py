@@ -4,13 +4,19 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import open_clip  # noqa: F401  (imported before the forks, since it takes seconds)
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import ROOT, end_of, fork
 
+import lora
+import losses
 import sampler
 import train
+from support import fast
 
 sys.path[:0] = [str(ROOT / "docs")]
 
@@ -59,6 +65,99 @@ def test_every_check_fails_with_the_bodies_removed(number, copied):
 def test_every_check_passes_with_the_repositorys_code(number, capsys):
     lines = lines_of(number, capsys)
     assert lines and all(line.startswith("right    ") for line in lines), lines
+
+
+def one_vector(pred, target, *, stride=1):
+    """Residuals of all clips in one vector."""
+    flat = lambda x: losses.residual(x, stride).transpose(0, 2).flatten(1)
+    return (1 - F.cosine_similarity(flat(pred), flat(target), dim=-1)).mean()
+
+
+def per_pair(pred, target, *, stride=1):
+    """No average."""
+    flat = lambda x: losses.residual(x, stride).transpose(1, 2).flatten(2)
+    return 1 - F.cosine_similarity(flat(pred), flat(target), dim=-1)
+
+
+def latents_twice(network, text, empty=None, scale=1.0):
+    """As many latents as texts."""
+    if empty is None or scale == 1.0:
+        return lambda x, t: network(x, t, text)
+
+    def predict(x, t):
+        u, c = network(torch.cat([x, x]), t, torch.cat([empty, text])).chunk(2)
+        return u + scale * (c - u)
+
+    return predict
+
+
+def wrong_for_convolutions(function):
+    """A hook that is right for linear layers."""
+    right = lora.LoRA.hook
+
+    def hook(self, A, B, layer, inputs, out):
+        if A.dim() == 2 or not self.active:
+            return right(self, A, B, layer, inputs, out)
+        return function(self, A, B, layer, inputs[0], out)
+
+    return hook
+
+
+@wrong_for_convolutions
+def mixed_pixels(self, A, B, layer, x, out):
+    """A convolution over frames and pixels in one axis."""
+    low = F.conv1d(F.conv1d(x.flatten(2), A.flatten(2), padding=1), B.flatten(2))
+    return out + self.scale * fast.dropout(low.view_as(out), self.dropout, layer.training)
+
+
+@wrong_for_convolutions
+def no_scale(self, A, B, layer, x, out):
+    """No scale and no dropout."""
+    return out + F.conv2d(F.conv2d(x, A[..., 0], padding=(1, 0)), B[..., 0])
+
+
+@wrong_for_convolutions
+def extra_axis(self, A, B, layer, x, out):
+    """The axis added for the kernels is not removed."""
+    low = F.conv3d(F.conv3d(x[..., None], A, padding=(1, 0, 0)), B)
+    return out[..., None] + self.scale * fast.dropout(low, self.dropout, layer.training)
+
+
+def three_losses(ex, beta=1.0, spatial_prob=0.8, frozen=("appearance",)):
+    """The two terms of Eq. 7 in two losses."""
+    z = ex.add_noise(ex.next_clip())
+    spatial = "appearance" in ex.trainables and (
+        ex.rand() < spatial_prob or "motion" not in ex.trainables)
+    if spatial:
+        ex.train("appearance")
+        yield losses.mse(*ex.predict(ex.single_frame(z)))
+    if "motion" in ex.trainables:
+        ex.train("motion", frozen=frozen if spatial else ())
+        pred, target = ex.predict(z)
+        yield losses.mse(pred, target)
+        yield losses.appearance_debiased(pred, target, ex.random_frame(z), beta)
+
+
+@pytest.mark.parametrize("number, owner, name, wrong, message", [
+    (1, losses, "residual", lambda x, stride=1: x[:, :, 1:] - x[:, :, :-1],
+     "stride 2: expected shape (1, 2, 1, 1, 1), found (1, 2, 2, 1, 1)"),
+    (1, losses, "residual", lambda x, c=1: x[:, :, c:] - x[:, :, : x.shape[2] // c * c - c],
+     "found [ZeroDivisionError, shape (1, 2, 0, 1, 1)]"),
+    (1, losses, "residual_cosine", one_vector, "two clips: expected 0.26, found 0.012"),
+    (1, losses, "residual_cosine", per_pair, "two frame pairs: expected shape (), found (1, 2)"),
+    (4, sampler, "classifier_free_guidance", latents_twice, "[18, 24, one call with 2 latents "
+     "and 4 texts], found [18, 24, one call with 4 latents and 4 texts]"),
+    (6, lora.LoRA, "hook", mixed_pixels, "h·w = 2: expected ["),
+    (6, lora.LoRA, "hook", no_scale, "expected [2100, 3210, 320], found [1050, 1605, 160]"),
+    (6, lora.LoRA, "hook", no_scale, "expected [0.5, 0.5, 0, 0], found [0.5, 0, 0, 0]"),
+    (6, lora.LoRA, "hook", extra_axis, "expected shape (1, 1, 3, 1), found (1, 1, 3, 1, 1)"),
+    (9, train, "motiondirector", three_losses, "expected [2, 2, 2, 2, 1], found [3, 3, 3, 3, 2]"),
+    (9, train, "motiondirector", partial(three_losses, frozen="appearance"),
+     "BadInput: train: frozen='appearance'; expected a tuple, ('appearance',)."),
+])
+def test_wrong_solutions_are_found(number, owner, name, wrong, message, monkeypatch, capsys):
+    monkeypatch.setattr(owner, name, wrong)
+    assert any(line.startswith("not yet") and message in line for line in lines_of(number, capsys))
 
 
 def heun(schedule, predict, x, steps, seeds=None, on_step=None):
@@ -115,7 +214,7 @@ def test_wrong_calls_and_files_are_refused_in_one_line(copied, capfd):
     with pytest.raises(SystemExit, match="01 exists and may hold your work"):
         copied(1)
     assert work.read_text() == "def residual(:\n"
-    exercise.check(1)
+    assert exercise.check(1) == 1
     line = "not yet  SyntaxError: invalid syntax (losses.py, line 1)"
     assert capfd.readouterr().out.splitlines()[-1] == line
 
