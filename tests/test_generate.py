@@ -436,12 +436,13 @@ def test_the_first_steps_are_optimized_towards_the_clip_at_their_timestep(tiny, 
 def test_dmt_starts_from_the_noise_of_the_inversion_at_the_first_timestep(tiny, hop, latents,
                                                                          monkeypatch):
     """Coarse detail is that of the clip's inverted noise, wherever the inversion ended."""
-    s = resolved(tiny, "--dmt", hop, "--steps", 2, "--inversion-steps", 5)
+    s = resolved(tiny, "--dmt", hop, "--steps", 2, "--inversion-steps", 5, "--negative-prompt", "x")
     S, starts = replace(tiny.schedule, timestep_spacing="leading"), []
     first, top = S.timesteps(2)[0], S.timesteps(5)[0]
     eps = sampler.seeded_randn(latents.shape[1:], [sampler.generator(3)])
     monkeypatch.setattr(tiny, "schedule", S)
-    monkeypatch.setattr(sampler, "sample", lambda m, p, start, *a, **k: starts.append(start) or [0])
+    monkeypatch.setattr(sampler, "sample", lambda m, p, start, *a, negative, **k: (
+        starts.append((start, negative)), [0])[1])
 
     def invert(pipe, clip, steps, prompt, on_step, progress):
         for t in S.timesteps(steps):
@@ -453,7 +454,9 @@ def test_dmt_starts_from_the_noise_of_the_inversion_at_the_first_timestep(tiny, 
     expected = generate.low_frequencies(S.add_noise(latents, eps, first))
     noise = sampler.seeded_randn(latents.shape[1:], [0])
     assert first < top
-    assert relative(starts[0], noise - generate.low_frequencies(noise) + expected) < 1e-4
+    (start, negative), = starts
+    assert relative(start, noise - generate.low_frequencies(noise) + expected) < 1e-4
+    assert negative == "x"
 
 
 def test_the_command_transfers_a_motion(hop, bars, tmp_path):
