@@ -4,6 +4,7 @@
 
 Axes: C color channels, F frames, H W image. Videos are float32 in [-1, 1].
 """
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +117,10 @@ def load_clips(paths, prompts, frames, size, fps, start=0.0, reverse=False, toke
     paths, prompts = check_clips(paths, prompts), prompts or [None]
     clips, sources, seen = [], [], set()
     for i, path in enumerate(paths):
-        if path.resolve() in seen:
+        real = os.path.realpath(path)  # unlike Path.resolve, accepts a loop of links
+        if real in seen:
             log(f"warning: {path} is given twice and will be used twice")
-        seen.add(path.resolve())
+        seen.add(real)
         caption, source = find_caption(path, prompts[i % len(prompts)])
         if token and not has_word(caption, token):
             caption, source = f"{caption} {token}", f"{source}, and word.token"

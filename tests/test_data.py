@@ -140,3 +140,9 @@ def test_files_follow_the_umask_and_appear_complete_or_not_at_all(tmp_path):
     finally:
         os.umask(old)
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_a_loop_of_links_is_refused_in_one_line(tmp_path):
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    with pytest.raises(BadInput, match="loop.mp4 cannot be used"):
+        data.load_clips([tmp_path / "loop.mp4"], [], 8, (64, 64), 8)
