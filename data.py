@@ -174,7 +174,8 @@ def load_prior_clips(run):
 
 def render_clip(run, number):
     """A clip (3, F, H, W) of the tiny world, and its caption, which describes the same attributes
-    as the caption of the training clip. Otherwise caption length would distinguish them."""
+    as the caption of the training clip. Otherwise the length of the caption would distinguish
+    regularization clips from training clips."""
     from tiny import world  # imported only where needed
 
     if run.flags.size != (world.SIZE, world.SIZE):

@@ -113,9 +113,10 @@ def add_model_flags(add):
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda or mps if available)")
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
-    add("--frames", type=int_in(1, 1024), help="default: the clip's, else 16; with --dmt 24")
+    add("--frames", type=int_in(1, 1024), help="default: the clip's, else 16; with --dmt and real "
+        "weights 24")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the clip's, else the "
-        "model's; with --dmt 576x320)")
+        "model's; with --dmt and real weights 576x320)")
     add("--fps", type=float_in(0.01, 1000), help="frames per second (default: the clip's, else 8)")
     add("--save-merged", type=Path, help="save the merged model as a hub-layout folder or a .pth")
     add("--out", type=Path, help="a new folder (default: out/generated, out/generated-2 …)")

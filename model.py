@@ -428,7 +428,7 @@ class UNet(nn.Module):
 
     @property
     def checkpointing(self):
-        """Gradient checkpointing: a third to half of the memory, a third more time."""
+        """Gradient checkpointing: about half of the memory, 1.5 to 3 times the time per step."""
         return self.mid_block.checkpointing
 
     @checkpointing.setter

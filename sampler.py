@@ -201,7 +201,8 @@ def ddim(schedule, predict, x, steps, seeds=None, on_step=None, eta=0.0, skip=0,
 
 
 def ddpm(schedule, predict, x, steps, seeds=None, on_step=None):
-    """Ancestral sampling (Ho et al. 2020, Eqs. 6, 7, 11; VMC Eq. 4), with the smaller variance."""
+    """Ancestral sampling (Ho et al. 2020, Eqs. 6, 7, 11; VMC Eq. 4), with the smaller of its two
+    variances."""
     S, generators = schedule, step_generators(seeds)
     for t in S.timesteps(steps):
         a, s = S.alpha_bar[t].item(), t - S.num_train_timesteps // steps
@@ -266,7 +267,8 @@ def ddim_inversion(schedule, predict, x, steps, seeds=None, on_step=None):
 
 
 def blend_noise(inverted, noise, p):
-    """√p·inverted + √(1−p)·noise: p = 1 is VMC's start, 0.5 MotionDirector's, 0 pure noise."""
+    """√p·inverted + √(1−p)·noise: p = 1 is VMC's start, 0.5 that of MotionDirector's
+    code for one clip, 0 pure noise."""
     return p**0.5 * inverted + (1 - p) ** 0.5 * noise
 
 

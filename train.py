@@ -110,7 +110,8 @@ def add_training_flags(add):
     add("--precision", choices=machine.DTYPES, help="default: bf16 where the hardware has it, fp16 "
         "on older GPUs, else fp32")
     add("--checkpointing", choices=("auto", "on", "off"), default="auto", help="gradient "
-        "checkpointing: less memory, a third more time (default: auto, on if memory runs out)")
+        "checkpointing: half the memory, 1.5 to 3 times the time (default: auto, on if memory "
+        "runs out)")
     add("--preview-prompt", type=non_empty, help="prompt of the previews (default: the caption)")
     add("--preview-every", type=int_in(0), default=100, help="steps between previews; 0 for none "
         "(default: 100)")
@@ -382,8 +383,8 @@ def check_finite(record, folder, scaler):
 
 
 # --- The methods --------------------------------------------------------------------------------
-# The decorator has the settings of the paper or, if it gives none, of its code. The function is the
-# algorithm, with the settings that the paper varies as keywords; `ex` is one training example.
+# The decorator has the settings of the paper or its code, or values chosen here. The function is
+# the algorithm, with the settings that the paper varies as keywords; `ex` is one training example.
 # docs/methods.md compares paper, published code and this code.
 
 
@@ -418,7 +419,7 @@ def motiondirector(ex, beta=1.0, spatial_prob=0.8):
     """MotionDirector (Zhao et al. 2023, Sec. 3.2 and 3.3). Two paths share noise and timestep. A
     spatial LoRA per clip is trained on the appearance of one frame (Eq. 4), with temporal layers
     bypassed. With it frozen, a temporal LoRA is trained on the motion (Eq. 7); its second loss
-    removes appearance by φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. See docs/tour.md, stop 11.
+    reduces appearance by φ(ε)ⁿ = √(β² + 1)·εⁿ − β·ε^anchor. See docs/tour.md, stop 11.
 
     beta: strength β of the debiasing (Eq. 5); 0 counts the plain loss twice
     spatial_prob: probability of the spatial path; otherwise the spatial LoRA is disabled
