@@ -41,15 +41,20 @@ def find_caption(video, prompt=None):
     video = Path(video)
     if prompt is not None:
         return check_prompt(prompt), "--prompt"
-    for path in (video.parent / f"{video.stem}.txt", video / "caption.txt"):
+    for path in (video.parent / f"{clip_name(video)}.txt", video / "caption.txt"):
         if path.is_file():
             lines = read_prompts(path)
             return check_prompt(lines[0], source=path), str(path)
-    caption = re.sub(r"[\W_]+", " ", video.stem).strip()
+    caption = re.sub(r"[\W_]+", " ", clip_name(video)).strip()
     if not re.search(r"[^\W\d_]{3}", caption):  # no word
         log(f"warning: the caption of {video} is its name, {caption!r}, which describes nothing; "
             "give --prompt, or a text file with the clip's name")
     return check_prompt(caption or "a video", source=video), "the file's name"
+
+
+def clip_name(path):
+    """A clip's name: without the suffix, which a folder does not have."""
+    return path.name if path.is_dir() else path.stem
 
 
 def read_prompts(path):
@@ -85,11 +90,13 @@ class Clip:
 
 
 def find_clips(paths):
-    """The clips at the paths: videos, folders of numbered images, and folders of both."""
+    """The clips at the paths: videos, folders of numbered images, and folders of both.
+    Other files and folders in a folder, e.g. out/, are ignored."""
     found = []
     for path in map(Path, paths):
         inside = media.list_folder(path) if path.is_dir() else []
-        clips = [p for p in inside if p.suffix.lower() in media.VIDEOS or p.is_dir()]
+        clips = [p for p in inside if media.is_image_folder(p) or not p.is_dir()
+                 and p.suffix.lower() in media.VIDEOS]
         others = [p.name for p in inside if p not in clips and p.suffix != ".txt"]
         if clips and others:
             media.log_once(f"note: ignored files in {path} that are not clips: "
@@ -197,7 +204,7 @@ def generate_clip(run, number):
     flags, recipe, pipe = run.flags, run.recipe, run.pipe
     token = recipe.parts["word"].token if "word" in recipe.parts else ""
     caption = " ".join(w for w in run.clips[0].prompt.split() if w != token)
-    prompt = check_prompt(recipe.class_prompt or caption or "a video")
+    prompt = check_prompt(recipe.class_prompt.strip() or caption or "a video")
     factor, channels = pipe.vae.config.factor, pipe.unet.config.in_channels
     shape = (channels, run.clips[0].video.shape[1], *(side // factor for side in flags.size))
     source = sampler.generator(flags.seed, number, 4)  # not the noise of any generate.py --seed

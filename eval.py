@@ -19,7 +19,7 @@ from scores import metrics, page, samples, study
 from scores.folders import read_runs
 from support import machine
 from support.files import BadInput, output_folder, print_line, write_json, write_text
-from support.flags import Parser, existing, float_in, int_in
+from support.flags import Parser, check_requires, existing, float_in, int_in
 
 
 def main(argv=None):
@@ -134,9 +134,7 @@ def check(args):
     """The flags. Raises BadInput for conflicts, missing files, and flags without effect."""
     if bool(args.runs) == bool(args.votes):
         raise BadInput("expected folders to score, or --votes FILE alone.")
-    for name, other in REQUIRES.items():
-        if getattr(args, name) not in (None, False) and not getattr(args, other):
-            raise BadInput(f"--{name.replace('_', '-')} requires --{other.replace('_', '-')}.")
+    check_requires(args, REQUIRES)
     if args.keyframes and len(args.keyframes) < 2:
         raise BadInput("--keyframes: expected two or more frame numbers.")
     trained = [path for path in args.runs if (path / "run.json").is_file()]

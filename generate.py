@@ -27,7 +27,16 @@ from model import TINY, is_tiny, load
 from sampler import Sampling, read_sampling
 from support import adapters, export, machine, media
 from support.files import BadInput, log, output_folder, print_line, slug, write_json
-from support.flags import Parser, existing, float_in, hub_folder, int_in, non_empty, read_size
+from support.flags import (
+    Parser,
+    check_requires,
+    existing,
+    float_in,
+    hub_folder,
+    int_in,
+    non_empty,
+    read_size,
+)
 
 
 def main(argv=None):
@@ -107,7 +116,7 @@ def add_model_flags(add):
         "consecutive seeds (default: 1)")
     add("--adapter", type=Path, nargs="+", default=[], help="adapters of train.py, or LoRAs of "
         "other programs; the first one with a clip provides clip and settings")
-    add("--scale", type=float_in(-100, 100), nargs="+", default=[1.0], help="scale of each "
+    add("--scale", type=float_in(-100, 100), nargs="+", help="scale of each "
         "adapter; 0 is the base model (default: 1)")
     add("--weights", type=hub_folder, help="base model, a hub-layout folder (default: tiny model)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda or mps if available)")
@@ -140,19 +149,25 @@ def add_sampling_flags(add):
     add("--refine", type=hub_folder, help="a model to refine each video, e.g. ZeroScope XL's "
         "folder")
     add("--refine-size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the video's)")
-    add("--refine-steps", type=int_in(1), default=50, help="sampling steps (default: 50)")
+    add("--refine-steps", type=int_in(1), help="sampling steps (default: 50)")
     add("--refine-guidance", type=float_in(0, 1000), help="default: 15; tiny model: 4")
-    add("--strength", type=float_in(0, 1), default=0.6, help="noise level of --refine, 0 to 1 "
-        "(default: 0.6)")
+    add("--strength", type=float_in(0, 1), help="noise level of --refine, 0 to 1 (default: 0.6)")
+
+
+# Flags that have no effect without another flag
+REQUIRES = {"scale": "adapter", "checkpointing": "dmt", "refine_size": "refine",
+            "refine_steps": "refine", "refine_guidance": "refine", "strength": "refine"}
 
 
 def check(args):
     """The prompts. Raises BadInput for conflicting flags and missing files."""
+    check_requires(args, REQUIRES)
     if bool(args.prompt) == bool(args.prompts) and not (args.save_merged and not args.prompt):
         raise BadInput("give --prompt \"…\" or --prompts FILE.")
     if args.dmt and (args.noise_prior or args.init_video or args.sampler):
         raise BadInput("--dmt has its own starting latents and sampler; drop --noise-prior, "
                        "--init-video and --sampler.")
+    args.scale = args.scale or [1.0]
     if len(args.scale) not in (1, len(args.adapter)):
         raise BadInput(f"--scale: {len(args.scale)} numbers for {len(args.adapter)} --adapter; "
                        "give one for each.")
@@ -170,6 +185,7 @@ def resolve_settings(args, pipe, loaded):
     """The Sampling, and the adapter that provides clip and settings, or None. Fills in missing
     flags. Raises BadInput if an adapter's clip is missing or does not fit."""
     tiny, factor = is_tiny(args.weights), pipe.vae.config.factor
+    inverts = args.init_video or args.inversion_steps
     values = asdict(Sampling(guidance=4.0 if tiny else 9.0)) | {
         "frames": 16, "size": ((pipe.unet.config.sample_size or 32) * factor,) * 2,
         "negative_prompt": "", "checkpointing": "off" if tiny else "on"}
@@ -189,6 +205,8 @@ def resolve_settings(args, pipe, loaded):
         value = getattr(args, name, None)
         setattr(args, name, default if value is None else value)
     s = Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
+    if inverts and not (s.noise_prior or args.dmt):
+        raise BadInput("--init-video and --inversion-steps have no effect without a --noise-prior.")
     if s.noise_prior and not (args.dmt or args.init_video):
         check_clip(args, source, factor)
     return s, source
@@ -209,8 +227,9 @@ def check_clip(args, source, factor):
 def check_sampling(args, prompts, pipe, loaded, s):
     """Raises BadInput for prompts, steps and sizes that do not fit the model."""
     sampler.check_steps(pipe.schedule, s.sampling_steps)
-    if s.noise_prior:
+    if s.noise_prior or args.dmt:
         sampler.check_steps(pipe.schedule, s.inversion_steps or s.sampling_steps)
+    if s.noise_prior:
         sampler.check_return(pipe.schedule, s.sampler, s.sampling_steps)
     if any(side % pipe.vae.config.factor for side in args.size):
         raise BadInput(f"--size: expected multiples of {pipe.vae.config.factor} pixels.")
@@ -252,7 +271,10 @@ def load_refiner(args, pipe):
     if refiner.text_encoder.config.hidden_size == pipe.text_encoder.config.hidden_size:
         refiner.text_encoder.learned = pipe.text_encoder.learned
     args.refine_size = args.refine_size or args.size
-    args.refine_guidance = args.refine_guidance or (4.0 if is_tiny(args.refine) else 15.0)
+    defaults = {"refine_steps": 50, "strength": 0.6,
+                "refine_guidance": 4.0 if is_tiny(args.refine) else 15.0}
+    for name, value in defaults.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     sampler.check_steps(refiner.schedule, args.refine_steps, "--refine-steps")
     return refiner
 

@@ -18,6 +18,7 @@ from torch import nn
 import sampler
 from support import adapters, fast, formats
 from support.files import BadInput
+from support.flags import float_in
 
 # --- Layer sets ---------------------------------------------------------------------------------
 
@@ -402,7 +403,7 @@ def read_multipliers(text):
     for item in filter(None, text.split(",")):
         pattern, _, factor = item.rpartition(":")
         try:
-            multipliers[read_pattern(pattern).pattern] = float(factor)
+            multipliers[read_pattern(pattern).pattern] = float_in(0, 1e6)(factor)
         except ValueError:
             raise BadInput(f"lr_multipliers: {item[:60]!r}; expected pattern:factor,pattern:factor."
                            ) from None

@@ -749,6 +749,7 @@ def _load(cls, config, folder, device, dtype, convert):
     with reading(path, "take the config.json released with the weights"), torch.device("meta"):
         module = cls(read_fields(config, read_json(path), path))
     state = convert(hub.read_weights(folder), module)
+    module.digest = hub.digest(module.config, state)
     for name in state:  # one at a time, which frees the original tensors
         if state[name].is_floating_point():
             state[name] = state[name].to(dtype_of(name))

@@ -88,15 +88,15 @@ def add_data_flags(add):
         "images alone (motiondirector)")
     add("--image-prompt", type=non_empty, help="caption of the images: 'a X* dog' (default: each "
         "image's .txt file, else its name)")
-    add("--prior", help="regularization clips: a folder, 'generated' by the base model, 'world' "
-        "(the tiny model's), or 'none' (default: the method's)")
+    add("--prior", type=non_empty, help="regularization clips: a folder, 'generated' by the base "
+        "model, 'world' (from the tiny world), or 'none' (default: the method's)")
     add("--reverse", action="store_true", help="train on the reversed clips")
     add("--frames", type=int_in(4, 1024), help="frames (default: the method's; tiny model: 16)")
     add("--size", type=read_size, help="pixels, WIDTHxHEIGHT (default: the method's; tiny model: "
         "64x64)")
     add("--fps", type=float_in(0.01, 1000), help="frames per second: every n-th frame, or by time "
         "stamp (default: the method's; tiny model: 8)")
-    add("--start", type=float_in(0), default=0.0, help="seconds to skip (default: 0)")
+    add("--start", type=float_in(0, 1e6), default=0.0, help="seconds to skip (default: 0)")
     add("--allow-damaged", action="store_true", help="also train on damaged frames")
 
 
@@ -148,7 +148,8 @@ def resolve_settings(flags, settings):
     fps = flags.fps or (recipe.fps if flags.weights else 8.0)
     flags.fps = min((media.frame_rate(clip, fps) for clip in clips), default=fps)
     flags.prior = flags.prior or recipe.own.get("prior")
-    flags.default_out = Path("out") / f"{slug((clips or flags.images)[0].stem)}-{flags.method}"
+    name = slug(data.clip_name((clips or flags.images)[0]))
+    flags.default_out = Path("out") / f"{name}-{flags.method}"
     check_data(flags, recipe, kind, len(clips))
     return recipe
 
@@ -234,7 +235,7 @@ def prepare(flags, recipe, rank=0, world_size=1):
                                      allow_damaged=flags.allow_damaged)
     caption = flags.image_prompt or (flags.prompt[0] if flags.prompt and not clips else None)
     images = data.load_images(flags.images, caption, flags.size, token("subject_word"), learned)
-    run = Run(flags, recipe, pipe, clips, images, [], sources, adapters.fingerprint(pipe.unet))
+    run = Run(flags, recipe, pipe, clips, images, [], sources, adapters.fingerprint(pipe))
     run.rank, run.world_size, run.batch = rank, world_size, flags.batch or world_size
     if run.batch % world_size:
         raise BadInput(f"--batch {flags.batch}: expected a multiple of the {world_size} processes.")
@@ -244,7 +245,8 @@ def prepare(flags, recipe, rank=0, world_size=1):
                        "frames.")
     flags.preview_prompt = flags.preview_prompt or (clips or images)[0].prompt
     endings = [p.token for n, p in words.items() if n.startswith("appearance") and p.num_vectors]
-    for caption in (flags.preview_prompt, *[c.prompt for c in clips]):
+    others = [recipe.own.get("class_prompt") or "", *[c.prompt for c in clips]]
+    for caption in (flags.preview_prompt, *others):
         data.check_prompt(" ".join([caption, *endings]), learned)
     if recipe.own.get("appearance_stop"):
         from scores.clip import load_clip  # imported only where needed

@@ -106,7 +106,7 @@ def sampling(here, row):
 def with_diffusers(build, here, row):
     """A side of the product, built with the diffusers UNet."""
     with (mock.patch.object(model, "load", partial(load_reference, model.load)),
-          mock.patch.object(adapters, "fingerprint", lambda unet: "")):
+          mock.patch.object(adapters, "fingerprint", lambda pipe: "")):
         return build(here, row)
 
 

@@ -158,12 +158,11 @@ def read_run(name, folder, args):
 def list_videos(folder):
     """The video files and the folders of numbered images in a folder; the folder itself if it has
     only images. Raises BadInput."""
-    has_images = lambda p: any(f.suffix.lower() in media.IMAGES for f in media.list_folder(p))
     found = []
     for path in media.list_folder(folder):
-        if path.suffix.lower() in media.VIDEOS or path.is_dir() and has_images(path):
+        if path.suffix.lower() in media.VIDEOS or media.is_image_folder(path):
             found.append(path)
-    if not found and not has_images(folder):
+    if not found and not media.is_image_folder(folder):
         raise BadInput(f"{folder} has no videos; give a folder that train.py or generate.py wrote, "
                        f"or a folder of {', '.join(media.VIDEOS)}.")
     return found or [folder]

@@ -6,8 +6,8 @@ model.
 Axes: C channels, F frames, h w latent, n vectors of a token, D text width.
 """
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,15 +23,11 @@ CLIP = "clip_latents"  # the tensor that holds the first clip, for methods that 
 ADAPTER_LOADERS = {}
 
 
-def fingerprint(unet):
-    """Twelve hexadecimal digits that identify a base model, equal for its fp16 and fp32 files. They
-    depend on the configuration and the last layer, which is never stored in bf16."""
-    total = hashlib.sha256(json.dumps(asdict(unet.config), sort_keys=True).encode())
-    named = dict(unet.named_parameters())
-    for name in [n for n in named if n.startswith(("conv_out", "proj_out"))] or named:
-        tensor = named[name].detach().to("cpu", torch.float16)
-        total.update(tensor.flatten()[:4096].contiguous().numpy().tobytes())
-    return total.hexdigest()[:12]
+def fingerprint(pipe):
+    """Twelve hexadecimal digits that identify a base model, from the digests of its files."""
+    networks = pipe.unet, pipe.vae, pipe.text_encoder
+    digests = "".join(getattr(network, "digest", "") for network in networks)
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
 @dataclass
@@ -65,7 +61,8 @@ def read_adapter(path, model, whole=False):
     file is not an adapter, is damaged, or was trained on another base model."""
     path = Path(path)
     name, _, clip = path.name.partition("#")
-    path, clip = (path.with_name(name), int(clip)) if clip.isdigit() else (path, 0)
+    numbered = re.fullmatch("[0-9]{1,9}", clip)
+    path, clip = (path.with_name(name), int(clip)) if numbered else (path, 0)
     state, meta = read_tensors(path, lists=True), read_meta(path)
     words, more, latents = {}, {}, None
     check_base(path, meta, model)
@@ -93,7 +90,7 @@ def read_adapter(path, model, whole=False):
 
 def check_base(path, meta, model):
     """Raises BadInput if an adapter was trained on another base model."""
-    base, here = meta.get("base"), fingerprint(model.unet)
+    base, here = meta.get("base"), fingerprint(model)
     if base and base != here:
         raise BadInput(f"{path} was trained on {meta.get('base_name')} ({base}), but these weights "
                        f"are {here}; give --weights its base model.")

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import save_file
 
 from support.files import BadInput, atomic_write, log
 from support.hub import pth_name
+
+SAVED = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "vae", "clip")  # copied
 
 
 def save_hub(model, folder, base_folder):
@@ -22,8 +25,11 @@ def save_hub(model, folder, base_folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as parent:
         part = Path(parent) / folder.name
-        shutil.copytree(base, part, copy_function=link, ignore=lambda path, names: [
-            n for n in names if Path(path, n).parent == base / subfolder and n != "config.json"])
+        for name in (*SAVED, f"{subfolder}/config.json"):
+            copy = partial(shutil.copytree, copy_function=link) if (base / name).is_dir() else link
+            if (base / name).exists():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                copy(base / name, part / name)
         with atomic_write(part / subfolder / "diffusion_pytorch_model.safetensors") as file:
             save_file(state, file, {"format": "pt"})
         os.replace(part, folder)

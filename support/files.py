@@ -39,8 +39,8 @@ def log(text):
 
 
 def escaped(text):
-    """Text with its control characters, except newlines and tabs, written as \\x1b and so on."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], str(text))
+    """Text with its control characters written as \\x1b, \\n and so on, so it stays one line."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], str(text))
 
 
 # --- Reading ------------------------------------------------------------------------------------

@@ -45,6 +45,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {escaped(' '.join(message.removeprefix('argument ').split()))}\n")
 
 
+def check_requires(args, requires):
+    """Raises BadInput for a flag that has no effect without another one, of {flag: other flag}."""
+    for name, other in requires.items():
+        given = getattr(args, name)
+        if given is not None and given is not False and not getattr(args, other):
+            raise BadInput(f"--{name.replace('_', '-')} requires --{other.replace('_', '-')}.")
+
+
 def int_in(low, high=2**31):
     """An argument type: an integer within low … high."""
     return functools.partial(_number, int, "an integer", low, high)

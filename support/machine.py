@@ -24,8 +24,8 @@ def find_device(device=None):
     try:
         torch.zeros(1, device=device).item()  # fails on the device "meta" too
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:80]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
         raise BadInput(f"--device {device} cannot be used ({reason}); give cpu, cuda or "
                        "mps.") from None
 
@@ -194,8 +194,8 @@ def user_error(error):
         return ("out of memory. Try, in this order: --checkpointing on (when training), a smaller "
                 "--size, fewer --frames, --batch 1.")
     if isinstance(error, OSError):  # disk full, no permission, a folder in place of a file
-        return (f"{error.filename or 'a file'}: {error.strerror or error}; give another --out, or "
-                "free disk space.")
+        return (f"{error.filename or 'a file, or stdout'}: {error.strerror or error}; give another "
+                "--out, or free disk space.")
     if kind == "SafetensorError" or "PytorchStreamWriter" in text or "file write failed" in text:
         return f"a file cannot be written ({text[:120]}); give another --out, or free disk space."
     return None

@@ -34,6 +34,8 @@ TONE_MAP = "zscale=t=linear:npl=203,tonemap=mobius,zscale=p=bt709:t=bt709:m=bt70
 MIN_FRAMES = 4  # residuals are meaningless for fewer
 MAX_PIXELS = 2**26  # per image, twice 8K: a damaged header can contain any size
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow raises at twice this number
+# Only the formats of IMAGES: Pillow reads an EPS file by running Ghostscript, whatever its name.
+open_image = partial(Image.open, formats=("PNG", "JPEG", "WEBP", "BMP"))
 log_once = cache(log)
 
 
@@ -70,7 +72,8 @@ def read_video(path, frames, size, fps, start=0.0, learn=True, allow_damaged=Fal
         chosen, times, (h, w) = choose_frames(source, frames, fps, start, size)
     if len(chosen) < MIN_FRAMES:
         raise BadInput(f"{path} has {len(chosen)} frames at {fps:g} fps from {start:g} s; expected "
-                       f"at least {MIN_FRAMES}. Give a longer clip, or a higher --fps.")
+                       f"at least {MIN_FRAMES}. Give a longer clip, an earlier --start, or "
+                       "a higher --fps or --frames.")
     video, shape = torch.stack(chosen, dim=1), w / h * size[0] / size[1]
     if learn and len(chosen) < frames:
         log(f"{path} has {len(chosen)} frames at {fps:g} fps, expected {frames}: "
@@ -128,6 +131,8 @@ def decode(path, allow_damaged=False, start=0.0):
         if stream.codec_context.color_trc in HDR:
             log_once(f"warning: {path} is HDR, which is read with dark, pale colors; convert "
                      f"it: ffmpeg -i {shlex.quote(str(path))} -vf {TONE_MAP} sdr.mp4")
+        if stream.metadata.get("alpha_mode") == "1":  # VP8 and VP9, whose decoders drop it
+            log_once(f"warning: {path} has transparent pixels, which are read as opaque ones")
         rate, aspect = float(stream.average_rate or 25), float(stream.sample_aspect_ratio or 1)
         # With several threads, corrupt frames are not marked.
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), "threads": "1"}
@@ -167,10 +172,11 @@ def frame_rate(path, fps):
                 stream = container.streams.best("video")
                 packets = islice(container.demux(stream), 64)
                 ticks = [p.dts if p.pts is None else p.pts for p in packets if p.size]
-                steps = np.diff(sorted(ticks))
-                steps = steps[abs(steps / statistics.median(steps) - 1) <= 0.25]  # without pauses
-                spacing = steps.mean() * stream.time_base
-        rate = round(float(1 / spacing), 2)
+                steps = [b - a for a, b in pairwise(sorted(ticks))]
+                usual = statistics.median(steps)
+                steps = [s for s in steps if abs(s / usual - 1) <= 0.25]  # without pauses
+                spacing = statistics.mean(steps) * stream.time_base
+        rate = max(0.01, round(float(1 / spacing), 2))
         return rate / max(1, round(rate / fps))
     return fps
 
@@ -201,6 +207,12 @@ def find_images(paths):
     return found
 
 
+def is_image_folder(path):
+    """True for a folder of images, without videos."""
+    suffixes = {p.suffix.lower() for p in list_folder(path)} if path.is_dir() else set()
+    return bool(suffixes & set(IMAGES)) and not suffixes & set(VIDEOS)
+
+
 def read_images(path, fps):
     """Yields (seconds, function that returns the image) per frame of an animated image, or per
     image of a folder, 1/fps apart. Raises BadInput."""
@@ -209,15 +221,15 @@ def read_images(path, fps):
             yield i / fps, partial(read_image, file)
         return
     time = 0.0
-    with Image.open(path) as animation:
+    with open_image(path) as animation:
         for image in ImageSequence.Iterator(animation):
             yield time, partial(np.asarray, to_rgb(image))
-            time += image.info.get("duration", 0) / 1000
+            time += (image.info.get("duration") or 100) / 1000  # 0: as browsers show it
 
 
 def read_image(path):
     """An image file as (H, W, 3) uint8. Raises BadInput."""
-    with reading(path, "save the image again"), Image.open(path) as image:
+    with reading(path, "save the image again"), open_image(path) as image:
         return to_rgb(image)
 
 
@@ -267,7 +279,7 @@ def write_video(path, video, fps):
     pixels = enlarge(to_pixels(video), 256)
     odd = pixels.shape[1] % 2, pixels.shape[2] % 2
     pixels = np.pad(pixels, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), "edge")
-    with atomic_write(path) as part, av.open(str(part), "w") as container:
+    with atomic_write(path) as part, av.open(f"file:{part}", "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}

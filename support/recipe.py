@@ -53,9 +53,11 @@ KNOWN = {
     "num_vectors": (int_in(0, 64), "number of trainable vectors of the token; 0 keeps it frozen"),
     "initializer_token": (None, "known word that initializes the vectors; empty for the token "
                           "itself, or 'thing' if the token is not one known word"),
-    "alpha": (float_in(0, 1), ""), "frame_stride": (int_in(1, 10**4), ""),
+    "alpha": (float_in(0, 1), ""), "spatial_prob": (float_in(0, 1), ""),
+    "frame_stride": (int_in(1, 10**4), ""),
     "loss_space": (choice("output", "epsilon", "x0"), ""),
 }
+READERS = {bool: choice("on", "off"), float: float_in(-1e18)}  # for all other settings
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Recipe:
             kind, meaning = KNOWN.get(name.rpartition(".")[2], (None, ""))
             kind = choice(*CHOICES[name]) if name in CHOICES else kind
             line = re.search(rf"^ *{name}: (.*)$", self.function.__doc__, re.MULTILINE)
-            kind = kind or (choice("on", "off") if isinstance(value, bool) else type(value))
+            kind = kind or READERS.get(type(value), type(value))
             parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS,
                                 help=f"{line[1] if line else meaning} ({write_value(value)})")
         return parser
@@ -154,11 +156,11 @@ RENAMED = {  # old names of settings
 
 def split_settings(argv, parser):
     """Command-line arguments as (flags, settings). A setting is name=value with a name that some
-    method has, unless it is the value of a flag with one value, or a file. Raises BadInput for a
+    method has, unless it is the first value of a flag, or a file. Raises BadInput for a
     name with a dot that no method has."""
     names = {name for recipe in METHODS.values() for name in recipe.settings(idle=True)}
     takes_value = {flag for flag, action in parser._option_string_actions.items()
-                   if action.nargs is None}
+                   if action.nargs in (None, "+")}
     flags, settings = [], []
     for before, text in zip(["", *argv], argv):
         name, equals, _ = text.partition("=")

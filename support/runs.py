@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def fixed_settings(run):
     values |= {"--method": run.recipe.name, "--seed": flags.seed, "--precision": flags.precision,
                "--prior": flags.prior, "--batch": run.batch, "base model": run.fingerprint,
                "clips": clips_digest((*run.clips, *run.images))[:12]}
+    values |= {f"noise schedule: {k}": v for k, v in asdict(run.pipe.schedule).items()}
     return {k: write_value(v) for k, v in values.items()}
 
 
@@ -259,7 +261,8 @@ def report(run):
         print_line(f"changed: {line}")
     settings = " ".join(f"{k}={write_value(v)}" for k, v in recipe.settings().items())
     height, width = flags.size
-    print_line(f"settings: {settings}\non: {width}x{height}, up to {flags.frames} frames at "
+    print_line(f"settings: {settings}")
+    print_line(f"on: {width}x{height}, up to {flags.frames} frames at "
                f"{flags.fps:g} fps, {flags.device}, {flags.precision}, seed {flags.seed}")
 
 

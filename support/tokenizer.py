@@ -52,7 +52,7 @@ def words_to_ids(prompt, learned=None):
     pattern = "|".join([*([word_pattern(known)] if known else []), *map("({})".format, MARKS)])
     ids = []
     for part in filter(None, re.split(pattern, prompt)):
-        ids += SPECIAL.get(part) or known.get(part.lower()) or encode_text(part)
+        ids += known.get(part.lower()) or SPECIAL.get(part) or encode_text(part)
     return ids
 
 

@@ -8,6 +8,7 @@ from test_media import counting_clip
 
 import data
 from support.files import BadInput, atomic_write, slug
+from support.tokenizer import words_to_ids
 
 
 def test_caption_sources(tmp_path):
@@ -32,6 +33,7 @@ def test_prompts_with_too_many_tokens_are_refused(prompt, tokens):
 
 @pytest.mark.parametrize("written", ["sks", "SKS", "Sks"])
 def test_a_trained_token_counts_one_per_vector_in_any_case(written, tiny):
+    assert words_to_ids("a star !", {"!": [50000]})[-1] == 50000  # CLIP has an id for it
     assert data.has_word(f"a {written} dance", "sks") and not data.has_word("desks", "sks")
     data.check_prompt("word " * 70 + written, {"sks": 5})
     with pytest.raises(BadInput, match="78 tokens"):
@@ -112,6 +114,9 @@ def test_color_jitter_changes_brightness_by_at_most_a_fifth():
 def test_a_folder_of_images_contains_its_caption(tmp_path):
     (tmp_path / "caption.txt").write_text("a star hopping\n")
     assert data.find_caption(tmp_path) == ("a star hopping", str(tmp_path / "caption.txt"))
+    (tmp_path / "shot.v2").mkdir()
+    (tmp_path / "shot.txt").write_text("another clip")
+    assert data.find_caption(tmp_path / "shot.v2")[0] == "shot v2"
 
 
 @pytest.mark.parametrize("name,warns", [("9_00", True), ("a1b2-x", True), ("vid_3", False),

@@ -45,7 +45,7 @@ def write_adapter(path, latents, factor=1.05, **meta):
     trained = lora.FullFinetune(pipe.unet, "temporal-attention-qkv")
     for p in trained.chosen.values():
         p.data = p.data * factor
-    own = {"method": "vmc", "base": adapters.fingerprint(pipe.unet), "base_name": "tiny",
+    own = {"method": "vmc", "base": adapters.fingerprint(pipe), "base_name": "tiny",
            "prompt": "a thing hopping", "fps": 8, "noise_prior": 1, "guidance": 3, "step": 7,
            "sampling_steps": 3, "sampler": "ddim", "inversion_model": "tuned", "inversion_steps": 0}
     latents = None if latents is None else latents[0]
@@ -162,6 +162,11 @@ def test_the_merged_model_is_saved_in_both_layouts(adapter, tiny, tmp_path, caps
     assert any(not torch.equal(kept[name], base[name]) for name in learned)
     expect_error(["--adapter", adapter, "--save-merged", tmp_path / "merged"],
                  "name of a new folder", capsys, generate.main)
+    expect_error(["--adapter", adapter, "--weights", tmp_path / "merged", *X], "was trained on",
+                 capsys, generate.main)  # it would be applied twice
+    make("--weights", tmp_path / "merged", "--save-merged", tmp_path / "merged" / "again")
+    assert ({p.name for p in (tmp_path / "merged" / "again").iterdir()} ==
+            {p.name for p in TINY.iterdir()})
 
 
 def test_the_help_page_has_every_flag_and_the_code_reads_it(capsys):
@@ -471,6 +476,7 @@ def test_the_command_transfers_a_motion(hop, bars, tmp_path):
 
 
 VAE_FILE = TINY / "vae" / "diffusion_pytorch_model.safetensors"
+EIGHT = str(ROOT / "assets" / "eight.mp4")
 X = ["--prompt", "x"]
 
 
@@ -496,6 +502,8 @@ X = ["--prompt", "x"]
     ([*X, "--save-merged", "{p}/m.safetensors"], "a new folder, or of a .pth"),
     ([*X, "--dmt", "{a}", "--noise-prior", "1"], "--dmt has its own start"),
     ([*X, "--adapter", "{a}", "--scale", "1", "2"], "2 numbers for 1"),
+    ([*X, "--scale", "2"], "--scale requires --adapter"),
+    ([*X, "--strength", "0"], "--strength requires --refine"),
     ([*X, "--weights", "org/name"], "hf download org/name --local-dir name"),
     ([*X, "--weights", "https://huggingface.co/org/name"], "hf download org/name --local-dir name"),
     ([*X, "--weights", "hf.co/org/name"], "hf download org/name"),
@@ -508,7 +516,8 @@ X = ["--prompt", "x"]
     ([*X, "--out", "{p}/empty.txt"], "empty.txt"),
     ([*X, "--out", "{p}"], "is not empty; give a new folder"),
     ([*X, "--device", "toaster"], "cannot be used"),
-    ([*X, "--device", "meta"], "cannot be used")])
+    ([*X, "--device", "meta"], "cannot be used"),
+    ([*X, "--device", "privateuseone"], "cannot be used")])
 def test_errors_before_anything_is_loaded(argv, message, tmp_path, adapter, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("ein Stück".encode("latin-1"))
@@ -533,6 +542,11 @@ def test_errors_before_anything_is_loaded(argv, message, tmp_path, adapter, monk
     ([*X, "--noise-prior", "0.5"], "--noise-prior: sampling starts from a clip"),
     ([*X, "--steps", "2000"], "1 to 699"),
     ([*X, "--adapter", "{a}", "--inversion-steps", "2000"], "1 to 699"),
+    ([*X, "--dmt", EIGHT, "--inversion-steps", "2000"], "1 to 699"),
+    ([*X, "--dmt", EIGHT, "--frames", "2"], "a higher --fps or --frames"),
+    ([*X, "--inversion-steps", "20"], "no effect without a --noise-prior"),
+    ([*X, "--adapter", "{a}", "--init-video", EIGHT, "--noise-prior", "0"], "no effect"),
+    ([*X, "--adapter", "{a}#²"], "cannot be used"),
     ([*X, "--refine", str(TINY), "--refine-steps", "2000"], "refine-steps 2000"),
     ([*X, "--weights", "{p}"], "{p}")])
 def test_errors_before_anything_is_sampled(argv, message, adapter, tmp_path, monkeypatch, capsys):

@@ -74,7 +74,7 @@ def forward(unet):
 
 def save(path, *trainables, base, **meta):
     """Write an adapter and read it back."""
-    adapters.save_adapter(path, trainables, base=adapters.fingerprint(base.unet), **meta)
+    adapters.save_adapter(path, trainables, base=adapters.fingerprint(base), **meta)
     return adapters.read_adapter(path, base)
 
 

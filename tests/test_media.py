@@ -210,8 +210,10 @@ def huge_png(path):
 
 def test_pictures_that_claim_too_much_or_are_none_are_refused_in_one_line(tmp_path):
     (tmp_path / "text.png").write_text("hello")
+    Image.new("RGB", (8, 8)).save(tmp_path / "program.png", "EPS")  # Pillow would run Ghostscript
     big, edge = huge_png(tmp_path / "huge.png"), tmp_path / "edge.png"
-    for path, reason in ((big, "exceeds limit"), (tmp_path / "text.png", "Unidentified")):
+    for path, reason in ((big, "exceeds limit"), (tmp_path / "text.png", "Unidentified"),
+                         (tmp_path / "program.png", "Unidentified")):
         with pytest.raises(BadInput, match=reason) as error:
             data.load_images([path], "a ball", (64, 64))
         assert path.name in str(error.value) and "\n" not in str(error.value)
@@ -396,6 +398,7 @@ def test_folders_hold_files_of_the_system_and_others(tmp_path, capsys):
     for i in range(12):
         Image.new("RGB", (32, 32), (7 * i,) * 3).save(frames / f"{i}.png")
         (frames / f"._{i}.png").write_bytes(b"\0")
+    (tmp_path / "out" / "a-vmc" / "samples").mkdir(parents=True)  # is not a clip
     assert data.find_clips([frames]) == [frames] and data.find_clips([tmp_path]) == [clip, frames]
     assert numbers(media.read_video(frames, 12, (32, 32), 8)) == list(range(12))
 
@@ -476,6 +479,12 @@ def test_transparent_video_is_composited_on_white(tmp_path):
     assert np.abs(shown.numpy() - want).max() <= 1
 
 
+def test_transparency_that_the_decoder_drops_is_reported(tmp_path, capsys):
+    clip = counting_clip(tmp_path / "c.webm", codec="libvpx-vp9", pix_fmt="yuva420p", channels=4)
+    media.read_video(clip, 16, (64, 64), 8)
+    assert "transparent pixels, which are read as opaque" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["c.webp", "c.png", "c.gif"])
 def test_animated_images_are_videos(name, tmp_path, capsys):
     frames = [Image.new("RGB", (32, 32), (7 * i,) * 3) for i in range(12)]
@@ -483,6 +492,10 @@ def test_animated_images_are_videos(name, tmp_path, capsys):
                    lossless=True)
     assert media.frame_rate(tmp_path / name, 8) == 10  # every second frame of 20 per second
     assert numbers(media.read_video(tmp_path / name, 6, (32, 32), 8)) == [0, 2, 4, 6, 8, 10]
+    if name != "c.gif":  # without durations, as browsers show it
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=0,
+                       lossless=True)
+        assert numbers(media.read_video(tmp_path / name, 6, (32, 32), 10)) == [0, 1, 2, 3, 4, 5]
     frames[0].save(tmp_path / name)
     with pytest.raises(BadInput, match="has 1 frames"):
         media.read_video(tmp_path / name, 6, (32, 32), 8)

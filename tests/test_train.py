@@ -29,7 +29,7 @@ from conftest import (
     same_weights,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora
 import losses
@@ -53,9 +53,10 @@ def test_a_file_or_a_value_of_a_flag_is_no_setting(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "assets" / "eight.mp4", "steps=2.mp4")
     flags, recipe = train.parse(["--video", "steps=2.mp4", "--out", "steps=3", "--preview-prompt",
-                                 "alpha=0", "--resume", "steps=4"])
+                                 "alpha=0", "--resume", "steps=4", "--prompt", "steps=5"])
     assert (flags.video, flags.out) == ([Path("steps=2.mp4")], Path("steps=3"))
     assert flags.preview_prompt == "alpha=0" and flags.resume and recipe.steps == 4
+    assert flags.prompt == ["steps=5"]
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +118,7 @@ def test_a_run_leaves_its_settings_log_state_adapter_and_previews(trained, hop, 
         assert text in printed
     adapter = adapters.read_adapter(out / "vmc.safetensors", tiny)
     assert {"method": "vmc", "prompt": "thing 0 hopping", "step": "4", "seed": "0",
-            "base": adapters.fingerprint(tiny.unet)}.items() <= adapter.meta.items()
+            "base": adapters.fingerprint(tiny)}.items() <= adapter.meta.items()
     assert adapter.latents.shape == (8, 4, 8, 8)
     assert sampler.read_sampling(out, adapter.meta) == sampler.Sampling(
         sampler="ddpm", sampling_steps=20, inversion_steps=0, noise_prior=1,
@@ -386,6 +387,23 @@ def test_resuming_with_other_settings_or_another_clip_is_refused(one_step, hop, 
         expect_error(vmc(hop, one_step, *resume, *more), message, capsys)
 
 
+@pytest.mark.parametrize("part", ("unet", "vae", "text_encoder", "scheduler"))
+def test_resuming_on_another_base_model_is_refused(part, one_step, hop, tmp_path, capsys,
+                                                   monkeypatch):
+    """Any changed tensor of a layer counts, not only those of the last layer."""
+    weights = shutil.copytree(TINY, tmp_path / "weights")
+    if part == "scheduler":
+        path, message = weights / part / "scheduler_config.json", "noise schedule: beta_end was"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.013}))
+    else:
+        path, = (weights / part).glob("*.safetensors")
+        state, message = load_file(path), "base model was"
+        name = next(n for n in sorted(state) if state[n].dim() > 1)
+        save_file(state | {name: state[name] * 1.5}, path)
+    monkeypatch.setattr(model, "TINY", weights)
+    expect_error(vmc(hop, one_step, "--steps", 2, "--resume"), message, capsys)
+
+
 # A change of these changes no step, or changes the clips, of which a checksum is compared.
 HARMLESS = {"steps", "device", "checkpointing", "preview_prompt", "preview_every", "preview_steps",
             "save_every", "out", "resume", "help", "default_out", "overrides"}
@@ -427,6 +445,7 @@ def test_every_flag_and_setting_is_fixed_or_harmless(method, hop, tmp_path):
     (False, "--video VIDEO --size 64x60", "multiples of 8"),
     (False, "--video VIDEO --hepl", "'--hepl'.*did you mean --help"),
     (False, "--video VIDEO --start -2", "--start.*-2"),
+    (True, "--video VIDEO --start 99", "an earlier --start"),
     (False, "--video VIDEO --batch -2", "--batch.*-2"),
     (False, "--video VIDEO --device toaster", "toaster cannot be used"),
     (False, "--video VIDEO --preview-steps 2000", "1 to 1000"),
@@ -452,6 +471,9 @@ def test_every_flag_and_setting_is_fixed_or_harmless(method, hop, tmp_path):
     (False, "--video VIDEO frame_stride=1.5", "frame_stride.*1.5"),
     (False, "--video VIDEO motion.lr=fast", "motion.lr.*fast"),
     (False, "--video VIDEO motion.lr=nan", "motion.lr.*nan"),
+    (False, "--video VIDEO --method motiondirector beta=nan", "beta.*nan"),
+    (False, "--video VIDEO --method motiondirector spatial_prob=2", "spatial_prob.*0 to 1"),
+    (True, "--video VIDEO motion.lr_multipliers=attn1:nan", "attn1:nan"),
     (False, "--video VIDEO motion.lr=1e38", "motion.lr.*1e38"),
     (False, "--video VIDEO max_grad_norm=-1", "max_grad_norm.*-1"),
     (False, "--video VIDEO noise_prior=1.5", "noise_prior.*0 to 1"),

@@ -344,7 +344,7 @@ RECORDS = ROOT / "docs" / "trials.json"
 @functools.cache
 def base_model():
     """The fingerprint of the tiny base model."""
-    return fingerprint(model.load_unet(model.TINY))
+    return fingerprint(model.load())
 
 
 class Results:
