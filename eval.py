@@ -19,7 +19,7 @@ from scores import metrics, page, samples, study
 from scores.folders import read_runs
 from support import machine
 from support.files import BadInput, output_folder, print_line, write_json, write_text
-from support.flags import Parser, check_requires, existing, float_in, int_in
+from support.flags import Parser, existing, float_in, int_in
 
 
 def main(argv=None):
@@ -71,7 +71,7 @@ def write(runs, table, notes, threshold, args):
 
 def parse(argv=None):
     """The flags. Raises BadInput."""
-    parser = Parser(description=__doc__)
+    parser = Parser(REQUIRES, description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, help="folders that train.py or generate.py wrote, or folders "
         "of videos")
@@ -131,10 +131,9 @@ REQUIRES = {"clip": "clip_weights", "clip_weights": "clip", "motion_class": "cla
 
 
 def check(args):
-    """The flags. Raises BadInput for conflicts, missing files, and flags without effect."""
+    """The flags. Raises BadInput for conflicts and missing files."""
     if bool(args.runs) == bool(args.votes):
         raise BadInput("expected folders to score, or --votes FILE alone.")
-    check_requires(args, REQUIRES)
     if args.keyframes and len(args.keyframes) < 2:
         raise BadInput("--keyframes: expected two or more frame numbers.")
     trained = [path for path in args.runs if (path / "run.json").is_file()]

@@ -27,16 +27,7 @@ from model import TINY, is_tiny, load
 from sampler import Sampling, read_sampling
 from support import adapters, export, machine, media
 from support.files import BadInput, log, output_folder, print_line, slug, write_json
-from support.flags import (
-    Parser,
-    check_requires,
-    existing,
-    float_in,
-    hub_folder,
-    int_in,
-    non_empty,
-    read_size,
-)
+from support.flags import Parser, existing, float_in, hub_folder, int_in, non_empty, read_size
 
 
 def main(argv=None):
@@ -99,7 +90,7 @@ def generate(args, s, pipe, loaded, jobs, clip):
 
 def parse(argv=None):
     """The flags; None for those that default to the adapter's or the model's settings."""
-    parser = Parser(description=__doc__)
+    parser = Parser(REQUIRES, description=__doc__)
     add_model_flags(parser.add_argument)
     add_sampling_flags(parser.add_argument)
     return parser.parse_args(argv)
@@ -161,7 +152,6 @@ REQUIRES = {"scale": "adapter", "checkpointing": "dmt", "refine_size": "refine",
 
 def check(args):
     """The prompts. Raises BadInput for conflicting flags and missing files."""
-    check_requires(args, REQUIRES)
     if bool(args.prompt) == bool(args.prompts) and not (args.save_merged and not args.prompt):
         raise BadInput("give --prompt \"…\" or --prompts FILE.")
     if args.dmt and (args.noise_prior or args.init_video or args.sampler):

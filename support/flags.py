@@ -18,14 +18,16 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, `error: …`, exit code 2, and no usage text.
 
     Flags cannot be abbreviated: a flag added later could change the meaning of an abbreviation.
+    requires: {flag: another flag without which it has no effect}.
     """
 
-    def __init__(self, **more):
+    def __init__(self, requires=(), **more):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                          **more)
+        self.requires = dict(requires)
 
     def parse_args(self, args=None, namespace=None):
-        """The flags. Exits with an error for unknown flags and stray words."""
+        """The flags. Exits with an error for unknown or idle flags, and for stray words."""
         args = sys.argv[1:] if args is None else args
         for word in args:
             if word.startswith("--") and word.endswith("=--"):  # argparse would drop the value
@@ -38,19 +40,15 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, self._option_string_actions, 1)
             self.error(f"{word!r} belongs to no flag" + (f"; did you mean {near[0]}?" if near else
                        "; put quotes around a text of several words. --help lists all flags."))
+        for name, other in self.requires.items():
+            given = getattr(known, name)
+            if given is not None and given is not False and not getattr(known, other):
+                self.error(f"--{name} requires --{other}".replace("_", "-"))
         return known
 
     def error(self, message):
         """Print one line and exit."""
         self.exit(2, f"error: {escaped(' '.join(message.removeprefix('argument ').split()))}\n")
-
-
-def check_requires(args, requires):
-    """Raises BadInput for a flag that has no effect without another one, of {flag: other flag}."""
-    for name, other in requires.items():
-        given = getattr(args, name)
-        if given is not None and given is not False and not getattr(args, other):
-            raise BadInput(f"--{name.replace('_', '-')} requires --{other.replace('_', '-')}.")
 
 
 def int_in(low, high=2**31):
