@@ -129,6 +129,8 @@ def all_reduce_gradients(parameters):
 class Stop:
     """SIGINT or SIGTERM stops all processes after the step; a second signal stops at once."""
 
+    in_progress = False
+
     def __init__(self):
         self.signal = self.caught = None  # of any process, and of this one
         for s in (signal.SIGINT, signal.SIGTERM):
@@ -138,8 +140,8 @@ class Stop:
         if self.caught and not distributed():  # torchrun passes each signal on twice
             os._exit(128 + number)
         self.signal = self.caught = number
-        # Not print, which the signal may have interrupted.
-        os.write(2, b"\nstopping after this step; send the signal again to stop at once\n")
+        Stop.in_progress = True
+        write_stderr(b"\nstopping after this step; send the signal again to stop at once\n")
 
     def agree(self, device):
         """The signal that any process received, or None. Called before each step."""
@@ -152,23 +154,58 @@ class Stop:
 
 def exit_on_signal(number, frame):
     """The signal handler outside of training: print one line and exit."""
-    os.write(2, b"stopped\n")
+    write_stderr(b"stopped\n")
     raise SystemExit(128 + number)
+
+
+def write_stderr(line):
+    """Print in a signal handler, without print, which the signal may have interrupted."""
+    with contextlib.suppress(OSError):
+        os.write(2, line)
+
+
+class Output:
+    """stdout or stderr. If its reader is gone, e.g. of `| head -1`, writing raises BrokenPipeError,
+    but not while training stops, since Ctrl-C also ends `| tee log.txt`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write a text."""
+        return self.call("write", text)
+
+    def flush(self):
+        """Flush the stream."""
+        self.call("flush")
+
+    def call(self, name, *args):
+        """Call a method of the stream."""
+        try:
+            return getattr(self.stream, name)(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not Stop.in_progress:
+                raise
 
 
 def run(command):
     """Run a script's main. Errors of the user and the machine become one line and exit code 2;
     other exceptions keep their traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    Stop.in_progress = False
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if hasattr(stream, "reconfigure") and not isinstance(stream, Output):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            setattr(sys, name, Output(stream))
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, exit_on_signal)
     try:
         " ".join(sys.argv).encode()  # raises for arguments that are not UTF-8
         return command()
-    except BrokenPipeError:  # e.g. of `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
         line = user_error(error)

@@ -292,6 +292,24 @@ def test_a_broken_pipe_ends_a_command_without_a_traceback(hop, tmp_path):
     assert (tmp_path / "stderr").read_text() == ""
 
 
+def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves(five_steps, hop, tmp_path, spy):
+    """As in `train.py … 2>&1 | tee log.txt`."""
+    out, sent = tmp_path / "out", []
+
+    def piped():
+        reader, writer = os.pipe()
+        os.dup2(writer, 2)
+        sys.stderr = sys.stdout = os.fdopen(2, "w", buffering=1)
+        ctrl_c = lambda: (os.close(reader), os.close(writer), os.kill(os.getpid(), signal.SIGINT))
+        spy(runs, "step_record", lambda *of: sent or sent.append(ctrl_c()))
+        machine.run(lambda: train.main(vmc(hop, out, "--steps", 5)))
+
+    assert end_of(fork(piped, tmp_path / "stderr")) == 130
+    assert len(losses_of(out)) == 1 and (out / "state.safetensors").exists()
+    run_training("vmc", hop, out, "--steps", 5, "--resume")
+    assert same_weights(out, five_steps)
+
+
 def test_a_folder_that_is_deleted_during_a_run_ends_it_in_one_line(hop, tmp_path, capsys, spy):
     out = tmp_path / "out"
     spy(runs, "step_record", lambda *of: shutil.rmtree(out))
