@@ -21,15 +21,19 @@ from support.tokenizer import has_word, words_to_ids
 
 
 MAX_TOKENS = 77  # limit of the text encoder, including start and end tokens
+MAX_CHARACTERS = 10_000  # the tokenizer takes minutes for a word of 100,000
 
 
 def check_prompt(prompt, learned=None, source=None):
     """Return the prompt, or raise BadInput if it has too many tokens. learned: {token: number of
     its vectors}; source: the prompt's file."""
     ids = {token: [0] * vectors for token, vectors in (learned or {}).items()}
+    where = f"{source}: " if source else ""
+    if len(prompt) > MAX_CHARACTERS:
+        raise BadInput(f"{where}prompt {prompt[:40]!r}… has {len(prompt)} characters; expected at "
+                       f"most {MAX_CHARACTERS}. Shorten it.")
     tokens = len(words_to_ids(prompt, ids)) + 2
     if tokens > MAX_TOKENS:
-        where = f"{source}: " if source else ""
         raise BadInput(f"{where}prompt {prompt[:40]!r}… has {tokens} tokens; expected at most "
                        f"{MAX_TOKENS}. Shorten it.")
     return prompt

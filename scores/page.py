@@ -4,9 +4,9 @@ The page is one self-contained file with its videos embedded. It loads nothing e
 """
 import base64
 import contextlib
+import io
 import json
 import math
-import tempfile
 from pathlib import Path
 
 from support import media
@@ -32,10 +32,9 @@ def fill(template, content):
 
 def embed(video, fps):
     """A video (3, F, H, W) as a data URL."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "video.mp4"
-        media.write_video(path, video, fps)
-        return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+    file = io.BytesIO()
+    media.encode_mp4(file, video, fps)
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def read_log(path):

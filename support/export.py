@@ -2,14 +2,13 @@
 import os
 import re
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from support.files import BadInput, atomic_write, log
+from support.files import BadInput, atomic_write, log, temporary_folder
 from support.hub import pth_name
 
 SAVED = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "vae", "clip")  # copied
@@ -22,9 +21,8 @@ def save_hub(model, folder, base_folder):
     folder, base = Path(folder), Path(base_folder)
     subfolder = getattr(model.unet, "subfolder", "unet")
     state = to_fp16(model.unet, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as parent:
-        part = Path(parent) / folder.name
+    with temporary_folder(folder) as parent:
+        part = parent / folder.name
         for name in (*SAVED, f"{subfolder}/config.json"):
             copy = partial(shutil.copytree, copy_function=link) if (base / name).is_dir() else link
             if (base / name).exists():

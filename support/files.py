@@ -185,6 +185,8 @@ def check_pickle(path):
         pickles = [Path(path).read_bytes()]
     else:
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type for part in archive.infolist()):  # never by torch.save
+                raise ValueError("it is compressed")
             if damaged := archive.testzip():
                 raise ValueError(f"its part {damaged} is damaged")
             pickles = [archive.read(n) for n in archive.namelist() if n.endswith(".pkl")]
@@ -243,20 +245,28 @@ _private = None  # its path, while `output_folder` is active
 
 
 @contextlib.contextmanager
+def temporary_folder(path):
+    """A temporary folder on the disk of `path`, inside the output folder if that is on this disk:
+    a kill then leaves nothing elsewhere."""
+    parent = Path(path).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if _private and os.stat(parent).st_dev == os.stat(_private.parent).st_dev:
+        parent = _private
+        parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".tmp-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def atomic_write(path):
     """A temporary path. When the block ends without error, its file is flushed to disk and renamed
     to `path`. Readers see the old file or the new one, never half a file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parent = path.parent
-    if _private and _private.parent.resolve() in path.resolve().parents:
-        parent = _private
-        parent.mkdir(exist_ok=True)
     umask = os.umask(0)
     os.umask(umask)
     # One folder per file, since libraries write temporary files next to it.
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".tmp-") as folder:
-        part = Path(folder) / path.name
+    with temporary_folder(path) as folder:
+        part = folder / path.name
         yield part
         os.chmod(part, 0o666 & ~umask)  # safetensors makes files private
         with open(part, "rb+") as file:
@@ -275,12 +285,13 @@ def append_line(path, text):
 
 
 def nan_to_none(value):
-    """The value as JSON holds it: None for NaN and infinity, text for paths."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    """The value as JSON holds it: None for NaN and infinity, absolute paths as text."""
+    text = lambda other: str(other.absolute() if isinstance(other, Path) else other)
+    return json.loads(json.dumps(value, default=text), parse_constant=lambda name: None)
 
 
 def write_json(path, content):
-    """Write a JSON file atomically. Paths become text."""
+    """Write a JSON file atomically. Paths become absolute, since they may be read elsewhere."""
     write_text(path, json.dumps(nan_to_none(content), indent=1, ensure_ascii=False) + "\n")
 
 

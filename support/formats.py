@@ -12,6 +12,7 @@ import math
 import re
 from pathlib import Path
 
+import regex
 import torch
 
 from support.files import log, read_json, reading
@@ -173,9 +174,10 @@ def find_scale(layer, found, settings, meta):
 
 
 def match_pattern(patterns, layer, default):
-    """The value of the first pattern that matches the layer's name, or its part after a dot."""
+    """The value of the first pattern that matches the layer's name, or its part after a dot. Raises
+    TimeoutError, since a pattern of another program could take any time."""
     return next((value for pattern, value in patterns.items()
-                 if re.match(rf"(.*\.)?({pattern})$", layer)), default)
+                 if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=1)), default)
 
 
 # --- MotionDirector's lists ---------------------------------------------------------------------

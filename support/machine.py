@@ -1,6 +1,7 @@
 """Device and precision, processes under torchrun, signals, and errors that end a command."""
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -74,8 +75,8 @@ def to_device(tensor, device):
 
 
 def distributed():
-    """True under torchrun. RANK and WORLD_SIZE may come from other launchers."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """True under torchrun. RANK and WORLD_SIZE alone may come from other launchers."""
+    return {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def init_distributed(device):
@@ -231,8 +232,9 @@ def user_error(error):
         return ("out of memory. Try, in this order: --checkpointing on (when training), a smaller "
                 "--size, fewer --frames, --batch 1.")
     if isinstance(error, OSError):  # disk full, no permission, a folder in place of a file
-        return (f"{error.filename or 'a file, or stdout'}: {error.strerror or error}; give another "
-                "--out, or free disk space.")
+        advice = "check its permissions" if error.errno == errno.EACCES else "free disk space"
+        return (f"{error.filename or 'a file, or stdout'}: {error.strerror or error}; {advice}, or "
+                "give another --out.")
     if kind == "SafetensorError" or "PytorchStreamWriter" in text or "file write failed" in text:
         return f"a file cannot be written ({text[:120]}); give another --out, or free disk space."
     return None

@@ -230,6 +230,8 @@ def read_images(path, fps):
 def read_image(path):
     """An image file as (H, W, 3) uint8. Raises BadInput."""
     with reading(path, "save the image again"), open_image(path) as image:
+        if getattr(image, "is_animated", False):
+            raise ValueError("it is animated; as a clip, it is given by itself")
         return to_rgb(image)
 
 
@@ -274,12 +276,18 @@ def enlarge(pixels, height):
 
 
 def write_video(path, video, fps):
-    """Write a video (3, F, H, W) as an H.264 mp4 for all players: yuv420p, with even sides, and
-    small videos enlarged to a height of about 256."""
+    """Write a video (3, F, H, W) as an mp4."""
+    with atomic_write(path) as part:
+        encode_mp4(f"file:{part}", video, fps)  # for "file:", see open_video
+
+
+def encode_mp4(file, video, fps):
+    """Encode a video (3, F, H, W) into a file object or path, as an H.264 mp4 for all players:
+    yuv420p, with even sides, and small videos enlarged to a height of about 256."""
     pixels = enlarge(to_pixels(video), 256)
     odd = pixels.shape[1] % 2, pixels.shape[2] % 2
     pixels = np.pad(pixels, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), "edge")
-    with atomic_write(path) as part, av.open(f"file:{part}", "w") as container:
+    with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt, stream.options = "yuv420p", {"crf": "14"}

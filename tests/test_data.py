@@ -1,5 +1,6 @@
 """data.py: captions, prompts, clips and augmentations."""
 import os
+import zipfile
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from PIL import Image
 from test_media import counting_clip
 
 import data
-from support.files import BadInput, atomic_write, slug
+from support.files import BadInput, atomic_write, output_folder, read_tensors, slug
 from support.tokenizer import words_to_ids
 
 
@@ -22,7 +23,7 @@ def test_caption_sources(tmp_path):
         data.find_caption(clip)
 
 
-@pytest.mark.parametrize("prompt,tokens", [("鯊 " * 90, ""), ("go! " * 60, ""),
+@pytest.mark.parametrize("prompt,tokens", [("x" * 100_000, ""), ("鯊 " * 90, ""), ("go! " * 60, ""),
                                            ("word " * 76, "78 tokens")])
 def test_prompts_with_too_many_tokens_are_refused(prompt, tokens):
     with pytest.raises(BadInput, match=f"{tokens}.*Shorten it"):
@@ -145,6 +146,21 @@ def test_files_follow_the_umask_and_appear_complete_or_not_at_all(tmp_path):
     finally:
         os.umask(old)
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_files_outside_the_output_folder_are_made_inside_it(tmp_path):
+    """A kill then leaves nothing next to them, e.g. of generate.py --save-merged."""
+    with output_folder(tmp_path / "out", None), atomic_write(tmp_path / "model.pth") as part:
+        part.write_text("")
+        assert part.parents[2] == tmp_path / "out"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_archives_that_unpack_to_more_are_not_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(2**20))
+    with pytest.raises(BadInput, match="it is compressed"):
+        read_tensors(tmp_path / "a.pt")
 
 
 def test_a_loop_of_links_is_refused_in_one_line(tmp_path):

@@ -155,7 +155,8 @@ def contents(folder):
             found[name] = rows
         elif path.name == "run.json":
             run = json.loads(path.read_text())
-            run["flags"].pop("resume")
+            for name in ("resume", "out", "default_out"):
+                run["flags"].pop(name)
             found[name] = run
         else:
             found[name] = path.read_bytes()

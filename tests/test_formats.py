@@ -266,6 +266,7 @@ def with_kohya(**parts):
     ("settings are r=3.*expected r=2", DOWN | UP, settings(r=3)),
     ("settings are r='2'", DOWN | UP, settings(r="2")),
     ("cannot be used", DOWN | UP, settings(rank_pattern={"(": 2})),
+    ("TimeoutError", DOWN | UP, settings(rank_pattern={r"(.|\w)+(?<!.)k": 2})),
     ("cannot be used", DOWN | UP, settings(use_rslora="no")),
     ("use_dora", DOWN | UP, settings(use_dora=True)),
     ("match no layer", with_part("lora_magnitude_vector", noise(32)), settings()),

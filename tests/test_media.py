@@ -220,6 +220,10 @@ def test_pictures_that_claim_too_much_or_are_none_are_refused_in_one_line(tmp_pa
     Image.new("1", (9_000, 9_000)).save(edge)  # PIL would only warn of it
     with pytest.raises(BadInput, match="81000000 pixels"):
         media.read_image(edge)
+    frames = [Image.new("RGB", (8, 8), (i,) * 3) for i in range(2)]
+    frames[0].save(edge, save_all=True, append_images=frames[1:])
+    with pytest.raises(BadInput, match="it is animated"):
+        media.read_image(edge)
 
 
 @pytest.mark.parametrize("height,width,fps", [(64, 64, 8), (63, 65, 12.5), (320, 576, 24)])
