@@ -19,7 +19,7 @@ from scores import metrics, page, samples, study
 from scores.folders import read_runs
 from support import machine
 from support.files import BadInput, output_folder, print_line, write_json, write_text
-from support.flags import Parser, existing, float_in, int_in
+from support.flags import Parser, existing, float_in, int_in, non_empty
 
 
 def main(argv=None):
@@ -104,8 +104,8 @@ def add_scorer_flags(add):
     add("--clip", help="an open_clip model, e.g. ViT-H-14, or ViT-L-14-quickgelu for OpenAI's "
         "weights (default: the tiny CLIP)")
     add("--clip-weights", type=Path, help="the local weights file of --clip")
-    add("--motion-words", type=str, help="the motion in the prompts, e.g. 'moving left'; the rest "
-        "of each prompt is its appearance, for the appearance score")
+    add("--motion-words", type=non_empty, help="the motion in the prompts, e.g. 'moving left'; the "
+        "rest of each prompt is its appearance, for the appearance score")
     add("--pick-weights", type=Path, help="PickScore's weights (CLIP ViT-H-14 in the hub's format)")
     add("--sscd", type=Path, help="sscd_disc_mixup.torchscript.pt from facebookresearch/"
         "sscd-copy-detection, for the copy score (default: CLIP image features)")
@@ -134,7 +134,7 @@ def check(args):
     """The flags. Raises BadInput for conflicts and missing files."""
     if bool(args.runs) == bool(args.votes):
         raise BadInput("expected folders to score, or --votes FILE alone.")
-    if args.keyframes and len(args.keyframes) < 2:
+    if args.keyframes and len(set(args.keyframes)) < 2:
         raise BadInput("--keyframes: expected two or more frame numbers.")
     trained = [path for path in args.runs if (path / "run.json").is_file()]
     if (args.prompts or args.videos_per_prompt > 1) and not trained:

@@ -651,7 +651,9 @@ def test_a_run_without_its_clip_or_its_adapter_is_refused(tmp_path):
     ((), "expected folders to score"), (("--votes", "none.json"), "none.json|study-key.json"),
     (("--votes", "."), "study-key.json"), ((".", "--keyframes", "3"), "two or more"),
     ((".", "--prompts", "file"), "--prompts and --videos-per-prompt apply to"),
-    ((".", "--motion-class", "1"), "requires --classifier"), ((".", "--out", "."), "is not empty")])
+    ((".", "--motion-class", "0"), "requires --classifier"),
+    ((".", "--keyframes", "0", "0"), "two or more"), ((".", "--motion-words", ""), "is empty"),
+    ((".", "--out", "."), "is not empty")])
 def test_errors_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
