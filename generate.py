@@ -196,7 +196,8 @@ def resolve_settings(args, pipe, loaded):
         setattr(args, name, default if value is None else value)
     s = Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)})
     if inverts and not (s.noise_prior or args.dmt):
-        raise BadInput("--init-video and --inversion-steps have no effect without a --noise-prior.")
+        raise BadInput("--init-video and --inversion-steps have no effect with a noise prior of 0; "
+                       "give --noise-prior 1, or drop them.")
     if s.noise_prior and not (args.dmt or args.init_video):
         check_clip(args, source, factor)
     return s, source

@@ -12,7 +12,7 @@ D text width. "Folded" tensors are (B·F, C, h, w): spatial layers treat each fr
 """
 import importlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sampler import NoiseSchedule, seeded_randn
 from support import fast, hub
 from support.fast import Dropout, TemporalConv1d
-from support.files import read_fields, read_json, reading
+from support.files import digest, read_fields, read_json, reading
 from support.hub import TextConfig, UNetConfig, VAEConfig
 from support.machine import DTYPES, autocast, to_device
 from support.tokenizer import has_word, tokenize, words_to_ids
@@ -749,7 +749,9 @@ def _load(cls, config, folder, device, dtype, convert):
     with reading(path, "take the config.json released with the weights"), torch.device("meta"):
         module = cls(read_fields(config, read_json(path), path))
     state = convert(hub.read_weights(folder), module)
-    module.digest = hub.digest(module.config, state)
+    # Of the first numbers of all tensors, in fp16, so it is equal for fp16 and fp32 files.
+    module.digest = digest({n: t.flatten()[:64].half() for n, t in state.items()},
+                           asdict(module.config))
     for name in state:  # one at a time, which frees the original tensors
         if state[name].is_floating_point():
             state[name] = state[name].to(dtype_of(name))

@@ -24,7 +24,8 @@ ADAPTER_LOADERS = {}
 
 
 def fingerprint(pipe):
-    """Twelve hexadecimal digits that identify a base model, from the digests of its files."""
+    """Twelve hexadecimal digits that identify a base model, from the digests of model._load. A
+    network that is not loaded from a file, or later (Latte's T5), does not count."""
     networks = pipe.unet, pipe.vae, pipe.text_encoder
     digests = "".join(getattr(network, "digest", "") for network in networks)
     return hashlib.sha256(digests.encode()).hexdigest()[:12]

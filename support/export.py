@@ -2,7 +2,6 @@
 import os
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +23,11 @@ def save_hub(model, folder, base_folder):
     with temporary_folder(folder) as parent:
         part = parent / folder.name
         for name in (*SAVED, f"{subfolder}/config.json"):
-            copy = partial(shutil.copytree, copy_function=link) if (base / name).is_dir() else link
-            if (base / name).exists():
+            if (base / name).is_dir():
+                shutil.copytree(base / name, part / name, copy_function=link)
+            elif (base / name).exists():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
-                copy(base / name, part / name)
+                link(base / name, part / name)
         with atomic_write(part / subfolder / "diffusion_pytorch_model.safetensors") as file:
             save_file(state, file, {"format": "pt"})
         os.replace(part, folder)

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         self.requires = dict(requires)
 
     def parse_args(self, args=None, namespace=None):
-        """The flags. Exits with an error for unknown or idle flags, and for stray words."""
+        """The flags. Exits with an error for flags that are unknown or have no effect."""
         args = sys.argv[1:] if args is None else args
         for word in args:
             if word.startswith("--") and word.endswith("=--"):  # argparse would drop the value

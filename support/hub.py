@@ -5,9 +5,7 @@
 The UNet and the VAE here have the hub's parameter names, so its files load directly. The tables
 convert the names in text encoders, old VAE files, and ModelScope's .pth.
 """
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -107,16 +105,6 @@ def read_weights(folder):
     for path in find_weights(folder):
         state |= read_tensors(path)
     return state
-
-
-def digest(config, state):
-    """A checksum of a network's configuration and the first numbers of all its tensors, equal for
-    its fp16 and fp32 files."""
-    total = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for name in sorted(state):
-        numbers = state[name].flatten()[:64].to(torch.float16)
-        total.update(name.encode() + numbers.numpy().tobytes())
-    return total.hexdigest()
 
 
 def load_strictly(module, state, source):

@@ -177,14 +177,13 @@ class Output:
 
     def write(self, text):
         """Write a text."""
-        return self.call("write", text)
+        return self._call("write", text)
 
     def flush(self):
         """Flush the stream."""
-        self.call("flush")
+        self._call("flush")
 
-    def call(self, name, *args):
-        """Call a method of the stream."""
+    def _call(self, name, *args):
         try:
             return getattr(self.stream, name)(*args)
         except BrokenPipeError:

@@ -132,7 +132,7 @@ def decode(path, allow_damaged=False, start=0.0):
             log_once(f"warning: {path} is HDR, which is read with dark, pale colors; convert "
                      f"it: ffmpeg -i {shlex.quote(str(path))} -vf {TONE_MAP} sdr.mp4")
         if stream.metadata.get("alpha_mode") == "1":  # VP8 and VP9, whose decoders drop it
-            log_once(f"warning: {path} has transparent pixels, which are read as opaque ones")
+            log_once(f"warning: {path} has transparent pixels, which are read as opaque")
         rate, aspect = float(stream.average_rate or 25), float(stream.sample_aspect_ratio or 1)
         # With several threads, corrupt frames are not marked.
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), "threads": "1"}
@@ -231,7 +231,7 @@ def read_image(path):
     """An image file as (H, W, 3) uint8. Raises BadInput."""
     with reading(path, "save the image again"), open_image(path) as image:
         if getattr(image, "is_animated", False):
-            raise ValueError("it is animated; as a clip, it is given by itself")
+            raise ValueError("it is animated: give it alone, as a clip")
         return to_rgb(image)
 
 

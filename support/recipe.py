@@ -156,8 +156,8 @@ RENAMED = {  # old names of settings
 
 def split_settings(argv, parser):
     """Command-line arguments as (flags, settings). A setting is name=value with a name that some
-    method has, unless it is the first value of a flag, or a file. Raises BadInput for a
-    name with a dot that no method has."""
+    method has, unless it is the first value of a flag, or a file. Raises BadInput for a name with a
+    dot that no method has."""
     names = {name for recipe in METHODS.values() for name in recipe.settings(idle=True)}
     takes_value = {flag for flag, action in parser._option_string_actions.items()
                    if action.nargs in (None, "+")}

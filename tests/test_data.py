@@ -1,6 +1,7 @@
 """data.py: captions, prompts, clips and augmentations."""
 import os
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ from PIL import Image
 from test_media import counting_clip
 
 import data
-from support.files import BadInput, atomic_write, output_folder, read_tensors, slug
+from support.files import (
+    BadInput,
+    atomic_write,
+    log,
+    output_folder,
+    read_json,
+    read_tensors,
+    slug,
+    write_json,
+)
 from support.tokenizer import words_to_ids
 
 
@@ -154,6 +164,13 @@ def test_files_outside_the_output_folder_are_made_inside_it(tmp_path):
         part.write_text("")
         assert part.parents[2] == tmp_path / "out"
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_paths_in_json_are_absolute_and_messages_are_one_line(tmp_path, capsys):
+    write_json(tmp_path / "a.json", {"clip": Path("hop.mp4")})
+    assert read_json(tmp_path / "a.json") == {"clip": str(Path.cwd() / "hop.mp4")}
+    log("a clip\nof two lines")
+    assert capsys.readouterr().err == "a clip\\nof two lines\n"
 
 
 def test_archives_that_unpack_to_more_are_not_read(tmp_path):

@@ -309,6 +309,14 @@ def test_refining_resizes_and_changes_more_with_more_strength(tiny):
     assert out.shape == (3, FRAMES, 128, 96)
 
 
+@pytest.mark.parametrize("given,used", [([], 4), (["--refine-guidance", "0"], 0)])
+def test_the_default_guidance_of_refining_replaces_no_given_one(given, used, tiny, monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda *args, **more: tiny)
+    args = generate.parse([*X, "--refine", str(TINY), *given])
+    generate.load_refiner(args, tiny)
+    assert (args.refine_guidance, args.refine_steps, args.strength) == (used, 50, 0.6)
+
+
 def test_refining_takes_the_last_steps_of_the_second_model(tiny, spy):
     seen = []
     spy(model.Pipeline, "predict", lambda pipe, x, t, *more: seen.append((pipe, t)))
@@ -544,7 +552,7 @@ def test_errors_before_anything_is_loaded(argv, message, tmp_path, adapter, monk
     ([*X, "--adapter", "{a}", "--inversion-steps", "2000"], "1 to 699"),
     ([*X, "--dmt", EIGHT, "--inversion-steps", "2000"], "1 to 699"),
     ([*X, "--dmt", EIGHT, "--frames", "2"], "a higher --fps or --frames"),
-    ([*X, "--inversion-steps", "20"], "no effect without a --noise-prior"),
+    ([*X, "--inversion-steps", "20"], "no effect with a noise prior of 0"),
     ([*X, "--adapter", "{a}", "--init-video", EIGHT, "--noise-prior", "0"], "no effect"),
     ([*X, "--adapter", "{a}#²"], "cannot be used"),
     ([*X, "--refine", str(TINY), "--refine-steps", "2000"], "refine-steps 2000"),

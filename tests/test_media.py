@@ -9,6 +9,7 @@ import sys
 import unicodedata
 import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -370,6 +371,7 @@ def test_a_name_is_never_a_protocol_nor_a_flag(name, tmp_path, monkeypatch):
     counting_clip(tmp_path / "c.mp4").rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert numbers(media.read_video(name, 16, (64, 64), 8)) == list(range(0, 32, 2))
+    media.write_video(Path(name).with_suffix("") / "x.mp4", torch.zeros(3, 8, 64, 64), 8)
 
 
 @pytest.mark.parametrize("suffix", [".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ogv", ".mts",

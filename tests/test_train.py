@@ -255,6 +255,7 @@ def fail(error, *_):
     (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you"), "out of memory"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory"),
     (torch.OutOfMemoryError("CUDA out of memory"), "--checkpointing on"),
+    (PermissionError(13, "Permission denied", "x.mp4"), "x.mp4: Permission denied; check its perm"),
     (MemoryError(), "out of memory"), (BadInput("two\nlines"), "two lines"),
 ])
 def test_a_users_error_is_one_line_and_a_bug_has_a_traceback(error, message, capsys):
@@ -470,6 +471,7 @@ def test_every_flag_and_setting_is_fixed_or_harmless(method, hop, tmp_path):
     (False, "--video VIDEO --method vmc motiondirector", "'motiondirector'"),
     (False, "--video VIDEO --reverse yes", "'yes'"),
     (False, "--video VIDEO --lr 1e-4", "'--lr'"),
+    (False, "--video VIDEO --method newmove --prior=", "--prior: the text is empty"),
     (False, "--video VIDEO --prior FOLDER", "uses no regularization clips"),
     (False, "--video VIDEO --images FOLDER/p.png", "vmc cannot be trained on one clip and a subj"),
     (False, "--images FOLDER/p.png", "vmc cannot be trained on one image"),
