@@ -114,7 +114,7 @@ def test_the_c_locale_and_the_variables_of_other_launchers(more, code, place, tm
     """A process of its own. Without UTF-8 file names the command ends in one line."""
     (tmp_path / "prompts.txt").write_text("ein grüner Stern 中\n", "utf-8")
     environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "RANK": "1",
-                                "WORLD_SIZE": "", "TORCHELASTIC_RUN_ID": "x"} | more
+                                "WORLD_SIZE": ""} | more
     done = subprocess.run(
         [sys.executable, ROOT / "generate.py", "--weights", place / "weights", "--size", "64x64",
          "--prompts", "prompts.txt", *fuzz.QUICK], cwd=tmp_path, env=environment,

@@ -233,6 +233,14 @@ def test_a_signal_saves_and_prints_how_to_resume_exactly(number, code, five_step
     assert losses_of(out) == losses_of(five_steps) and same_weights(out, five_steps)
 
 
+def test_torchrun_sets_all_its_variables(monkeypatch):
+    """A shell below torchrun, or another launcher, sets only some."""
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        assert not machine.distributed()
+        monkeypatch.setenv(name, "1")
+    assert machine.distributed()
+
+
 def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda number, action: None)
     monkeypatch.setattr(machine, "distributed", lambda: True)
