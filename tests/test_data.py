@@ -33,8 +33,8 @@ def test_caption_sources(tmp_path):
         data.find_caption(clip)
 
 
-@pytest.mark.parametrize("prompt,tokens", [("x" * 100_000, "100000 characters"), ("鯊 " * 90, ""), ("go! " * 60, ""),
-                                           ("word " * 76, "78 tokens")])
+@pytest.mark.parametrize("prompt,tokens", [("x" * 100_000, "100000 characters"), ("鯊 " * 90, ""),
+                                           ("go! " * 60, ""), ("word " * 76, "78 tokens")])
 def test_prompts_with_too_many_tokens_are_refused(prompt, tokens):
     with pytest.raises(BadInput, match=f"{tokens}.*Shorten it"):
         data.check_prompt(prompt)
